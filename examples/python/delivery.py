@@ -1,0 +1,125 @@
+"""What leaves the training: merged models and plain LoRA files, each read back and compared.
+
+    rows = deliver(model, method, context, folder)
+
+For every merge rule: merge in place, measure, take the merge back, export a plain LoRA, load that
+with PEFT and compare its logits with our merged model's. Then the base model with the merge folded
+in is saved with transformers, loaded, and compared as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from training import Method, block_losses, logits_of
+
+import reslora
+
+# The first rule of each is the one whose merged weights are saved.
+RULES = {
+    "none": ["exact"],
+    "bs": ["exact"],
+    "is": ["input", "weight"],
+    "ms": ["input", "weight", "factored"],
+}
+# Largest relative difference of logits between two evaluations of the same fp32 weights.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every method shares: where models come from and what they are measured on."""
+
+    load_model: Callable[[str], torch.nn.Module]
+    base_name: str
+    tokenizer: object
+    held_out: torch.Tensor
+    batch_size: int
+    device: str
+
+    def load_base(self) -> torch.nn.Module:
+        """Return the base model, untouched."""
+        return self.load_model(self.base_name)
+
+    @property
+    def batch(self) -> torch.Tensor:
+        """Return the held-out batch [batch, seq_len] that logits are compared on."""
+        return self.held_out[: self.batch_size]
+
+    def logits(self, model: torch.nn.Module) -> torch.Tensor:
+        """Return the logits [batch, seq_len, vocabulary] on `batch`."""
+        return logits_of(model, self.batch, self.device)
+
+    def losses(self, model: torch.nn.Module) -> torch.Tensor:
+        """Return the mean loss of each held-out block, [blocks]."""
+        return block_losses(model, self.held_out, self.batch_size, self.device)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return |a - b| / |b|."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def deliver(
+    model: torch.nn.Module, method: Method, context: Context, folder: Path
+) -> list[dict[str, object]]:
+    """Merge by each rule, export, reload, compare; return one row per rule. Unwraps the model."""
+    trained = context.logits(model)
+    rows, merged = [], None
+    for rule in RULES[method.res_mode]:
+        row, logits = _merge_and_export(model, rule, trained, context, folder / f"lora-{rule}")
+        rows.append(row)
+        merged = logits if merged is None else merged
+    first = RULES[method.res_mode][0]
+    base = reslora.merge_and_unload(model, first)
+    base.save_pretrained(folder / "merged")
+    context.tokenizer.save_pretrained(folder / "merged")
+    reloaded = context.logits(context.load_model(str(folder / "merged")))
+    rows[0]["transformers_difference"] = relative(reloaded, merged)
+    rows[0]["merged_folder"] = str(folder / "merged")
+    return rows
+
+
+def _merge_and_export(
+    model: torch.nn.Module, rule: str, trained: torch.Tensor, context: Context, folder: Path
+) -> tuple[dict[str, object], torch.Tensor]:
+    report = reslora.merge(model, rule, batch={"input_ids": context.batch.to(context.device)})
+    merged = context.logits(model)
+    row: dict[str, object] = {
+        "rule": rule,
+        "loss_merged": context.losses(model).mean().item(),
+        "merge_error": relative(merged, trained),
+        "layers": _layers_of(report),
+        "lora_folder": str(folder),
+    }
+    reslora.unmerge(model)
+    reslora.export_lora(model, folder, merge_method=rule, base_model_name_or_path=context.base_name)
+    reloaded = peft.PeftModel.from_pretrained(context.load_base(), str(folder))
+    row["peft_difference"] = relative(context.logits(reloaded), merged)
+    return row, merged
+
+
+def _layers_of(report: object) -> list[dict[str, object]]:
+    return [
+        {"name": layer.name, "rule": layer.rule, "alpha_star": list(layer.alpha_star)}
+        for layer in report.layers
+    ]
+
+
+def disagreements(results: list[dict]) -> list[str]:
+    """Return one sentence for every file that, read back, gives other logits than our model."""
+    sentences = []
+    for result in results:
+        for row in result["merges"]:
+            for reader in ("peft", "transformers"):
+                difference = row.get(f"{reader}_difference", 0.0)
+                if not difference <= TOLERANCE:
+                    sentences.append(
+                        f"{result['method']}, merged by {row['rule']}: read back by {reader}, the "
+                        f"logits differ by {difference:.1e} (allowed: {TOLERANCE:.0e})"
+                    )
+    return sentences

@@ -1,0 +1,70 @@
+// Files: safetensors only, by a strict reader and an atomic writer.
+//
+//   auto file = reslora::load_tensors("model.safetensors");    // any safetensors file
+//   reslora::save_adapter("adapter_model.safetensors", adapter);  // and ours
+//
+// A reader never trusts a length: sizes are checked with overflow-safe arithmetic against the file
+// before anything is allocated; holes, overlaps, duplicate keys and trailing bytes are refused. A
+// writer makes a temporary file in the same folder, syncs, renames and syncs the folder, so that a
+// crash leaves the old file or the new one. Every error is one sentence with the operation and the
+// path: c10::ValueError where the content breaks a rule, plain c10::Error where the system refuses
+// (no such file, no permission, disk full).
+// Element types: F64 F32 F16 BF16 F8_E4M3 F8_E5M2 I64 I32 I16 I8 U8 BOOL.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <reslora/chain.h>
+#include <reslora/export.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace reslora {
+
+/// Named tensors and the string-to-string metadata of a safetensors file.
+struct TensorFile {
+  std::map<std::string, at::Tensor> tensors;
+  std::map<std::string, std::string> metadata;
+};
+
+/// Reads a whole safetensors file into CPU tensors, each with memory of its own. Throws for
+/// anything malformed; nothing is returned half-read. Cost: one read of the file, no second copy.
+RESLORA_API TensorFile load_tensors(const std::string& path);
+
+/// Writes `file` atomically with mode 0666 & ~umask, or that of the file it replaces. Tensors are
+/// made contiguous on the CPU one at a time. Refuses tensors that are empty (a sharding accident),
+/// not dense or of another element type, and text that is not UTF-8.
+RESLORA_API void save_tensors(const std::string& path, const TensorFile& file);
+
+/// A chain as files name it.
+struct ChainRecord {
+  std::string name;
+  std::vector<LayerShape> layers;
+};
+
+/// An unmerged ResLoRA adapter. Keys of `tensors`: `<module>.reslora_A.weight`,
+/// `<module>.reslora_B.weight`, and any others (modules_to_save) under their own names.
+struct AdapterFile {
+  std::string config_json;  // a JSON object: the Python dataclass, or what C++ made of its config
+  std::vector<ChainRecord> chains;
+  std::map<std::string, at::Tensor> tensors;
+};
+
+/// The format that save_adapter writes and the newest that load_adapter reads.
+constexpr int64_t kAdapterFormat = 1;
+
+/// Writes an adapter. Metadata: format = "pt", reslora.format, reslora.version, reslora.config,
+/// reslora.chains = [{"name", "layers": [{"name", "in", "out", "r", "scaling"}]}] and
+/// reslora.sha256. The sum covers all that has a meaning: config, chains, then for each tensor by
+/// name its name, dtype, shape ("3,4") and bytes; each text stands as "<length>:<text>". Refuses
+/// tensors that do not fit the chains.
+RESLORA_API void save_adapter(const std::string& path, const AdapterFile& adapter);
+
+/// Reads and checks an adapter: format known, checksum right, exactly the A [r, in] and B [out, r]
+/// that the chains name. Throws c10::ValueError for a file that is not an adapter of ours; warns
+/// where every B is zero, since such an adapter changes nothing.
+RESLORA_API AdapterFile load_adapter(const std::string& path);
+
+}  // namespace reslora

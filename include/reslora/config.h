@@ -1,0 +1,63 @@
+// The options of ResLoRA, with PEFT's names and the same defaults as the Python dataclass.
+//
+//   auto config = reslora::ResLoraConfig().r(8).lora_alpha(16).res_mode("is");
+//   reslora::validate(config);  // throws one sentence for the first bad value
+//
+// Source of the meanings: Shi et al., ResLoRA (arXiv 2402.18039).
+#pragma once
+
+#include <reslora/export.h>
+#include <torch/arg.h>
+
+#include <cstdint>
+#include <string>
+
+namespace reslora {
+
+/// The shortcut between the adapters of consecutive layers of a chain.
+enum class Shortcut {
+  kNone,  // plain LoRA
+  kIs,    // input shortcut:  B_n A_n (x_n + x_{n-1})
+  kBs,    // block shortcut:  sum over k of B_{n-k} A_{n-k} x_n
+  kMs,    // middle shortcut: B_n sum over k of A_{n-k} x_{n-k}
+};
+
+struct ResLoraConfig {
+  /// Rank of A [r, in] and B [out, r].
+  TORCH_ARG(int64_t, r) = 8;
+  /// Numerator of scaling = lora_alpha / r (or / sqrt(r) with use_rslora).
+  TORCH_ARG(double, lora_alpha) = 8;
+  /// Probability that an element of x_n is dropped before A; in [0, 1).
+  TORCH_ARG(double, lora_dropout) = 0;
+  /// "none", "is", "bs" or "ms".
+  TORCH_ARG(std::string, res_mode) = "is";
+  /// How many previous layers are reached (the paper's m): -1 = all, 0 = plain LoRA.
+  /// Without meaning for "is", which always reaches one.
+  TORCH_ARG(int64_t, pre_num) = 1;
+  /// What an "is" chain does in its first layer: "double" takes x_0 for the missing x_{-1}, as the
+  /// paper does; "plain" leaves the term out.
+  TORCH_ARG(std::string, first_block) = "double";
+  /// scaling = lora_alpha / sqrt(r).
+  TORCH_ARG(bool, use_rslora) = false;
+  /// Number of training forwards whose norms are kept for the merge rules; 0 keeps none.
+  TORCH_ARG(int64_t, norm_window) = 100;
+  /// Cut the gradient through the taps (a control experiment).
+  TORCH_ARG(bool, detach_taps) = false;
+  /// Raise where a link is broken, instead of reporting it; also demands the same in_features and
+  /// the same out_features in all layers of a chain.
+  TORCH_ARG(bool, strict_links) = false;
+};
+
+/// Throws c10::ValueError with one sentence for the first option out of its range.
+RESLORA_API void validate(const ResLoraConfig& config);
+
+/// Returns the shortcut that `res_mode` names; throws c10::ValueError for an unknown name.
+RESLORA_API Shortcut parse_shortcut(const std::string& res_mode);
+
+/// Returns the name of a shortcut as `res_mode` spells it.
+RESLORA_API std::string shortcut_name(Shortcut shortcut);
+
+/// Returns lora_alpha / r, or lora_alpha / sqrt(r).
+RESLORA_API double scaling_of(double lora_alpha, int64_t r, bool use_rslora);
+
+}  // namespace reslora

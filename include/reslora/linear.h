@@ -1,0 +1,120 @@
+// ResLoraLinear: a drop-in for torch::nn::Linear that can be adapted, and chains of them.
+//
+//   struct Net : torch::nn::Module {
+//     Net() {
+//       for (int i = 0; i < 4; ++i) blocks->push_back(reslora::ResLoraLinear(64, 64));
+//       register_module("blocks", blocks);
+//     }
+//     torch::nn::ModuleList blocks;
+//   };
+//   // The same constructors as torch::nn::Linear, and plain until linked:
+//   auto chain = reslora::link(layers, reslora::ResLoraConfig().r(8).res_mode("is"));
+//   ... train chain.parameters() ...
+//   reslora::MergePlan plan({chain.view()}, "");   // then plan.apply(); chain.set_enabled(false);
+//
+// What passes between layers (the taps, T x r each) lives in a *pass*, one per thread and forward.
+// A pass begins with `begin_forward()`, or by itself when the first layer of the chain runs; it
+// ends after the last layer. A model that may enter a chain elsewhere calls `begin_forward()`, or
+// hands the taps on itself with `forward_with_taps`.
+#pragma once
+
+#include <reslora/chain.h>
+#include <reslora/export.h>
+#include <reslora/merge.h>
+#include <reslora/norm_window.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/options/linear.h>
+#include <torch/nn/pimpl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace reslora {
+
+struct ChainState;
+
+/// What layers of one chain hand on within one forward, by position; undefined where nothing was.
+struct Taps {
+  std::vector<at::Tensor> by_position;
+};
+
+class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearImpl> {
+ public:
+  ResLoraLinearImpl(int64_t in_features, int64_t out_features);
+  explicit ResLoraLinearImpl(const torch::nn::LinearOptions& options_);
+
+  void reset() override;
+  void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
+
+  /// Copies the layer. A copy of an adapted layer belongs to no chain until `relink` is called on
+  /// the copied model; running it before that throws.
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<torch::Device>& device = std::nullopt) const override;
+
+  /// x: [..., in] -> [..., out]. Plain until linked; then takes and leaves taps in the current
+  /// pass.
+  at::Tensor forward(const at::Tensor& x);
+
+  /// The same with explicit taps: pass an empty Taps to the first layer of a chain and the returned
+  /// one to the next. Touches no pass. Throws c10::ValueError for a layer that is in no chain.
+  std::pair<at::Tensor, Taps> forward_with_taps(const at::Tensor& x, Taps taps);
+
+  bool is_adapted() const { return reslora_A.defined(); }
+
+  torch::nn::LinearOptions options;
+  at::Tensor weight;     // [out, in]
+  at::Tensor bias;       // [out], or undefined
+  at::Tensor reslora_A;  // [r, in], undefined until linked
+  at::Tensor reslora_B;  // [out, r], undefined until linked
+  NormWindow norms;      // filled by training forwards
+
+ private:
+  friend struct ChainState;  // joins layers to a chain
+
+  void register_adapter(int64_t r);
+  at::Tensor run(const at::Tensor& x, std::vector<at::Tensor>& taps);
+
+  std::shared_ptr<ChainState> state_;  // shared by the layers of a chain
+  int64_t position_ = 0;
+};
+
+/// A `ModuleHolder` for `ResLoraLinearImpl`; see `torch::nn::Linear` for how holders behave.
+TORCH_MODULE(ResLoraLinear);
+
+/// A chain of ResLoraLinear: the handle for passes, parameters and merging.
+class RESLORA_API LinkedChain {
+ public:
+  explicit LinkedChain(std::shared_ptr<ChainState> state) : state_(std::move(state)) {}
+
+  const Chain& chain() const;
+  /// Starts a pass on this thread; taps of an earlier, unfinished one are dropped.
+  void begin_forward() const;
+  /// A and B of every layer, for an optimizer.
+  std::vector<at::Tensor> parameters() const;
+  /// The tensors of the chain for MergePlan and for files.
+  ChainView view() const;
+  /// false: every layer runs as its plain base layer (after a merge, or to compare).
+  void set_enabled(bool is_enabled) const;
+  /// How often a layer ran without a tap that its shortcut reaches, since linking.
+  int64_t missed_links(int64_t position) const;
+
+ private:
+  std::shared_ptr<ChainState> state_;
+};
+
+/// Adapts `layers` (execution order) and links them: registers reslora_A (Kaiming uniform) and
+/// reslora_B (zeros) on each, freezes weight and bias. Parameters are fp32, or fp64 on an fp64
+/// layer, on the layer's device. `names` are used in messages and files; default "0", "1", ....
+/// Throws c10::ValueError for a bad config or a layer that is linked already, and changes nothing
+/// then.
+RESLORA_API LinkedChain link(const std::vector<ResLoraLinear>& layers, const ResLoraConfig& config,
+                             std::vector<std::string> names = {});
+
+/// Links the layers of a cloned model among themselves, as their originals were. Returns its
+/// chains.
+RESLORA_API std::vector<LinkedChain> relink(torch::nn::Module& model);
+
+}  // namespace reslora

@@ -1,0 +1,107 @@
+// Removing the shortcuts and folding the adapters into the base weights.
+//
+//   auto plan = reslora::MergePlan(chains, "input");  // all alpha* are known before any write
+//   plan.apply();                                     // W <- W*, originals kept on the CPU
+//   plan.revert();                                    // the exact bits come back
+//
+// Works on views of tensors, never on modules, so that C++ modules and Python's share it. After any
+// rule a layer's adapter is an ordinary low-rank pair, `LayerMerge::A` and `B` with scaling and
+// alpha* folded in fp32; the merged weight is computed in fp32 (fp64 for fp64) and cast once.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <reslora/chain.h>
+#include <reslora/export.h>
+#include <reslora/norm_window.h>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace reslora {
+
+/// The tensors of one layer of a chain. `weight` may be any strided view [out, in].
+struct LayerView {
+  at::Tensor weight;  // undefined where only factors are wanted; then `apply` and the rule `weight`
+                      // refuse the layer
+  at::Tensor A;       // [r, in]
+  at::Tensor B;       // [out, r]
+  NormWindow norms;   // undefined where none were recorded
+};
+
+/// One chain: its links and its tensors, in the same order.
+struct ChainView {
+  Chain chain;
+  std::vector<LayerView> layers;
+};
+
+/// How a layer's shortcut is replaced. `lsq` (regression) has its place here.
+enum class MergeRule {
+  kExact,     // none, bs, unlinked layers, the first layer of a chain
+  kInput,     // eq. 6-9, 12: ratio of windowed norms
+  kWeight,    // eq. 10-11, 13: ratio of merged weight norms
+  kFactored,  // ms: windowed |x|_F on the neighbours' A; the same as kInput for is
+};
+
+/// Returns the rule that a name stands for; throws c10::ValueError for an unknown name.
+RESLORA_API MergeRule parse_merge_rule(const std::string& merge_method);
+
+/// Returns the name of a rule: "exact", "input", "weight" or "factored".
+RESLORA_API std::string merge_rule_name(MergeRule rule);
+
+/// What was decided for one layer: W* = W + B A.
+struct LayerMerge {
+  std::string name;
+  MergeRule rule = MergeRule::kExact;
+  std::vector<double> alpha_star;  // one per reached layer, nearest first; empty where exact
+  at::Tensor A;                    // [R, in] fp32 (fp64 for fp64 adapters)
+  at::Tensor B;                    // [out, R], scaling and alpha* folded
+};
+
+class RESLORA_API MergePlan {
+ public:
+  /// Computes every alpha* and factor without touching a weight. `merge_method`: "input", "weight",
+  /// "factored", "exact", or "" for the best rule for what is at hand: exact where it exists,
+  /// `input` where all windows have entries, else `weight` (see `fell_back_to_weight`). Throws
+  /// c10::ValueError where a rule cannot serve a layer, naming it and the way out.
+  /// Cost: `weight` forms each merged matrix once (one at a time), the others no matrix.
+  MergePlan(const std::vector<ChainView>& chains, const std::string& merge_method);
+  MergePlan(MergePlan&&) = default;
+  MergePlan& operator=(MergePlan&&) = default;
+
+  const std::vector<LayerMerge>& layers() const { return layers_; }
+  bool fell_back_to_weight() const { return fell_back_to_weight_; }
+  bool is_applied() const { return is_applied_; }
+
+  /// Writes W* into every weight, one matrix in memory at a time. With `keep_originals` the old
+  /// bits are copied to the CPU for `revert`. With `safe_merge` every W* is checked for NaN and
+  /// infinity before the first weight is written (computes each W* twice). `progress(done)` is
+  /// called after each layer; an exception from it, or any other, restores the weights already
+  /// written where originals are kept. Throws c10::ValueError when applied twice.
+  void apply(bool keep_originals = true, bool safe_merge = false,
+             const std::function<void(int64_t)>& progress = nullptr);
+
+  /// Restores the exact bits that `apply` replaced, after which `apply` may be called again. Throws
+  /// c10::ValueError where none were kept or a weight has changed its dtype since.
+  void revert();
+
+ private:
+  void plan_chain(const ChainView& view, MergeRule rule);
+  void check_finite() const;
+  void write(size_t i, bool keep_original);
+  void restore();
+
+  std::vector<LayerMerge> layers_;
+  std::vector<at::Tensor> weights_;    // parallel to layers_
+  std::vector<at::Tensor> originals_;  // CPU copies, parallel to layers_ once applied
+  bool fell_back_to_weight_ = false;
+  bool is_applied_ = false;
+};
+
+/// Pads a planned pair with zeros to rank R: A [R, in], B [out, R]. With r = lora_alpha = R in the
+/// exported config the scale is 1 in every reader of plain LoRA files.
+RESLORA_API std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R);
+
+}  // namespace reslora

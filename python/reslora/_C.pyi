@@ -1,0 +1,181 @@
+# ruff: noqa: N999
+"""Types of the C++ side. Errors are ValueError with one sentence unless said otherwise."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+LayerTuple = tuple[str, int, int, int, float]
+"""Name, in_features, out_features, r, scaling."""
+ViewTuple = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
+"""Weight [out, in], A [r, in], B [out, r], norms [2, N], count [1]."""
+BlockTuple = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
+"""W [out, in], bias [out], A [r, in], B [out, r], scaling."""
+
+def validate_config(config: dict[str, Any]) -> None:
+    """Raise ValueError for the first option out of its range or of an unknown name."""
+
+def config_defaults() -> dict[str, Any]:
+    """Return the C++ options with their defaults."""
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """Return lora_alpha / r, or lora_alpha / sqrt(r)."""
+
+def window_mean(norms: Tensor, count: Tensor, which: str) -> float | None:
+    """Return the mean of a norm window's valid entries, None where it has none.
+
+    Args:
+        norms: The ring, float32 [2, N].
+        count: How many entries were ever written, int64 [1].
+        which: "input" for the norm of x, "own_product" for that of A x.
+    """
+
+class Wiring:
+    """What one layer reads and hands on; integers are positions in the chain."""
+
+    @property
+    def a(self) -> list[int]: ...
+    @property
+    def b(self) -> list[int]: ...
+    @property
+    def scaling(self) -> list[float]: ...
+    @property
+    def taps(self) -> list[int]: ...
+    @property
+    def handed(self) -> str:
+        """Return "nothing", "tap" or "s"."""
+    @property
+    def is_doubled(self) -> bool: ...
+    @property
+    def broken(self) -> list[str]: ...
+
+class Chain:
+    """The links between the adapted layers of one kind. Can be pickled and copied."""
+
+    def __init__(self, config: dict[str, Any], layers: Sequence[LayerTuple]) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def shortcut(self) -> str: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def layers(self) -> list[LayerTuple]: ...
+    def wiring(self, n: int) -> Wiring:
+        """Return what layer n reads and hands on; IndexError where there is no layer n."""
+    def is_linked(self, n: int) -> bool:
+        """Return whether layer n adds something of an earlier one."""
+    def reached(self, n: int) -> list[int]:
+        """Return the positions that layer n's shortcut reaches, nearest first."""
+    def merges_exactly(self, n: int) -> bool:
+        """Return whether merging layer n is exact."""
+
+class LayerMerge:
+    """What was decided for one layer: W* = W + B A."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def alpha_star(self) -> list[float]: ...
+    @property
+    def A(self) -> Tensor: ...  # noqa: N802
+    @property
+    def B(self) -> Tensor: ...  # noqa: N802
+
+class MergePlan:
+    """Plan, apply and revert a merge. Computes every alpha* before any weight is written."""
+
+    def __init__(
+        self, chains: Sequence[tuple[Chain, Sequence[ViewTuple]]], merge_method: str
+    ) -> None: ...
+    @property
+    def layers(self) -> list[LayerMerge]: ...
+    @property
+    def fell_back_to_weight(self) -> bool: ...
+    @property
+    def is_applied(self) -> bool: ...
+    def apply(
+        self,
+        keep_originals: bool = True,
+        safe_merge: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Write W* into every weight; an exception restores what was written."""
+    def revert(self) -> None:
+        """Restore the exact bits that `apply` replaced."""
+
+def padded_factors(layer: LayerMerge, R: int) -> tuple[Tensor, Tensor]:
+    """Pad a planned pair with zeros to A [R, in], B [out, R]."""
+
+class AdapterFile:
+    """An unmerged ResLoRA adapter, as read from a file."""
+
+    @property
+    def config_json(self) -> str: ...
+    @property
+    def chains(self) -> list[tuple[str, list[LayerTuple]]]: ...
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file."""
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str] = ...
+) -> None:
+    """Write a safetensors file atomically."""
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    config_json: str,
+    chains: Sequence[tuple[str, Sequence[LayerTuple]]],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write an adapter atomically."""
+
+def load_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+    """Read and check an adapter."""
+
+class formulas:  # noqa: N801 - a submodule at run time
+    """The paper's formulas, literally; differentiable by autograd."""
+
+    @staticmethod
+    def forward_none(block: BlockTuple, x: Tensor) -> Tensor:
+        """Return W x + s B A x."""
+    @staticmethod
+    def forward_is(block: BlockTuple, x: Tensor, x_previous: Tensor | None) -> Tensor:
+        """Return W x + s B A (x + x_previous)."""
+    @staticmethod
+    def forward_bs(blocks: Sequence[BlockTuple], n: int, m: int, x: Tensor) -> Tensor:
+        """Return W_n x + the sum of s B A x over layers n-m .. n."""
+    @staticmethod
+    def forward_ms(blocks: Sequence[BlockTuple], n: int, m: int, xs: Sequence[Tensor]) -> Tensor:
+        """Return W_n x_n + s B_n times the sum of A x over layers n-m .. n."""
+    @staticmethod
+    def alpha_star_input(f_previous: float, f_own: float) -> float:
+        """Return the ratio of two mean norms."""
+    @staticmethod
+    def alpha_star_weight(merged_norms: Sequence[float], n: int, k: int) -> float:
+        """Return |W*_{n-k-1}| / |W*_{n-1}|, 1 where there is no layer n-k-1."""
+    @staticmethod
+    def merged_none(block: BlockTuple) -> Tensor:
+        """Return W + s B A."""
+    @staticmethod
+    def merged_is(block: BlockTuple, alpha_star: float) -> Tensor:
+        """Return W + s (1 + alpha*) B A."""
+    @staticmethod
+    def merged_bs(blocks: Sequence[BlockTuple], n: int, m: int) -> Tensor:
+        """Return W_n + the sum of s B A over layers n-m .. n."""
+    @staticmethod
+    def merged_ms_input(block: BlockTuple, alpha_star: Sequence[float]) -> Tensor:
+        """Return W + s (1 + the sum of alpha*) B A."""
+    @staticmethod
+    def merged_ms_weight(
+        blocks: Sequence[BlockTuple], n: int, alpha_star: Sequence[float]
+    ) -> Tensor:
+        """Return W_n + s B_n (A_n + the sum of alpha*_{n-k} A_{n-k})."""

@@ -1,0 +1,66 @@
+"""ResLoRA adapters for PyTorch models (arXiv 2402.18039), and a merger that removes them.
+
+Example::
+
+    import reslora
+
+    config = reslora.ResLoraConfig(r=8, target_modules=["q_proj", "v_proj"], res_mode="is")
+    model = reslora.inject(model, config)
+    ...  # train as usual
+    model = reslora.merge_and_unload(model)
+"""
+
+import torch
+
+try:
+    from . import _build_info
+except ImportError:
+    raise ImportError(
+        "reslora is not built in this folder: run `pip install .` in its repository"
+    ) from None
+
+__version__ = _build_info.VERSION
+_torch_minor = ".".join(torch.__version__.split(".")[:2])
+if _torch_minor != _build_info.TORCH_MINOR:
+    raise ImportError(
+        f"reslora was built with torch {_build_info.TORCH_MINOR} and found torch {_torch_minor}: "
+        "install that torch, or build reslora again with `pip install --no-build-isolation .`"
+    )
+
+from . import _C  # noqa: E402, F401  (loads libreslora and registers torch.ops.reslora)
+from .checkpoint import export_lora, load, save_pretrained  # noqa: E402
+from .config import ResLoraConfig  # noqa: E402
+from .injection import inject  # noqa: E402
+from .layer import ResLoraLinear  # noqa: E402
+from .merging import (  # noqa: E402
+    LayerReport,
+    MergeReport,
+    merge,
+    merge_and_unload,
+    unload,
+    unmerge,
+)
+from .utils import (  # noqa: E402
+    disable_adapter,
+    print_links,
+    print_trainable_parameters,
+)
+
+__all__ = [
+    "LayerReport",
+    "MergeReport",
+    "ResLoraConfig",
+    "ResLoraLinear",
+    "__version__",
+    "disable_adapter",
+    "export_lora",
+    "inject",
+    "load",
+    "merge",
+    "merge_and_unload",
+    "print_links",
+    "print_trainable_parameters",
+    "save_pretrained",
+    "unload",
+    "unmerge",
+]

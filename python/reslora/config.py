@@ -1,0 +1,246 @@
+"""The options of ResLoRA, with PEFT's names where PEFT has one.
+
+Example::
+
+    config = ResLoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], res_mode="is")
+    config.save("adapter_config.json")
+
+Numbers and the names of shortcuts are checked by the C++ library, so that both worlds refuse the
+same values; what only Python knows (names of modules, initialisation) is checked here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from . import _C
+from .utils import write_text
+
+PEFT_TYPE = "RESLORA"
+MERGE_METHODS = ("exact", "input", "weight", "factored")
+# What an adapter_config.json holds beside the options.
+FILE_KEYS = ("peft_type", "reslora_version", "base_model_name_or_path", "task_type")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class ResLoraConfig:
+    """Describe which layers are adapted, and how. Checked when made and again by `inject`."""
+
+    r: int = field(default=8, metadata=_help("Rank of A [r, in] and B [out, r]."))
+    lora_alpha: float = field(
+        default=8, metadata=_help("Numerator of scaling = lora_alpha / r (/ sqrt(r): use_rslora).")
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata=_help("Probability that an element of x is dropped before A.")
+    )
+    target_modules: str | list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Modules to adapt: a list of names or suffixes, a regular expression that must match "
+            "the whole name, or 'all-linear'."
+        ),
+    )
+    exclude_modules: str | list[str] | None = field(
+        default=None, metadata=_help("Modules never to adapt; a list or a regular expression.")
+    )
+    layers_to_transform: int | list[int] | None = field(
+        default=None, metadata=_help("Adapt only these layer indices (the first number of a name).")
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata=_help("Regular expression of module names -> another r.")
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata=_help("Regular expression of module names -> another lora_alpha."),
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata=_help("Modules beside the adapters that are trained and saved whole (heads)."),
+    )
+    use_rslora: bool = field(default=False, metadata=_help("scaling = lora_alpha / sqrt(r)."))
+    bias: str = field(default="none", metadata=_help("Only 'none': biases stay frozen."))
+    init_lora_weights: bool | str = field(
+        default=True,
+        metadata=_help(
+            "True: A Kaiming-uniform, B zero; 'gaussian': A normal with deviation 1/r, B zero; "
+            "False: both random (step 0 then differs from the base model)."
+        ),
+    )
+    res_mode: str = field(
+        default="is", metadata=_help("Shortcut between consecutive layers: none, is, bs or ms.")
+    )
+    pre_num: int = field(
+        default=1,
+        metadata=_help(
+            "How many previous layers are reached (the paper's m): -1 all, 0 plain LoRA. Without "
+            "meaning for 'is', which reaches one."
+        ),
+    )
+    merge_method: str | None = field(
+        default=None,
+        metadata=_help(
+            "How shortcuts are merged away: exact, input, weight or factored; None: the best rule "
+            "for what is at hand."
+        ),
+    )
+    detach_taps: bool = field(
+        default=False, metadata=_help("Cut the gradient through the taps (a control experiment).")
+    )
+    norm_window: int = field(
+        default=100,
+        metadata=_help("Training forwards whose norms are kept for the merge rules; 0 keeps none."),
+    )
+    first_block: str = field(
+        default="double",
+        metadata=_help(
+            "First layer of an 'is' chain: 'double' takes its own input for the missing one, as "
+            "the paper does; 'plain' leaves the term out."
+        ),
+    )
+    strict_links: bool = field(
+        default=False,
+        metadata=_help("Raise where a link is broken instead of reporting it; needs in == out."),
+    )
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise one sentence for the first bad value."""
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, tuple | set | frozenset):
+                setattr(self, name, sorted(value) if not isinstance(value, tuple) else list(value))
+        _check_types(self)
+        _check_choices(self)
+        _C.validate_config(self.core())
+        for name, value in self.rank_pattern.items():
+            _C.scaling_of(float(self.lora_alpha), _as_rank(name, value), self.use_rslora)
+        for value in self.alpha_pattern.values():
+            _C.scaling_of(float(value), self.r, self.use_rslora)
+
+    def core(self) -> dict[str, Any]:
+        """Return the options that the C++ library has too."""
+        return {name: getattr(self, name) for name in _C.config_defaults()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ResLoraConfig:
+        """Make a config of `to_dict`'s result; unknown keys are dropped with a warning."""
+        names = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - names - set(FILE_KEYS))
+        if unknown:
+            warnings.warn(f"[config] unknown options are ignored: {unknown}", stacklevel=2)
+        return cls(**{key: value for key, value in values.items() if key in names})
+
+    def to_json(self, **file_keys: Any) -> str:
+        """Return the text of an adapter_config.json."""
+        from . import __version__
+
+        values = {"peft_type": PEFT_TYPE, "reslora_version": __version__}
+        return (
+            json.dumps({**values, **file_keys, **self.to_dict()}, indent=2, sort_keys=True) + "\n"
+        )
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "config") -> ResLoraConfig:
+        """Read `to_json`'s text; `source` names it in errors."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"[config] {source} must be JSON; got {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"[config] {source} must be a JSON object; got {type(values).__name__}"
+            )
+        kind = values.get("peft_type", PEFT_TYPE)
+        if kind != PEFT_TYPE:
+            raise ValueError(
+                f"[config] peft_type must be {PEFT_TYPE!r}; got {kind!r} in {source} (an adapter of "
+                "another kind is loaded with PEFT)"
+            )
+        return cls.from_dict(values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the config as JSON, atomically."""
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ResLoraConfig:
+        """Read what `save` wrote."""
+        with open(path, encoding="utf-8") as file:
+            return cls.from_json(file.read(), os.fspath(path))
+
+
+def _as_rank(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"[config] rank_pattern must map to whole numbers; got {value!r} ({name})")
+    return value
+
+
+def _check_types(config: ResLoraConfig) -> None:
+    for name in ("r", "pre_num", "norm_window"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"[config] {name} must be a whole number; got {value!r}")
+    for name in ("lora_alpha", "lora_dropout"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"[config] {name} must be a number; got {value!r}")
+    for name in ("use_rslora", "detach_taps", "strict_links"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"[config] {name} must be a bool; got {getattr(config, name)!r}")
+    for name in ("res_mode", "first_block", "bias"):
+        if not isinstance(getattr(config, name), str):
+            raise ValueError(f"[config] {name} must be a string; got {getattr(config, name)!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(getattr(config, name), dict):
+            raise ValueError(f"[config] {name} must be a dict; got {getattr(config, name)!r}")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) and v for v in value)
+
+
+def _check_choices(config: ResLoraConfig) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, str) and not _is_names(value):
+            raise ValueError(
+                f"[config] {name} must be a list of names or a regular expression; got {value!r}"
+            )
+    if config.modules_to_save is not None and not _is_names(config.modules_to_save):
+        raise ValueError(
+            f"[config] modules_to_save must be a list of names; got {config.modules_to_save!r}"
+        )
+    layers = config.layers_to_transform
+    wanted = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in wanted):
+        raise ValueError(f"[config] layers_to_transform must be layer indices; got {layers!r}")
+    if config.bias != "none":
+        raise ValueError(
+            f"[config] bias must be 'none' (a changed bias does not merge into W); got "
+            f"{config.bias!r}"
+        )
+    if not (isinstance(config.init_lora_weights, bool) or config.init_lora_weights == "gaussian"):
+        raise ValueError(
+            "[config] init_lora_weights must be True, False or 'gaussian'; got "
+            f"{config.init_lora_weights!r}"
+        )
+    if config.merge_method is not None and config.merge_method not in MERGE_METHODS:
+        raise ValueError(
+            f"[config] merge_method must be one of {MERGE_METHODS} or None; got "
+            f"{config.merge_method!r}"
+        )

@@ -1,0 +1,238 @@
+"""The adapted linear layer and the chain that it belongs to.
+
+    y = W x + bias + sum over k of scaling_k B_k (A_k x + taps)      (one op: reslora.ops.adapt)
+
+A layer owns its A [r, in] and B [out, r]; which blocks of other layers it reads, and which taps, is
+the wiring of its chain, made by the C++ library. The module that was there before stays inside as
+`base_layer`: a plain nn.Linear or Conv1D is evaluated inside the op, anything else is called as a
+black box and the low-rank term is added to its output.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .session import Session, is_recomputing
+
+if TYPE_CHECKING:
+    from . import _C
+    from .config import ResLoraConfig
+    from .injection import Injection
+
+
+class Wiring(NamedTuple):
+    """What one layer reads and hands on; integers are positions in its chain."""
+
+    a: list[int]
+    b: list[int]
+    scaling: list[float]
+    taps: list[int]
+    handed: str  # "nothing", "tap" or "s"
+    keep_tap: bool
+
+
+class LayerChain:
+    """The adapted layers of one kind in execution order. A plain object that its layers share."""
+
+    def __init__(self, key: str, config: ResLoraConfig, links: _C.Chain, names: list[str]) -> None:
+        self.key = key
+        self.config = config
+        self.links = links
+        self.names = names
+        self.layers: list[ResLoraLinear] = []
+        self.session: Session | None = None
+        self.injection: Injection | None = None
+        exact = all(links.merges_exactly(n) for n in range(len(names)))
+        self.keeps_norms = config.norm_window > 0 and not exact
+
+    def wiring(self, n: int) -> Wiring:
+        """Return the wiring of layer `n` as plain Python values (torch.compile traces them)."""
+        own = self.links.wiring(n)
+        a, b = list(own.a), list(own.b)
+        keep_tap = own.handed == "tap" and len(a) == len(b)
+        return Wiring(a, b, list(own.scaling), list(own.taps), str(own.handed), keep_tap)
+
+    def has_taps(self) -> bool:
+        """Tell whether anything passes between the layers of this chain."""
+        return any(self.links.wiring(n).taps for n in range(len(self.names)))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is transformers' Conv1D, a linear layer with weight [in, out]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers"
+
+
+def base_weight(base: nn.Module) -> Tensor | None:
+    """Return W [out, in] of a base layer as a view, None where it is no plain floating tensor."""
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
+        return None
+    if weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    return weight.t() if is_conv1d(base) else weight
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+class ResLoraLinear(nn.Module):
+    """A linear layer with a ResLoRA adapter. Made by `inject`; [..., in] -> [..., out]."""
+
+    reslora_A: nn.Parameter
+    reslora_B: nn.Parameter
+
+    def __init__(
+        self, base_layer: nn.Module, chain: LayerChain, position: int, shape: tuple[int, int, int]
+    ) -> None:
+        """Wrap `base_layer`; `shape` is (in_features, out_features, r). A and B are not filled."""
+        super().__init__()
+        self.in_features, self.out_features, self.r = shape
+        self.base_layer = base_layer
+        is_plain = type(base_layer) is nn.Linear or is_conv1d(base_layer)
+        self.plain_type = type(base_layer) if is_plain else None
+        like = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
+        if like is None:
+            like = next(base_layer.parameters(), torch.empty(0))
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        options: dict[str, Any] = {"dtype": dtype, "device": like.device}
+        self.reslora_A = nn.Parameter(torch.empty(self.r, self.in_features, **options))
+        self.reslora_B = nn.Parameter(torch.empty(self.out_features, self.r, **options))
+        self.chain = chain
+        self.position = position
+        self.name = chain.names[position]
+        self.wiring = chain.wiring(position)
+        self.is_disabled = False
+        self.is_merged = False
+        # Plain tensors, not buffers: casts and DistributedDataParallel leave them alone.
+        self.norms: Tensor | None = None
+        self.norm_count: Tensor | None = None
+        self.link_use: dict[tuple[bool, str], int] = {}
+        self.compiled_link_use: dict[str, bool] = {}
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight, for code that looks at its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    def init_adapter(self, how: bool | str) -> None:
+        """Fill A and B as `init_lora_weights` says."""
+        if how == "gaussian":
+            nn.init.normal_(self.reslora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.reslora_A, a=5**0.5)
+        if how is False:
+            nn.init.kaiming_uniform_(self.reslora_B, a=5**0.5)
+        else:
+            nn.init.zeros_(self.reslora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate the layer with its shortcut, or the base layer alone when disabled or merged."""
+        if self.is_disabled or self.is_merged:
+            return self.base_layer(x)
+        if not x.is_floating_point():
+            raise ValueError(f"[adapt] x must be floating; got {x.dtype} (layer {self.name})")
+        wiring = self.wiring
+        session = self.chain.session
+        taps = session.read(self, x) if session is not None and wiring.taps else []
+        weight, bias, base_out = self.evaluate_base(x)
+        norms, norm_count = self._norm_ring(x)
+        layers = self.chain.layers
+        A = [layers[j].reslora_A for j in wiring.a]
+        B = [layers[j].reslora_B for j in wiring.b]
+        if len(A) + len(B) > 2:
+            self._check_present(x, A, B)
+        y, s, tap, _ = ops.adapt(
+            x,
+            weight,
+            bias,
+            base_out,
+            A,
+            B,
+            wiring.scaling,
+            taps,
+            dropout=float(self.chain.config.lora_dropout) if self.training else 0.0,
+            keep_tap=wiring.keep_tap,
+            norms=norms,
+            norm_count=norm_count,
+        )
+        if session is not None:
+            session.write(self, s if wiring.handed == "s" else tap, y)
+        return y
+
+    def evaluate_base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return (weight, bias, None) of a plain base layer, else (None, None, its output)."""
+        base = self.base_layer
+        if type(base) is self.plain_type:
+            weight = base_weight(base)
+            if weight is not None and not (weight.requires_grad or _has_hooks(base)):
+                return weight, base.bias, None
+        return None, None, base(x)
+
+    def _norm_ring(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the ring to write this forward's norms into, (None, None) where none are kept."""
+        if not (self.training and self.chain.keeps_norms and torch.is_grad_enabled()):
+            return None, None
+        if is_recomputing():
+            return None, None
+        if self.norms is None or self.norm_count is None:
+            size = self.chain.config.norm_window
+            self.norms = torch.zeros(2, size, dtype=torch.float32, device=x.device)
+            self.norm_count = torch.zeros(1, dtype=torch.int64, device=x.device)
+        elif self.norms.device != x.device:
+            self.norms, self.norm_count = self.norms.to(x.device), self.norm_count.to(x.device)
+        return self.norms, self.norm_count
+
+    def _check_present(self, x: Tensor, A: list[Tensor], B: list[Tensor]) -> None:
+        for factor in (*A, *B):
+            if factor.is_meta and not x.is_meta:
+                raise ValueError(
+                    f"[adapt] the adapters that {self.name} reads must be loaded; got one on the "
+                    "meta device (keep reslora's parameters out of offloading)"
+                )
+
+    def count_link(self, j: int, reason: str | None) -> None:
+        """Note that the tap of layer `j` was used (no reason) or left out in a real forward."""
+        if reason is not None and self.chain.config.strict_links:
+            raise RuntimeError(
+                f"[session] strict_links demands every link of {self.name}; {reason}"
+            )
+        why = reason or ""
+        if torch.compiler.is_compiling():
+            # A number that changes per forward would recompile: the fact is kept, not the count.
+            self.compiled_link_use[why] = True
+            return
+        use = (self.training, why)
+        self.link_use[use] = self.link_use.get(use, 0) + 1
+
+    def extra_repr(self) -> str:
+        """Show rank, scaling, place in the chain and link."""
+        links = self.chain.links
+        reached = list(links.reached(self.position))
+        link = f"linked to {reached}" if reached else "not linked"
+        if links.wiring(self.position).is_doubled:
+            link = "first, doubled"
+        state = ", merged" if self.is_merged else ", disabled" if self.is_disabled else ""
+        own = self.wiring.b.index(self.position)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"scaling={self.wiring.scaling[own]:g}, {self.chain.config.res_mode} "
+            f"{self.position} of {len(self.chain.names)}, {link}{state}"
+        )

@@ -1,0 +1,14 @@
+# What every target of ours is compiled with; nothing here reaches a program that links reslora.
+
+function(reslora_own_target name)
+  set_target_properties(${name} PROPERTIES
+    CXX_STANDARD ${RESLORA_CXX_STANDARD} CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF
+    CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON POSITION_INDEPENDENT_CODE ON)
+  target_compile_options(${name} PRIVATE -Wall -Wextra $<$<BOOL:${RESLORA_WERROR}>:-Werror>)
+  # fmt's own headers lie in torch's include folder; header-only keeps the two copies apart.
+  target_compile_definitions(${name} PRIVATE FMT_HEADER_ONLY)
+  foreach(sanitizer IN LISTS RESLORA_SANITIZE)
+    target_compile_options(${name} PRIVATE -fsanitize=${sanitizer} -fno-omit-frame-pointer)
+    target_link_options(${name} PRIVATE -fsanitize=${sanitizer})
+  endforeach()
+endfunction()

@@ -1,0 +1,292 @@
+#include <reslora/linear.h>
+#include <reslora/ops.h>
+#include <torch/nn/functional/linear.h>
+#include <torch/nn/init.h>
+
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+
+#include "detail/check.h"
+
+namespace reslora {
+
+/// What the layers of a chain share. Layers hold it; it holds them weakly.
+struct ChainState {
+  struct Pass {
+    std::vector<at::Tensor> taps;
+    int64_t last_position = -1;
+    bool is_open = false;
+  };
+
+  ChainState(Chain links, std::vector<std::weak_ptr<ResLoraLinearImpl>> members)
+      : chain(std::move(links)), layers(std::move(members)), missed(layers.size(), 0) {}
+
+  std::shared_ptr<ResLoraLinearImpl> layer(int64_t position) const {
+    auto strong = layers.at(position).lock();
+    RESLORA_CHECK(
+        strong && strong->state_.get() == this,
+        "[linear] a layer of the chain is gone; got position {} ({}): keep the model alive, "
+        "and call reslora::relink on a cloned model",
+        position, chain.layer(position).name);
+    return strong;
+  }
+
+  /// Makes `layer` the one at `position` of `state`; adapts it first where it is plain.
+  static void join(const std::shared_ptr<ChainState>& state, ResLoraLinearImpl& layer,
+                   int64_t position) {
+    if (!layer.is_adapted()) layer.register_adapter(state->chain.layer(position).r);
+    layer.state_ = state;
+    layer.position_ = position;
+  }
+
+  static const std::shared_ptr<ChainState>& of(const ResLoraLinearImpl& layer) {
+    return layer.state_;
+  }
+  static int64_t position_of(const ResLoraLinearImpl& layer) { return layer.position_; }
+
+  /// The pass of this thread.
+  Pass& pass() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return passes[std::this_thread::get_id()];
+  }
+
+  void end_pass() {
+    std::lock_guard<std::mutex> lock(mutex);
+    passes.erase(std::this_thread::get_id());
+  }
+
+  void count_missed(int64_t position) {
+    std::lock_guard<std::mutex> lock(mutex);
+    ++missed[position];
+  }
+
+  Chain chain;
+  std::vector<std::weak_ptr<ResLoraLinearImpl>> layers;
+  std::vector<int64_t> missed;
+  bool is_enabled = true;
+  std::mutex mutex;
+  std::unordered_map<std::thread::id, Pass> passes;
+};
+
+namespace {
+
+LayerShape shape_of(const ResLoraLinearImpl& layer, const ResLoraConfig& config, std::string name) {
+  return {std::move(name), layer.options.in_features(), layer.options.out_features(), config.r(),
+          scaling_of(config.lora_alpha(), config.r(), config.use_rslora())};
+}
+
+bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
+  return tap.defined() && tap.dim() == x.dim() &&
+         tap.sizes().slice(0, tap.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
+}
+
+}  // namespace
+
+ResLoraLinearImpl::ResLoraLinearImpl(int64_t in_features, int64_t out_features)
+    : ResLoraLinearImpl(torch::nn::LinearOptions(in_features, out_features)) {}
+
+ResLoraLinearImpl::ResLoraLinearImpl(const torch::nn::LinearOptions& options_) : options(options_) {
+  ResLoraLinearImpl::reset();
+}
+
+void ResLoraLinearImpl::reset() {
+  weight =
+      register_parameter("weight", torch::empty({options.out_features(), options.in_features()}));
+  bias = options.bias() ? register_parameter("bias", torch::empty({options.out_features()}))
+                        : register_parameter("bias", {}, /*requires_grad=*/false);
+  reset_parameters();
+  if (is_adapted()) register_adapter(reslora_A.size(0));
+}
+
+void ResLoraLinearImpl::reset_parameters() {
+  torch::NoGradGuard no_grad;
+  torch::nn::init::kaiming_uniform_(weight, std::sqrt(5));
+  if (!bias.defined()) return;
+  const double bound = 1 / std::sqrt(static_cast<double>(options.in_features()));
+  torch::nn::init::uniform_(bias, -bound, bound);
+}
+
+void ResLoraLinearImpl::register_adapter(int64_t r) {
+  const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto made = weight.options().dtype(dtype).requires_grad(false);
+  reslora_A = register_parameter("reslora_A", torch::empty({r, options.in_features()}, made));
+  reslora_B = register_parameter("reslora_B", torch::zeros({options.out_features(), r}, made));
+  torch::nn::init::kaiming_uniform_(reslora_A, std::sqrt(5));
+  weight.set_requires_grad(false);
+  if (bias.defined()) bias.set_requires_grad(false);
+}
+
+void ResLoraLinearImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "reslora::ResLoraLinear(in_features=" << options.in_features()
+         << ", out_features=" << options.out_features() << ", bias=" << options.bias();
+  if (is_adapted())
+    stream << ", r=" << reslora_A.size(0)
+           << ", res_mode=" << shortcut_name(state_->chain.shortcut())
+           << ", position=" << position_;
+  stream << ")";
+}
+
+std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  auto copy = torch::nn::Cloneable<ResLoraLinearImpl>::clone(device);
+  auto& layer = static_cast<ResLoraLinearImpl&>(*copy);
+  if (norms.is_defined()) layer.norms = NormWindow(norms.norms().clone(), norms.count().clone());
+  if (is_adapted()) {
+    layer.weight.set_requires_grad(weight.requires_grad());
+    if (bias.defined()) layer.bias.set_requires_grad(bias.requires_grad());
+  }
+  return copy;
+}
+
+at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
+  if (!is_adapted() || !state_->is_enabled) return torch::nn::functional::linear(x, weight, bias);
+  ChainState::Pass& pass = state_->pass();
+  const int64_t last = state_->chain.size() - 1;
+  if (position_ == 0 && (!pass.is_open || pass.last_position >= 0)) pass = {{}, -1, true};
+  // Positions grow within a pass: anything else would read what another forward left behind.
+  if (pass.is_open && position_ <= pass.last_position) pass = {};
+  if (!pass.is_open) {
+    std::vector<at::Tensor> nothing(state_->chain.size());
+    return run(x, nothing);
+  }
+  pass.taps.resize(state_->chain.size());
+  pass.last_position = position_;
+  at::Tensor y = run(x, pass.taps);
+  if (position_ == last) state_->end_pass();
+  return y;
+}
+
+std::pair<at::Tensor, Taps> ResLoraLinearImpl::forward_with_taps(const at::Tensor& x, Taps taps) {
+  RESLORA_CHECK(is_adapted(),
+                "[linear] forward_with_taps needs a layer that reslora::link adapted");
+  taps.by_position.resize(state_->chain.size());
+  at::Tensor y = run(x, taps.by_position);
+  return {std::move(y), std::move(taps)};
+}
+
+at::Tensor ResLoraLinearImpl::run(const at::Tensor& x, std::vector<at::Tensor>& taps) {
+  const Chain& chain = state_->chain;
+  const ResLoraConfig& config = chain.config();
+  const Wiring& wiring = chain.wiring(position_);
+  RESLORA_CHECK(
+      state_->layers[position_].lock().get() == this,
+      "[linear] this layer ({}) is a copy that is in no chain; call reslora::relink on the "
+      "cloned model",
+      chain.layer(position_).name);
+  AdaptInput in;
+  in.x = x;
+  in.weight = weight;
+  if (bias.defined()) in.bias = bias;
+  for (int64_t k : wiring.a) in.A.push_back(state_->layer(k)->reslora_A);
+  for (int64_t k : wiring.b) in.B.push_back(state_->layer(k)->reslora_B);
+  in.scaling = wiring.scaling;
+  for (int64_t k : wiring.taps) {
+    if (has_rows_of(taps[k], x)) {
+      in.taps.push_back(config.detach_taps() ? taps[k].detach() : taps[k]);
+    } else {
+      state_->count_missed(position_);
+    }
+  }
+  in.dropout = is_training() ? config.lora_dropout() : 0;
+  in.keep_tap = wiring.handed == Handed::kTap && wiring.a.size() == wiring.b.size();
+  if (is_training() && torch::GradMode::is_enabled() && config.norm_window() > 0) {
+    if (!norms.is_defined() || norms.norms().device() != x.device())
+      norms = NormWindow(config.norm_window(), x.device());
+    in.norms = norms.norms();
+    in.norm_count = norms.count();
+  }
+  AdaptOutput out = adapt(in);
+  if (wiring.handed != Handed::kNothing)
+    taps[position_] = wiring.handed == Handed::kS ? out.s : out.tap;
+  return out.y;
+}
+
+const Chain& LinkedChain::chain() const { return state_->chain; }
+
+void LinkedChain::begin_forward() const { state_->pass() = {{}, -1, true}; }
+
+std::vector<at::Tensor> LinkedChain::parameters() const {
+  std::vector<at::Tensor> all;
+  for (int64_t n = 0; n < state_->chain.size(); ++n) {
+    all.push_back(state_->layer(n)->reslora_A);
+    all.push_back(state_->layer(n)->reslora_B);
+  }
+  return all;
+}
+
+ChainView LinkedChain::view() const {
+  ChainView view{state_->chain, {}};
+  for (int64_t n = 0; n < state_->chain.size(); ++n) {
+    const auto layer = state_->layer(n);
+    view.layers.push_back({layer->weight, layer->reslora_A, layer->reslora_B, layer->norms});
+  }
+  return view;
+}
+
+void LinkedChain::set_enabled(bool is_enabled) const { state_->is_enabled = is_enabled; }
+
+int64_t LinkedChain::missed_links(int64_t position) const { return state_->missed.at(position); }
+
+LinkedChain link(const std::vector<ResLoraLinear>& layers, const ResLoraConfig& config,
+                 std::vector<std::string> names) {
+  RESLORA_CHECK(!layers.empty(), "[link] a chain needs at least one layer; got none");
+  if (names.empty())
+    for (size_t n = 0; n < layers.size(); ++n) names.push_back(std::to_string(n));
+  RESLORA_CHECK(names.size() == layers.size(),
+                "[link] needs one name per layer; got {} names for {}", names.size(),
+                layers.size());
+  std::vector<LayerShape> shapes;
+  std::vector<std::weak_ptr<ResLoraLinearImpl>> members;
+  for (size_t n = 0; n < layers.size(); ++n) {
+    RESLORA_CHECK(!layers[n]->is_adapted(),
+                  "[link] a layer is in one chain only; got {}, linked already", names[n]);
+    for (size_t k = 0; k < n; ++k)
+      RESLORA_CHECK(layers[k].ptr() != layers[n].ptr(),
+                    "[link] a layer stands once in a chain; got {} "
+                    "and {}, the same layer",
+                    names[k], names[n]);
+    shapes.push_back(shape_of(*layers[n], config, names[n]));
+    members.push_back(layers[n].ptr());
+  }
+  auto state = std::make_shared<ChainState>(Chain(config, std::move(shapes)), std::move(members));
+  for (size_t n = 0; n < layers.size(); ++n)
+    ChainState::join(state, *layers[n].ptr(), static_cast<int64_t>(n));
+  return LinkedChain(std::move(state));
+}
+
+std::vector<LinkedChain> relink(torch::nn::Module& model) {
+  std::map<std::shared_ptr<ChainState>, std::vector<std::shared_ptr<ResLoraLinearImpl>>> groups;
+  std::vector<std::shared_ptr<ChainState>> order;
+  for (const auto& module : model.modules(/*include_self=*/false)) {
+    auto layer = std::dynamic_pointer_cast<ResLoraLinearImpl>(module);
+    if (!layer || !layer->is_adapted()) continue;
+    const auto& old = ChainState::of(*layer);
+    auto& group = groups[old];
+    if (group.empty()) {
+      order.push_back(old);
+      group.resize(old->chain.size());
+    }
+    group[ChainState::position_of(*layer)] = layer;
+  }
+  std::vector<LinkedChain> chains;
+  for (const auto& old : order) {
+    std::vector<std::weak_ptr<ResLoraLinearImpl>> members;
+    for (size_t n = 0; n < groups[old].size(); ++n) {
+      RESLORA_CHECK(groups[old][n],
+                    "[relink] the model must hold every layer of a chain; got none for {}",
+                    old->chain.layer(static_cast<int64_t>(n)).name);
+      members.push_back(groups[old][n]);
+    }
+    auto state = std::make_shared<ChainState>(old->chain, std::move(members));
+    state->is_enabled = old->is_enabled;
+    for (const auto& layer : groups[old])
+      ChainState::join(state, *layer, ChainState::position_of(*layer));
+    chains.emplace_back(std::move(state));
+  }
+  return chains;
+}
+
+}  // namespace reslora

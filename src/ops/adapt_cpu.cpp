@@ -1,0 +1,160 @@
+// `adapt` on the CPU: ATen's GEMMs, with dropout applied to slabs of rows that stay in cache.
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+#include "detail/check.h"
+#include "ops/adapt_kernels.h"
+#include "ops/dropout_bits.h"
+
+namespace reslora::ops {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kSlabBytes = 512 * 1024;  // half of a usual L2 cache
+constexpr int64_t kGrainBytes = 64 * 1024;  // below this a second thread costs more than it saves
+
+int64_t slab_rows(const Tensor& x) {
+  const int64_t row_bytes = std::max<int64_t>(1, x.size(1) * x.element_size());
+  return std::max<int64_t>(16, kSlabBytes / row_bytes);
+}
+
+Tensor draw_bits(const Tensor& x, double keep) {
+  uint64_t seed = 0;
+  {
+    auto* generator = at::get_generator_or_default<at::CPUGeneratorImpl>(
+        std::nullopt, at::detail::getDefaultCPUGenerator());
+    std::lock_guard<std::mutex> lock(generator->mutex_);
+    seed = generator->random64();
+  }
+  const int64_t row_bytes = (x.size(1) + 7) / 8;
+  Tensor bits = at::empty({x.size(0), row_bytes}, x.options().dtype(at::kByte));
+  auto* data = bits.data_ptr<uint8_t>();
+  const auto level = static_cast<uint32_t>(keep * 65536.0 + 0.5);
+  const int64_t grain = std::max<int64_t>(1, 4096 / row_bytes);
+  at::parallel_for(0, x.size(0), grain, [&](int64_t first, int64_t last) {
+    draw_bit_rows(seed, level, first, last, row_bytes, data);
+  });
+  return bits;
+}
+
+/// target rows = source rows with dropped elements set to 0; both row-major, the same rows.
+void apply_bits(const Tensor& source, const Tensor& bits, Tensor& target) {
+  const auto* in = static_cast<const char*>(source.const_data_ptr());
+  auto* out = static_cast<char*>(target.mutable_data_ptr());
+  const auto* mask = bits.const_data_ptr<uint8_t>();
+  const int64_t n = source.size(1), size = source.element_size();
+  const int64_t in_stride = source.stride(0) * size, out_stride = target.stride(0) * size;
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, n * size));
+  at::parallel_for(0, source.size(0), grain, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      apply_bit_row(mask + row * bits.size(1), in + row * in_stride, n, size,
+                    out + row * out_stride);
+  });
+}
+
+/// Calls body(first, rows, dropped) for each slab of x, `dropped` being x * bits in one buffer.
+template <typename Body>
+void for_each_dropped_slab(const Tensor& x, const Tensor& bits, const Body& body) {
+  const Tensor rows_dense = x.stride(1) == 1 ? x : x.contiguous();
+  const int64_t step = slab_rows(x);
+  Tensor buffer = at::empty({std::min(step, x.size(0)), x.size(1)}, x.options());
+  for (int64_t first = 0; first < x.size(0); first += step) {
+    const int64_t rows = std::min(step, x.size(0) - first);
+    Tensor dropped = buffer.narrow(0, 0, rows);
+    apply_bits(rows_dense.narrow(0, first, rows), bits.narrow(0, first, rows), dropped);
+    body(first, rows, dropped);
+  }
+}
+
+void project(const Tensor& x, const Tensor& bits, const Tensor& A, double keep, Tensor& out) {
+  const Tensor At = A.t();
+  for_each_dropped_slab(x, bits, [&](int64_t first, int64_t rows, const Tensor& dropped) {
+    out.narrow(0, first, rows).addmm_(dropped, At, 0, 1 / keep);
+  });
+}
+
+Tensor project_grad(const Tensor& du, const Tensor& x, const Tensor& bits, double keep) {
+  // Sums over slabs in fp32 at least, so that bf16 rounds once.
+  const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor dA = at::zeros({du.size(1), x.size(1)}, x.options().dtype(dtype));
+  for_each_dropped_slab(x, bits, [&](int64_t first, int64_t rows, const Tensor& dropped) {
+    const Tensor part = du.narrow(0, first, rows).t();
+    if (dtype == x.scalar_type()) {
+      dA.addmm_(part, dropped, 1, 1 / keep);
+    } else {
+      dA.add_(at::mm(part, dropped), 1 / keep);
+    }
+  });
+  return dA;
+}
+
+void expand(const Tensor& du, const Tensor& A, const Tensor& bits, double keep, Tensor& dx) {
+  const int64_t step = slab_rows(dx);
+  for (int64_t first = 0; first < dx.size(0); first += step) {
+    const int64_t rows = std::min(step, dx.size(0) - first);
+    Tensor slab = dx.narrow(0, first, rows);
+    slab.addmm_(du.narrow(0, first, rows), A, 0, 1 / keep);
+    apply_bits(slab, bits.narrow(0, first, rows), slab);
+  }
+}
+
+void record_norms(const Tensor& x, const Tensor& own, const Tensor& norms, const Tensor& count) {
+  const int64_t size = norms.size(1);
+  auto* written = count.mutable_data_ptr<int64_t>();
+  auto* ring = norms.mutable_data_ptr<float>();
+  const int64_t column = *written % size;
+  ring[column] = frobenius_norm(x).item<float>();
+  ring[size + column] = frobenius_norm(own).item<float>();
+  ++*written;
+}
+
+/// RESLORA_KERNELS=aten takes the form that other devices use (for tests and comparisons); auto,
+/// the default, takes the kernels of this file.
+const DeviceKernels& chosen_kernels() {
+  static const DeviceKernels& chosen = []() -> const DeviceKernels& {
+    const char* name = std::getenv("RESLORA_KERNELS");
+    const std::string_view choice = name ? name : "auto";
+    RESLORA_CHECK(choice == "auto" || choice == "aten",
+                  "[adapt] RESLORA_KERNELS must be auto or aten; got {}", choice);
+    return choice == "aten" ? kAtenKernels : kCpuKernels;
+  }();
+  return chosen;
+}
+
+Outputs adapt_cpu(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                  const OptTensor& base_out, at::TensorList A, at::TensorList B,
+                  at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
+                  const OptTensor& bits, bool keep_tap, const OptTensor& norms,
+                  const OptTensor& norm_count) {
+  return evaluate(
+      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, norms, norm_count},
+      chosen_kernels());
+}
+
+Gradients adapt_backward_cpu(const OptTensor& gy, const OptTensor& gs, const OptTensor& gtap,
+                             const Tensor& x, const OptTensor& weight, at::TensorList A,
+                             at::TensorList B, at::ArrayRef<double> scaling, const Tensor& s,
+                             const OptTensor& bits, double dropout, bool keep_tap,
+                             std::array<bool, 3> needs) {
+  return evaluate_backward(
+      {gy, gs, gtap, x, weight, A, B, scaling, s, bits, dropout, keep_tap, needs},
+      chosen_kernels());
+}
+
+}  // namespace
+
+const DeviceKernels kCpuKernels = {draw_bits, project, project_grad, expand, record_norms};
+
+TORCH_LIBRARY_IMPL(reslora, CPU, m) {
+  m.impl("adapt", adapt_cpu);
+  m.impl("adapt_backward", adapt_backward_cpu);
+}
+
+}  // namespace reslora::ops

@@ -1,0 +1,105 @@
+#include "ops/dropout_bits.h"
+
+#include <array>
+#include <cstring>
+
+namespace reslora::ops {
+namespace {
+
+constexpr int kLanes = 16;  // Philox calls side by side, so that compilers vectorise the rounds
+using Lanes = std::array<uint32_t, kLanes>;
+
+/// Philox4x32-10 (Salmon et al., SC 2011) on kLanes counters at once.
+void philox(std::array<Lanes, 4>& counter, uint64_t seed) {
+  uint32_t key0 = static_cast<uint32_t>(seed);
+  uint32_t key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t p0 = uint64_t{0xD2511F53} * counter[0][i];
+      const uint64_t p1 = uint64_t{0xCD9E8D57} * counter[2][i];
+      counter[0][i] = static_cast<uint32_t>(p1 >> 32) ^ counter[1][i] ^ key0;
+      counter[2][i] = static_cast<uint32_t>(p0 >> 32) ^ counter[3][i] ^ key1;
+      counter[1][i] = static_cast<uint32_t>(p1);
+      counter[3][i] = static_cast<uint32_t>(p0);
+    }
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+}
+
+/// 4 * kLanes words of 32 bits, each bit 1 with probability level / 65536.
+///
+/// Works on whole words: from the lowest binary digit of the level to the highest, a digit 1 ORs a
+/// word of fair coins, a digit 0 ANDs one, which halves the distance each time.
+std::array<Lanes, 4> biased_words(uint64_t seed, uint32_t level, uint64_t row, uint32_t block) {
+  std::array<Lanes, 4> result{};
+  if (level >= 65536) {
+    for (Lanes& lanes : result) lanes.fill(0xFFFFFFFF);
+    return result;
+  }
+  int digit = 0;
+  while (digit < 15 && !((level >> digit) & 1)) ++digit;  // trailing zeros only AND zero with coins
+  for (; digit < 16; ++digit) {
+    std::array<Lanes, 4> coins;
+    for (int i = 0; i < kLanes; ++i) {
+      coins[0][i] = static_cast<uint32_t>(row);
+      coins[1][i] = static_cast<uint32_t>(row >> 32);
+      coins[2][i] = block * kLanes + i;
+      coins[3][i] = static_cast<uint32_t>(digit);
+    }
+    philox(coins, seed);
+    const uint32_t is_one = (level >> digit) & 1 ? 0xFFFFFFFF : 0;
+    for (int w = 0; w < 4; ++w)
+      for (int i = 0; i < kLanes; ++i)
+        result[w][i] = (result[w][i] & coins[w][i]) | (is_one & (result[w][i] | coins[w][i]));
+  }
+  return result;
+}
+
+template <typename Word>
+std::array<std::array<Word, 8>, 256> make_masks() {
+  std::array<std::array<Word, 8>, 256> masks{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int bit = 0; bit < 8; ++bit) masks[byte][bit] = (byte >> bit) & 1 ? ~Word{0} : Word{0};
+  return masks;
+}
+
+template <typename Word>
+void apply_row(const uint8_t* bits, const Word* in, int64_t n, Word* out) {
+  static const auto masks = make_masks<Word>();
+  const int64_t whole = n / 8;
+  for (int64_t byte = 0; byte < whole; ++byte) {
+    const auto& mask = masks[bits[byte]];
+    for (int k = 0; k < 8; ++k) out[8 * byte + k] = in[8 * byte + k] & mask[k];
+  }
+  for (int64_t j = 8 * whole; j < n; ++j) out[j] = in[j] & masks[bits[whole]][j % 8];
+}
+
+}  // namespace
+
+void draw_bit_rows(uint64_t seed, uint32_t level, int64_t first, int64_t last, int64_t row_bytes,
+                   uint8_t* bits) {
+  constexpr int64_t kBlockBytes = sizeof(std::array<Lanes, 4>);
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t start = 0; start < row_bytes; start += kBlockBytes) {
+      const auto words = biased_words(seed, level, static_cast<uint64_t>(row),
+                                      static_cast<uint32_t>(start / kBlockBytes));
+      const int64_t n = row_bytes - start < kBlockBytes ? row_bytes - start : kBlockBytes;
+      std::memcpy(bits + row * row_bytes + start, words.data(), static_cast<size_t>(n));
+    }
+  }
+}
+
+void apply_bit_row(const uint8_t* bits, const void* in, int64_t n, int64_t element_size,
+                   void* out) {
+  switch (element_size) {
+    case 2:
+      return apply_row(bits, static_cast<const uint16_t*>(in), n, static_cast<uint16_t*>(out));
+    case 4:
+      return apply_row(bits, static_cast<const uint32_t*>(in), n, static_cast<uint32_t*>(out));
+    default:
+      return apply_row(bits, static_cast<const uint64_t*>(in), n, static_cast<uint64_t*>(out));
+  }
+}
+
+}  // namespace reslora::ops

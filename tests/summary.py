@@ -1,0 +1,90 @@
+"""Sums up what ctest and pytest wrote, and decides the exit code of tests/run.sh.
+
+    python tests/summary.py <folder with ctest.xml and pytest.xml>
+
+Prints failed tests and skips with their reasons, and ends with `N passed, N failed, N skipped`. A
+skip whose reason is not in ALLOWED_SKIPS counts as failed. A file that is absent or empty counts as
+one failure: the program that should have written it crashed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# What CI may lack. Everything else must be there, so skipping for another reason is a failure.
+ALLOWED_SKIPS = (
+    r"\bdata\b.*\b(absent|not found)\b",  # the folder of data sets beside the checkout
+    r"no CUDA (device|toolkit)",
+)
+
+
+@dataclass
+class Tally:
+    """What one or more result files say."""
+
+    passed: int = 0
+    failed: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def skip(self, name: str, reason: str) -> None:
+        """Count a skip, as a failure where ALLOWED_SKIPS does not list its reason."""
+        if any(re.search(pattern, reason) for pattern in ALLOWED_SKIPS):
+            self.skipped.append(f"{name}: {reason}")
+        else:
+            self.failed.append(f"{name}: skipped without leave ({reason})")
+
+
+def skip_reason(case: ElementTree.Element) -> str | None:
+    """Return why a test case was skipped, or None where it ran."""
+    skipped = case.find("skipped")
+    if skipped is None and case.get("status") not in ("disabled", "notrun"):
+        return None
+    reason = "" if skipped is None else (skipped.get("message") or skipped.text or "")
+    output = case.findtext("system-out") or ""
+    printed = re.search(r"Skipped\n(.+)", output)  # GoogleTest prints the reason below this word
+    return (printed.group(1) if printed else reason).strip() or "no reason given"
+
+
+def read(path: Path, tally: Tally) -> None:
+    """Add the test cases of a JUnit file to the tally."""
+    try:
+        cases = list(ElementTree.parse(path).iter("testcase"))
+    except (OSError, ElementTree.ParseError) as error:
+        tally.failed.append(f"{path.name} could not be read ({error}): its program did not finish")
+        return
+    if not cases:
+        tally.failed.append(f"{path.name} holds no test")
+    for case in cases:
+        name = "::".join(filter(None, (case.get("classname"), case.get("name"))))
+        reason = skip_reason(case)
+        if case.find("failure") is not None or case.find("error") is not None:
+            tally.failed.append(name)
+        elif reason is not None:
+            tally.skip(name, reason)
+        else:
+            tally.passed += 1
+
+
+def main(folder: Path) -> int:
+    """Print the summary of a results folder; return the exit code."""
+    tally = Tally()
+    for name in ("ctest.xml", "pytest.xml"):
+        read(folder / name, tally)
+    if (folder / "style.txt").exists():
+        tally.failed.append("style (its sentences stand above)")
+    for line in tally.failed:
+        print(f"FAILED  {line}")
+    for line in tally.skipped:
+        print(f"skipped  {line}")
+    print(f"{tally.passed} passed, {len(tally.failed)} failed, {len(tally.skipped)} skipped")
+    return 1 if tally.failed else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/summary.py <folder with ctest.xml and pytest.xml>")
+    sys.exit(main(Path(sys.argv[1])))
