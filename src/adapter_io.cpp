@@ -218,8 +218,11 @@ void check_adapter(const AdapterFile& adapter) {
   detail::JsonReader config(adapter.config_json, kConfigKey);
   config.object([&](const std::string&) { config.skip(); });
   config.finish();
+  std::set<std::string> names;
   std::set<std::string> factors;
   for (const ChainRecord& chain : adapter.chains) {
+    require(names.insert(chain.name).second, "chains must have names of their own; got {} twice",
+            shown(chain.name));
     require(!chain.layers.empty(), "chain {} must have a layer; got none", shown(chain.name));
     for (const LayerShape& layer : chain.layers) {
       require(layer.in_features > 0 && layer.out_features > 0 && layer.r > 0 &&

@@ -192,13 +192,13 @@ at::Tensor ResLoraLinearImpl::run(const at::Tensor& x, std::vector<at::Tensor>& 
   }
   in.dropout = is_training() ? config.lora_dropout() : 0;
   in.keep_tap = wiring.handed == Handed::kTap && wiring.a.size() == wiring.b.size();
-  if (is_training() && torch::GradMode::is_enabled() && config.norm_window() > 0) {
+  in.want_norms = is_training() && torch::GradMode::is_enabled() && config.norm_window() > 0;
+  AdaptOutput out = adapt(in);
+  if (in.want_norms) {
     if (!norms.is_defined() || norms.norms().device() != x.device())
       norms = NormWindow(config.norm_window(), x.device());
-    in.norms = norms.norms();
-    in.norm_count = norms.count();
+    record_norms(out.norms, norms.norms(), norms.count());
   }
-  AdaptOutput out = adapt(in);
   if (wiring.handed != Handed::kNothing)
     taps[position_] = wiring.handed == Handed::kS ? out.s : out.tap;
   return out.y;

@@ -90,7 +90,7 @@ install_requirements() {
 import sys, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))
 build = [r for r in project["build-system"]["requires"] if not r.startswith("torch")]
-print(*[sys.argv[1], "cmake>=3.25", "ninja", "numpy", "tqdm", *build,
+print(*[sys.argv[1], "cmake>=3.25", "ninja", *build,
         *project["project"]["optional-dependencies"]["test"]], sep="\n")
 PYTHON
   )
@@ -105,7 +105,7 @@ PYTHON
 # One build tree for the package and the C++ tests: nothing is compiled twice.
 build() {
   say "building with $jobs jobs"
-  python -m pip install --quiet --no-build-isolation --no-deps \
+  python -m pip install --quiet --no-build-isolation \
     --config-settings=cmake.define.RESLORA_BUILD_TESTS=ON \
     --config-settings=cmake.define.RESLORA_WERROR=ON --editable .
 }

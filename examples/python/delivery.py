@@ -10,7 +10,7 @@ in is saved with transformers, loaded, and compared as well.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import peft
@@ -68,10 +68,9 @@ def deliver(
     model: torch.nn.Module, method: Method, context: Context, folder: Path
 ) -> list[dict[str, object]]:
     """Merge by each rule, export, reload, compare; return one row per rule. Unwraps the model."""
-    trained = context.logits(model)
     rows, merged = [], None
     for rule in RULES[method.res_mode]:
-        row, logits = _merge_and_export(model, rule, trained, context, folder / f"lora-{rule}")
+        row, logits = _merge_and_export(model, rule, context, folder / f"lora-{rule}")
         rows.append(row)
         merged = logits if merged is None else merged
     first = RULES[method.res_mode][0]
@@ -85,29 +84,28 @@ def deliver(
 
 
 def _merge_and_export(
-    model: torch.nn.Module, rule: str, trained: torch.Tensor, context: Context, folder: Path
+    model: torch.nn.Module, rule: str, context: Context, folder: Path
 ) -> tuple[dict[str, object], torch.Tensor]:
     report = reslora.merge(model, rule, batch={"input_ids": context.batch.to(context.device)})
     merged = context.logits(model)
     row: dict[str, object] = {
         "rule": rule,
         "loss_merged": context.losses(model).mean().item(),
-        "merge_error": relative(merged, trained),
-        "layers": _layers_of(report),
+        "merge_error": report.output_error,
+        "layers": [asdict(layer) for layer in report.layers],
         "lora_folder": str(folder),
     }
     reslora.unmerge(model)
-    reslora.export_lora(model, folder, merge_method=rule, base_model_name_or_path=context.base_name)
+    reslora.export_lora(
+        model,
+        folder,
+        merge_method=rule,
+        base_model_name_or_path=context.base_name,
+        task_type="CAUSAL_LM",
+    )
     reloaded = peft.PeftModel.from_pretrained(context.load_base(), str(folder))
     row["peft_difference"] = relative(context.logits(reloaded), merged)
     return row, merged
-
-
-def _layers_of(report: object) -> list[dict[str, object]]:
-    return [
-        {"name": layer.name, "rule": layer.rule, "alpha_star": list(layer.alpha_star)}
-        for layer in report.layers
-    ]
 
 
 def disagreements(results: list[dict]) -> list[str]:

@@ -33,7 +33,7 @@ END = "<|end|>"
 class PretrainSettings:
     """What decides the weights: a change of any makes another folder in the cache."""
 
-    steps: int = 700
+    steps: int
     seconds: float = 100.0  # the schedule ends early on a slow machine
     hidden_size: int = 128
     layers: int = 6

@@ -64,8 +64,8 @@ def conclusions(results: Results, tolerance: float) -> str:
     rows = [row for result in results for row in result["merges"]]
     worst = max(max(r["peft_difference"], r.get("transformers_difference", 0.0)) for r in rows)
     lines = [
-        "'before', 'trained' and 'merged' are losses (nats per token) on held-out text;",
-        "'merge error' is the relative change of the logits that merging causes on one batch of it.",
+        "'before', 'trained' and 'merged' are losses (nats per token) on held-out text; 'merge",
+        "error' is the relative change of the logits that merging causes on one batch of it.",
         "",
         f"Files read back by PEFT and transformers: logits differ from ours by at most {worst:.1e}"
         f" (allowed: {tolerance:.0e}).",

@@ -35,20 +35,26 @@ struct AdaptInput {
   double dropout = 0;                  // in [0, 1)
   std::optional<at::Tensor> bits;      // uint8 [T, ceil(in/8)], 1 = kept; drawn where absent
   bool keep_tap = false;               // return the own product as `tap`
-  std::optional<at::Tensor> norms;     // fp32 [2, N] ring: |x|_F and |own product|_F, changed
-  std::optional<at::Tensor> norm_count;  // int64 [1]: how many were ever written, changed
+  bool want_norms = false;             // return |x|_F and |own product|_F
 };
 
 struct AdaptOutput {
-  at::Tensor y;     // [..., out]
-  at::Tensor s;     // [..., R], what entered B
-  at::Tensor tap;   // [..., r] for a later layer; empty [0] where none was asked for
-  at::Tensor bits;  // the dropout bits drawn; empty [0] where given or not needed
+  at::Tensor y;      // [..., out]
+  at::Tensor s;      // [..., R], what entered B
+  at::Tensor tap;    // [..., r] for a later layer; empty [0] where none was asked for
+  at::Tensor bits;   // the dropout bits drawn; empty [0] where given or not needed
+  at::Tensor norms;  // fp32 [2], of x before dropout and of u[:, :R]; empty [0] where not wanted
 };
 
 /// Evaluates one adapted layer. Throws c10::ValueError where shapes, dtypes or devices disagree.
 /// A and B may have another dtype or device than x: they are cast when stacked, their gradients
 /// come back in their own. Works on every device that ATen serves; CPU has a kernel of its own.
 RESLORA_API AdaptOutput adapt(const AdaptInput& input);
+
+/// Writes `norms` (an output of `adapt`) into the next column of ring [2, N] and adds one to count
+/// [1], both on the device and without a host sync. Throws c10::ValueError for other shapes or
+/// dtypes.
+RESLORA_API void record_norms(const at::Tensor& norms, const at::Tensor& ring,
+                              const at::Tensor& count);
 
 }  // namespace reslora

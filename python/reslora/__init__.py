@@ -13,7 +13,7 @@ Example::
 import torch
 
 try:
-    from . import _build_info
+    from . import _build_info  # type: ignore[attr-defined]
 except ImportError:
     raise ImportError(
         "reslora is not built in this folder: run `pip install .` in its repository"
@@ -27,7 +27,7 @@ if _torch_minor != _build_info.TORCH_MINOR:
         "install that torch, or build reslora again with `pip install --no-build-isolation .`"
     )
 
-from . import _C  # noqa: E402, F401  (loads libreslora and registers torch.ops.reslora)
+from . import _C  # noqa: E402, F401  (loads libreslora, which registers the ops)
 from .checkpoint import export_lora, load, save_pretrained  # noqa: E402
 from .config import ResLoraConfig  # noqa: E402
 from .injection import inject  # noqa: E402

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from . import _C
 from .config import ResLoraConfig
-from .injection import Injection, inject, matches_names
+from .injection import Injection, inject
 from .layer import is_conv1d
 from .merging import make_plan, unload
+from .targets import matches_names
 from .utils import find_layers, injection_of, write_text
 
 CONFIG_NAME = "adapter_config.json"

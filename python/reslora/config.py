@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -123,10 +124,18 @@ class ResLoraConfig:
         _check_types(self)
         _check_choices(self)
         _C.validate_config(self.core())
-        for name, value in self.rank_pattern.items():
-            _C.scaling_of(float(self.lora_alpha), _as_rank(name, value), self.use_rslora)
-        for value in self.alpha_pattern.values():
-            _C.scaling_of(float(value), self.r, self.use_rslora)
+        for key, rank in self.rank_pattern.items():
+            if not _is_whole(rank):
+                raise ValueError(
+                    f"[config] rank_pattern must map to whole numbers; got {rank!r} ({key})"
+                )
+            _C.scaling_of(self.lora_alpha, rank, self.use_rslora)
+        for key, alpha in self.alpha_pattern.items():
+            if not _is_number(alpha):
+                raise ValueError(
+                    f"[config] alpha_pattern must map to numbers; got {alpha!r} ({key})"
+                )
+            _C.scaling_of(alpha, self.r, self.use_rslora)
 
     def core(self) -> dict[str, Any]:
         """Return the options that the C++ library has too."""
@@ -168,8 +177,8 @@ class ResLoraConfig:
         kind = values.get("peft_type", PEFT_TYPE)
         if kind != PEFT_TYPE:
             raise ValueError(
-                f"[config] peft_type must be {PEFT_TYPE!r}; got {kind!r} in {source} (an adapter of "
-                "another kind is loaded with PEFT)"
+                f"[config] peft_type must be {PEFT_TYPE!r}; got {kind!r} in {source} (adapters of "
+                "another kind are loaded with PEFT)"
             )
         return cls.from_dict(values)
 
@@ -184,21 +193,23 @@ class ResLoraConfig:
             return cls.from_json(file.read(), os.fspath(path))
 
 
-def _as_rank(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"[config] rank_pattern must map to whole numbers; got {value!r} ({name})")
-    return value
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_types(config: ResLoraConfig) -> None:
     for name in ("r", "pre_num", "norm_window"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"[config] {name} must be a whole number; got {value!r}")
+        if not _is_whole(getattr(config, name)):
+            raise ValueError(
+                f"[config] {name} must be a whole number; got {getattr(config, name)!r}"
+            )
     for name in ("lora_alpha", "lora_dropout"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"[config] {name} must be a number; got {value!r}")
+        if not _is_number(getattr(config, name)):
+            raise ValueError(f"[config] {name} must be a number; got {getattr(config, name)!r}")
     for name in ("use_rslora", "detach_taps", "strict_links"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"[config] {name} must be a bool; got {getattr(config, name)!r}")
@@ -214,6 +225,15 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) and v for v in value)
 
 
+def _check_expression(name: str, expression: Any) -> None:
+    try:
+        re.compile(expression)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"[config] {name} must be a regular expression; got {expression!r} ({error})"
+        ) from None
+
+
 def _check_choices(config: ResLoraConfig) -> None:
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
@@ -221,14 +241,27 @@ def _check_choices(config: ResLoraConfig) -> None:
             raise ValueError(
                 f"[config] {name} must be a list of names or a regular expression; got {value!r}"
             )
+        if isinstance(value, str):
+            _check_expression(name, value)
+    if config.target_modules == []:
+        raise ValueError("[config] target_modules must be names or a regular expression; got []")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for expression in getattr(config, name):
+            _check_expression(name, expression)
     if config.modules_to_save is not None and not _is_names(config.modules_to_save):
         raise ValueError(
             f"[config] modules_to_save must be a list of names; got {config.modules_to_save!r}"
         )
     layers = config.layers_to_transform
     wanted = layers if isinstance(layers, list) else [] if layers is None else [layers]
-    if any(isinstance(v, bool) or not isinstance(v, int) or v < 0 for v in wanted):
+    if any(not _is_whole(index) or index < 0 for index in wanted) or layers == []:
         raise ValueError(f"[config] layers_to_transform must be layer indices; got {layers!r}")
+    targets = config.target_modules
+    if wanted and isinstance(targets, str) and targets.lower() != "all-linear":
+        raise ValueError(
+            "[config] layers_to_transform needs a list of target_modules or 'all-linear'; got the "
+            f"regular expression {targets!r} (write the indices into it)"
+        )
     if config.bias != "none":
         raise ValueError(
             f"[config] bias must be 'none' (a changed bias does not merge into W); got "

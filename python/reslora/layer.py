@@ -10,6 +10,7 @@ black box and the low-rank term is added to its output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -87,11 +88,15 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _typical_tensor(base: nn.Module) -> Tensor:
+    """Return a parameter whose device, and precision if floating, the adapter takes."""
+    parameters = list(base.parameters())
+    floating = [parameter for parameter in parameters if parameter.is_floating_point()]
+    return next(iter([*floating, *parameters]), torch.empty(0))
+
+
 class ResLoraLinear(nn.Module):
     """A linear layer with a ResLoRA adapter. Made by `inject`; [..., in] -> [..., out]."""
-
-    reslora_A: nn.Parameter
-    reslora_B: nn.Parameter
 
     def __init__(
         self, base_layer: nn.Module, chain: LayerChain, position: int, shape: tuple[int, int, int]
@@ -102,9 +107,7 @@ class ResLoraLinear(nn.Module):
         self.base_layer = base_layer
         is_plain = type(base_layer) is nn.Linear or is_conv1d(base_layer)
         self.plain_type = type(base_layer) if is_plain else None
-        like = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
-        if like is None:
-            like = next(base_layer.parameters(), torch.empty(0))
+        like = _typical_tensor(base_layer)
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         options: dict[str, Any] = {"dtype": dtype, "device": like.device}
         self.reslora_A = nn.Parameter(torch.empty(self.r, self.in_features, **options))
@@ -113,13 +116,17 @@ class ResLoraLinear(nn.Module):
         self.position = position
         self.name = chain.names[position]
         self.wiring = chain.wiring(position)
+        self.lora_dropout = float(chain.config.lora_dropout)
         self.is_disabled = False
         self.is_merged = False
         # Plain tensors, not buffers: casts and DistributedDataParallel leave them alone.
         self.norms: Tensor | None = None
         self.norm_count: Tensor | None = None
         self.link_use: dict[tuple[bool, str], int] = {}
-        self.compiled_link_use: dict[str, bool] = {}
+        self.was_linked_compiled = False
+        self.compiled_break = ""
+        if chain.keeps_norms and like.device.type != "meta":
+            self._make_norm_ring(like.device)
         self.train(base_layer.training)
 
     @property
@@ -149,9 +156,12 @@ class ResLoraLinear(nn.Module):
             return self.base_layer(x)
         if not x.is_floating_point():
             raise ValueError(f"[adapt] x must be floating; got {x.dtype} (layer {self.name})")
-        wiring = self.wiring
-        session = self.chain.session
-        taps = session.read(self, x) if session is not None and wiring.taps else []
+        wiring, session, current = self.wiring, self.chain.session, None
+        taps: list[Tensor] = []
+        if session is not None:
+            current = session.current(torch.compiler.is_compiling())
+            if wiring.taps:
+                taps = session.read(self, x, current)
         weight, bias, base_out = self.evaluate_base(x)
         norms, norm_count = self._norm_ring(x)
         layers = self.chain.layers
@@ -159,7 +169,7 @@ class ResLoraLinear(nn.Module):
         B = [layers[j].reslora_B for j in wiring.b]
         if len(A) + len(B) > 2:
             self._check_present(x, A, B)
-        y, s, tap, _ = ops.adapt(
+        y, s, tap, _ = self._adapt(
             x,
             weight,
             bias,
@@ -168,39 +178,51 @@ class ResLoraLinear(nn.Module):
             B,
             wiring.scaling,
             taps,
-            dropout=float(self.chain.config.lora_dropout) if self.training else 0.0,
+            dropout=self.lora_dropout if self.training else 0.0,
             keep_tap=wiring.keep_tap,
             norms=norms,
             norm_count=norm_count,
         )
-        if session is not None:
-            session.write(self, s if wiring.handed == "s" else tap, y)
+        if session is not None and current is not None:
+            session.write(self, s if wiring.handed == "s" else tap, y, current)
         return y
 
     def evaluate_base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return (weight, bias, None) of a plain base layer, else (None, None, its output)."""
-        base = self.base_layer
-        if type(base) is self.plain_type:
+        base: Any = self.base_layer
+        if type(self.base_layer) is self.plain_type:
             weight = base_weight(base)
             if weight is not None and not (weight.requires_grad or _has_hooks(base)):
                 return weight, base.bias, None
         return None, None, base(x)
 
+    def _adapt(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Call the op; its errors get this layer's name."""
+        if torch.compiler.is_compiling():
+            return ops.adapt(*args, **options)
+        try:
+            return ops.adapt(*args, **options)
+        except ValueError as error:
+            raise ValueError(f"{error} (layer {self.name})") from None
+
     def _norm_ring(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the ring to write this forward's norms into, (None, None) where none are kept."""
         if not (self.training and self.chain.keeps_norms and torch.is_grad_enabled()):
             return None, None
-        if is_recomputing():
+        if x.is_meta or is_recomputing():
             return None, None
         if self.norms is None or self.norm_count is None:
-            size = self.chain.config.norm_window
-            self.norms = torch.zeros(2, size, dtype=torch.float32, device=x.device)
-            self.norm_count = torch.zeros(1, dtype=torch.int64, device=x.device)
+            self._make_norm_ring(x.device)
         elif self.norms.device != x.device:
             self.norms, self.norm_count = self.norms.to(x.device), self.norm_count.to(x.device)
         return self.norms, self.norm_count
 
-    def _check_present(self, x: Tensor, A: list[Tensor], B: list[Tensor]) -> None:
+    def _make_norm_ring(self, device: torch.device) -> None:
+        size = self.chain.config.norm_window
+        self.norms = torch.zeros(2, size, dtype=torch.float32, device=device)
+        self.norm_count = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def _check_present(self, x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
         for factor in (*A, *B):
             if factor.is_meta and not x.is_meta:
                 raise ValueError(
@@ -212,14 +234,16 @@ class ResLoraLinear(nn.Module):
         """Note that the tap of layer `j` was used (no reason) or left out in a real forward."""
         if reason is not None and self.chain.config.strict_links:
             raise RuntimeError(
-                f"[session] strict_links demands every link of {self.name}; {reason}"
+                f"[session] strict_links demands every link; got {self.name} without one: {reason}"
             )
-        why = reason or ""
         if torch.compiler.is_compiling():
             # A number that changes per forward would recompile: the fact is kept, not the count.
-            self.compiled_link_use[why] = True
+            if reason is None:
+                self.was_linked_compiled = True
+            else:
+                self.compiled_break = reason
             return
-        use = (self.training, why)
+        use = (self.training, reason or "")
         self.link_use[use] = self.link_use.get(use, 0) + 1
 
     def extra_repr(self) -> str:

@@ -335,7 +335,7 @@ def _evaluate(model: nn.Module, batch: Any) -> Any:
 
 
 def _main_output(output: Any) -> Tensor:
-    """Return the tensor that counts as a model's output: its logits, or the first that is no scalar."""
+    """Return a model's logits, or the first tensor of its output that is no scalar."""
     if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
         return output["logits"].detach().clone()
     values = list(output.values()) if isinstance(output, Mapping) else output

@@ -49,18 +49,10 @@ def adapt(
         y [..., out]; s [..., R], what entered `B`; the tap [..., r] or an empty tensor; the drawn
         bits or an empty tensor.
     """
-    return torch.ops.reslora.adapt.default(
-        x,
-        weight,
-        bias,
-        base_out,
-        A,
-        B,
-        scaling,
-        taps,
-        dropout,
-        bits,
-        keep_tap,
-        norms,
-        norm_count,
+    frozen, options = (weight, bias, base_out), (dropout, bits, keep_tap, norms is not None)
+    y, s, tap, drawn, measured = torch.ops.reslora.adapt.default(
+        x, *frozen, A, B, scaling, taps, *options
     )
+    if norms is not None and norm_count is not None:
+        torch.ops.reslora.record_norms.default(measured, norms, norm_count)
+    return y, s, tap, drawn

@@ -33,9 +33,9 @@ NOT_CALLED = "the root was not called"
 NO_GRAPH_TASK = -1
 
 # Private names of torch: without them a recompute cannot be told from a forward.
-_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
-_current_node = getattr(torch._C, "_current_autograd_node", None)
-_next_sequence_nr = getattr(torch.autograd, "_get_sequence_nr", None)
+_graph_task_id: Any = getattr(torch._C, "_current_graph_task_id", None)
+_current_node: Any = getattr(torch._C, "_current_autograd_node", None)
+_next_sequence_nr: Any = getattr(torch.autograd, "_get_sequence_nr", None)
 CAN_RECOMPUTE = None not in (_graph_task_id, _current_node, _next_sequence_nr)
 
 
@@ -52,8 +52,8 @@ def is_recomputing() -> bool:
 class Record:
     """What the layers of one forward read, for a later recompute. Holds no graph."""
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    def __init__(self, thread: object) -> None:
+        self.thread = thread
         self.begin: int = _next_sequence_nr()
         self.end: int | None = None
         self.reads: dict[tuple[str, int], list[Tensor | None]] = {}
@@ -86,6 +86,7 @@ class _PerThread(threading.local):
     """The open passes of a thread: at most one for each graph task."""
 
     def __init__(self) -> None:
+        self.thread = object()  # threading.get_ident() may name a later thread too
         self.passes: list[ForwardPass] = []
 
 
@@ -126,68 +127,63 @@ class Session:
     def begin(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         """Open a fresh pass (forward pre-hook of the root)."""
         is_grad_enabled = torch.is_grad_enabled()
+        passes = self.open.passes  # changed in place: torch.compile traces no attribute of a thread
         if torch.compiler.is_compiling():
-            self.open.passes = [ForwardPass(NO_GRAPH_TASK, is_grad_enabled, None)]
+            passes.clear()
+            passes.append(ForwardPass(NO_GRAPH_TASK, is_grad_enabled, None))
             return
         task = graph_task()
         record = None
         if is_grad_enabled and CAN_RECOMPUTE:
-            record = Record()
+            record = Record(self.open.thread)
             self.records = [ref for ref in self.records if ref() is not None]
             self.records.append(weakref.ref(record))
         # A pass of the same task is a leftover: an interrupt is the one exit that runs no hook.
-        others = [p for p in self.open.passes if p.task != task]
-        self.open.passes = [*others, ForwardPass(task, is_grad_enabled, record)]
+        passes[:] = [p for p in passes if p.task != task]
+        passes.append(ForwardPass(task, is_grad_enabled, record))
 
     def finish(self, root: nn.Module, args: Any, output: Any) -> None:
         """Close the newest pass (forward hook of the root, also called after an exception)."""
-        if not self.open.passes:
+        passes = self.open.passes
+        if not passes:
             return
-        record = self.open.passes[-1].record
+        record = passes.pop().record
         if record is not None:
             record.end = _next_sequence_nr()
-        self.open.passes = self.open.passes[:-1]
 
-    def current(self) -> ForwardPass | None:
+    def current(self, is_compiling: bool) -> ForwardPass | None:
         """Return the pass that this thread has open for the running graph task, if any."""
         passes = self.open.passes
         if not passes:
             return None
         newest = passes[-1]
-        if not torch.compiler.is_compiling() and newest.task != graph_task():
-            return None
-        return newest
+        return newest if is_compiling or newest.task == graph_task() else None
 
-    def read(self, layer: ResLoraLinear, x: Tensor) -> list[Tensor]:
+    def read(self, layer: ResLoraLinear, x: Tensor, current: ForwardPass | None) -> list[Tensor]:
         """Return the taps that `layer` adds: those it is wired to that fit x [..., in]."""
-        current = self.current()
+        is_compiling = torch.compiler.is_compiling()
         if current is None:
-            if torch.compiler.is_compiling():
-                found = _read_outside_of_compile(self, layer)
-            else:
-                found = self._read_outside(layer)
+            read_outside = _read_outside_of_compile if is_compiling else Session._read_outside
+            found = read_outside(self, layer)
             return [] if found is None else self._fitting(layer, found, x, False)
         self._refuse_reentrant(layer, current)
         key = layer.chain.key
         found = [current.taps.get((key, j)) for j in layer.wiring.taps]
-        is_forward = torch.compiler.is_compiling() or current.task == NO_GRAPH_TASK
-        taps = self._fitting(layer, found, x, is_forward)
-        if current.record is not None and not torch.compiler.is_compiling():
+        taps = self._fitting(layer, found, x, is_compiling or current.task == NO_GRAPH_TASK)
+        if current.record is not None and not is_compiling:
             current.record.add((key, layer.position), found)
         return taps
 
-    def write(self, layer: ResLoraLinear, tap: Tensor, y: Tensor) -> None:
+    def write(self, layer: ResLoraLinear, tap: Tensor, y: Tensor, current: ForwardPass) -> None:
         """Keep what `layer` hands on for the rest of the pass; the record lives as long as y."""
-        current = self.current()
-        if current is None:
-            return
         if layer.wiring.handed != "nothing":
             current.taps[(layer.chain.key, layer.position)] = (
                 tap.detach() if layer.chain.config.detach_taps else tap
             )
-        if torch.compiler.is_compiling() or current.record is None or y.grad_fn is None:
+        if current.record is None or torch.compiler.is_compiling() or y.grad_fn is None:
             return
-        y.grad_fn.metadata["reslora"] = current.record
+        node: Any = y.grad_fn
+        node.metadata["reslora"] = current.record
 
     def _fitting(
         self, layer: ResLoraLinear, found: list[Tensor | None], x: Tensor, is_forward: bool
@@ -238,7 +234,7 @@ class Session:
         record = max(records, key=lambda r: r.begin, default=None)
         if record is None or place not in record.reads:
             raise RuntimeError(
-                f"[session] {layer.name} is recomputed, but the forward left no record of its taps: "
+                f"[session] {layer.name} is recomputed, but its forward left no record of taps: "
                 f"call {self.root_name or 'the model'} itself, and with torch.compile set "
                 "torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True and "
                 "compile the whole model with fullgraph=True"
@@ -262,7 +258,9 @@ class Session:
 
 
 @torch.compiler.disable(
-    reason="reslora: a layer with a shortcut is called outside of its root module's forward"
+    reason="reslora: a layer with a shortcut runs outside of a call of its root module, or is "
+    "recomputed in a compiled block; compile the whole model, for checkpointing with "
+    "torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True"
 )
 def _read_outside_of_compile(session: Session, layer: ResLoraLinear) -> list[Tensor | None] | None:
     return session._read_outside(layer)

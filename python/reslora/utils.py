@@ -76,21 +76,20 @@ def broken_links(layer: ResLoraLinear) -> list[str]:
         total = used + sum(reasons.values())
         for why, number in reasons.items():
             sentences.append(f"not linked in {number} of {total} reads in {kind}: {why}")
-    for why in layer.compiled_link_use:
-        if why:
-            sentences.append(f"not linked in a compiled forward: {why}")
+    if layer.compiled_break:
+        sentences.append(f"not linked in a compiled forward: {layer.compiled_break}")
     return sentences
 
 
 def mixed_links(model: nn.Module) -> list[str]:
-    """Return the names of layers whose link was used in some training forwards and not in others."""
+    """Return the names of layers trained with their link in some forwards only."""
     return [layer.name for layer in find_layers(model) if _is_mixed(layer)]
 
 
 def _is_mixed(layer: ResLoraLinear) -> bool:
     training = {why for (is_training, why) in layer.link_use if is_training}
-    seen = training | set(layer.compiled_link_use)
-    return "" in seen and len(seen) > 1
+    is_broken = bool(training - {""}) or bool(layer.compiled_break)
+    return is_broken and ("" in training or layer.was_linked_compiled)
 
 
 def print_trainable_parameters(model: nn.Module) -> str:

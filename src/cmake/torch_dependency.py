@@ -13,4 +13,4 @@ def dynamic_metadata(field: str, settings: dict[str, object] | None = None) -> l
     if field != "dependencies" or settings:
         raise ValueError(f"torch_dependency provides 'dependencies' only; got {field!r}, {settings!r}")
     major, minor = version("torch").split(".")[:2]
-    return [f"torch=={major}.{minor}.*", "numpy", "tqdm"]
+    return [f"torch=={major}.{minor}.*", "tqdm"]

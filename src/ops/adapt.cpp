@@ -91,6 +91,12 @@ std::vector<Tensor> unstack(const Tensor& stacked, at::TensorList blocks, int64_
   return out;
 }
 
+/// |t|_F as a 0-d tensor, summed in fp32 at least.
+Tensor frobenius_norm(const Tensor& t) {
+  return at::linalg_vector_norm(t, 2, std::nullopt, false,
+                                t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
 /// Adds the base layer onto the low-rank term: bias and s B^T first, then the big GEMM.
 Tensor finish_y(const AdaptArgs& args, const Tensor& x, const Tensor& s, const Stacked& blocks) {
   const Tensor Bt = blocks.B.t();
@@ -111,11 +117,6 @@ double keep_probability(double dropout) {
   return std::max(1.0, std::round((1.0 - dropout) * 65536.0)) / 65536.0;
 }
 
-Tensor frobenius_norm(const Tensor& t) {
-  return at::linalg_vector_norm(t, 2, std::nullopt, false,
-                                t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
-
 Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels) {
   check_adapt(args);
   const Tensor x = as_matrix(args.x);
@@ -134,7 +135,9 @@ Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels) {
   }
 
   const Tensor own = has_tap_rows ? u.narrow(1, 0, blocks.R) : u;
-  if (args.norms) kernels.record_norms(x, own, *args.norms, *args.norm_count);
+  const Tensor norms = args.want_norms
+                           ? at::stack({frobenius_norm(x), frobenius_norm(own)}).to(at::kFloat)
+                           : at::empty({0}, x.options().dtype(at::kFloat));
   Tensor s = own;
   for (const Tensor& tap : args.taps) {
     const Tensor addend = as_matrix(tap).to(x.options());
@@ -149,7 +152,7 @@ Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels) {
   }
   const bool has_tap = returns_tap(args.A.size(), args.B.size(), args.keep_tap);
   return {with_leading_dims(finish_y(args, x, s, blocks), args.x), with_leading_dims(s, args.x),
-          has_tap ? with_leading_dims(tap, args.x) : tap, drawn};
+          has_tap ? with_leading_dims(tap, args.x) : tap, drawn, norms};
 }
 
 namespace {
@@ -225,16 +228,23 @@ Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kerne
 }  // namespace ops
 
 AdaptOutput adapt(const AdaptInput& in) {
-  using Schema = ops::Outputs(const at::Tensor&, const ops::OptTensor&, const ops::OptTensor&,
-                              const ops::OptTensor&, at::TensorList, at::TensorList,
-                              at::ArrayRef<double>, at::TensorList, double, const ops::OptTensor&,
-                              bool, const ops::OptTensor&, const ops::OptTensor&);
+  using Schema =
+      ops::Outputs(const at::Tensor&, const ops::OptTensor&, const ops::OptTensor&,
+                   const ops::OptTensor&, at::TensorList, at::TensorList, at::ArrayRef<double>,
+                   at::TensorList, double, const ops::OptTensor&, bool, bool);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("reslora::adapt", "").typed<Schema>();
-  auto [y, s, tap, bits] =
+  auto [y, s, tap, bits, norms] =
       op.call(in.x, in.weight, in.bias, in.base_out, in.A, in.B, in.scaling, in.taps, in.dropout,
-              in.bits, in.keep_tap, in.norms, in.norm_count);
-  return {std::move(y), std::move(s), std::move(tap), std::move(bits)};
+              in.bits, in.keep_tap, in.want_norms);
+  return {std::move(y), std::move(s), std::move(tap), std::move(bits), std::move(norms)};
+}
+
+void record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Tensor& count) {
+  using Schema = void(const at::Tensor&, const at::Tensor&, const at::Tensor&);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("reslora::record_norms", "").typed<Schema>();
+  op.call(norms, ring, count);
 }
 
 }  // namespace reslora

@@ -22,7 +22,7 @@ using torch::autograd::variable_list;
 
 using AdaptSchema = Outputs(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
                             at::TensorList, at::TensorList, at::ArrayRef<double>, at::TensorList,
-                            double, const OptTensor&, bool, const OptTensor&, const OptTensor&);
+                            double, const OptTensor&, bool, bool);
 using BackwardSchema = Gradients(const OptTensor&, const OptTensor&, const OptTensor&,
                                  const Tensor&, const OptTensor&, at::TensorList, at::TensorList,
                                  at::ArrayRef<double>, const Tensor&, const OptTensor&, double,
@@ -32,7 +32,7 @@ Outputs call_adapt(const AdaptArgs& a) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("reslora::adapt", "").typed<AdaptSchema>();
   return op.call(a.x, a.weight, a.bias, a.base_out, a.A, a.B, a.scaling, a.taps, a.dropout, a.bits,
-                 a.keep_tap, a.norms, a.norm_count);
+                 a.keep_tap, a.want_norms);
 }
 
 Gradients call_backward(const BackwardArgs& a) {
@@ -87,15 +87,15 @@ class Adapt : public Function<Adapt> {
                                const OptTensor& bias, const OptTensor& base_out, at::TensorList A,
                                at::TensorList B, at::ArrayRef<double> scaling, at::TensorList taps,
                                double dropout, const OptTensor& bits, bool keep_tap,
-                               const OptTensor& norms, const OptTensor& norm_count) {
+                               bool want_norms) {
     at::AutoDispatchBelowAutograd guard;
-    auto [y, s, tap, drawn] = call_adapt({x, weight, bias, base_out, A, B, scaling, taps, dropout,
-                                          bits, keep_tap, norms, norm_count});
+    auto [y, s, tap, drawn, norms] = call_adapt(
+        {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms});
     ctx->set_materialize_grads(false);
     if (returns_tap(A.size(), B.size(), keep_tap)) {
-      ctx->mark_non_differentiable({drawn});
+      ctx->mark_non_differentiable({drawn, norms});
     } else {
-      ctx->mark_non_differentiable({drawn, tap});
+      ctx->mark_non_differentiable({drawn, norms, tap});
     }
     const bool needs_dx = x.requires_grad();
     const bool needs_dA = any_requires_grad(A);
@@ -115,7 +115,7 @@ class Adapt : public Function<Adapt> {
     ctx->saved_data["needs_dA"] = needs_dA;
     ctx->saved_data["needs_dB"] = any_requires_grad(B);
     ctx->saved_data["needs_base"] = requires_grad(base_out);
-    return {y, s, tap, drawn};
+    return {y, s, tap, drawn, norms};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -136,7 +136,7 @@ class Adapt : public Function<Adapt> {
     for (size_t k = 0; k < saved.B.size(); ++k) out.push_back(needs[2] ? dB[k] : Tensor());
     out.emplace_back();                                                    // scaling
     for (int64_t k = 0; k < data["taps"].toInt(); ++k) out.push_back(ds);  // taps
-    out.insert(out.end(), 5, Tensor());  // dropout, bits, keep_tap, norms, norm_count
+    out.insert(out.end(), 4, Tensor());  // dropout, bits, keep_tap, want_norms
     return out;
   }
 };
@@ -144,24 +144,22 @@ class Adapt : public Function<Adapt> {
 Outputs adapt_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                        const OptTensor& base_out, at::TensorList A, at::TensorList B,
                        at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                       const OptTensor& bits, bool keep_tap, const OptTensor& norms,
-                       const OptTensor& norm_count) {
+                       const OptTensor& bits, bool keep_tap, bool want_norms) {
   refuse_transforms();
-  const bool needs_grad = at::GradMode::is_enabled() &&
-                          (x.requires_grad() || requires_grad(base_out) || any_requires_grad(A) ||
-                           any_requires_grad(B) || any_requires_grad(taps));
-  if (!needs_grad) {
-    at::AutoDispatchBelowAutograd guard;
-    return call_adapt({x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap,
-                       norms, norm_count});
-  }
+  const bool records = at::GradMode::is_enabled();
   RESLORA_CHECK(
-      !requires_grad(weight) && !requires_grad(bias),
+      !records || (!requires_grad(weight) && !requires_grad(bias)),
       "[adapt] weight and bias are frozen here; got one that requires grad: call the base "
       "layer yourself and pass its output as base_out");
+  if (!records || !(x.requires_grad() || requires_grad(base_out) || any_requires_grad(A) ||
+                    any_requires_grad(B) || any_requires_grad(taps))) {
+    at::AutoDispatchBelowAutograd guard;
+    return call_adapt(
+        {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms});
+  }
   variable_list out = Adapt::apply(x, weight, bias, base_out, A, B, scaling, taps, dropout, bits,
-                                   keep_tap, norms, norm_count);
-  return {out[0], out[1], out[2], out[3]};
+                                   keep_tap, want_norms);
+  return {out[0], out[1], out[2], out[3], out[4]};
 }
 
 /// First derivatives only: what comes out of adapt_backward refuses to be differentiated again.
@@ -215,20 +213,16 @@ Gradients backward_autograd(const OptTensor& gy, const OptTensor& gs, const OptT
 }
 
 /// Tells autograd that the ring was changed in place.
-Outputs adapt_inplace_or_view(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                              const OptTensor& base_out, at::TensorList A, at::TensorList B,
-                              at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                              const OptTensor& bits, bool keep_tap, const OptTensor& norms,
-                              const OptTensor& norm_count) {
-  Outputs out;
+void record_norms_inplace_or_view(const Tensor& norms, const Tensor& ring, const Tensor& count) {
+  using Schema = void(const Tensor&, const Tensor&, const Tensor&);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("reslora::record_norms", "").typed<Schema>();
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = call_adapt({x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap,
-                      norms, norm_count});
+    op.call(norms, ring, count);
   }
-  for (const OptTensor& changed : {norms, norm_count})
-    if (changed && !changed->is_inference()) torch::autograd::impl::bump_version(*changed);
-  return out;
+  for (const Tensor& changed : {ring, count})
+    if (!changed.is_inference()) torch::autograd::impl::bump_version(changed);
 }
 
 /// Casts x and the base to the autocast dtype; A, B and the taps follow x inside the op.
@@ -236,20 +230,19 @@ template <c10::DeviceType device>
 Outputs adapt_autocast(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                        const OptTensor& base_out, at::TensorList A, at::TensorList B,
                        at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                       const OptTensor& bits, bool keep_tap, const OptTensor& norms,
-                       const OptTensor& norm_count) {
+                       const OptTensor& bits, bool keep_tap, bool want_norms) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const OptTensor& t) -> OptTensor {
     return t ? OptTensor(at::autocast::cached_cast(dtype, *t, device)) : std::nullopt;
   };
   return call_adapt({*cast(x), cast(weight), cast(bias), cast(base_out), A, B, scaling, taps,
-                     dropout, bits, keep_tap, norms, norm_count});
+                     dropout, bits, keep_tap, want_norms});
 }
 
 Outputs adapt_batched(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
                       at::TensorList, at::TensorList, at::ArrayRef<double>, at::TensorList, double,
-                      const OptTensor&, bool, const OptTensor&, const OptTensor&) {
+                      const OptTensor&, bool, bool) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, kNoTransforms);
 }
 
@@ -258,9 +251,12 @@ Outputs adapt_batched(const Tensor&, const OptTensor&, const OptTensor&, const O
 TORCH_LIBRARY_IMPL(reslora, Autograd, m) {
   m.impl("adapt", adapt_autograd);
   m.impl("adapt_backward", backward_autograd);
+  m.impl("record_norms", torch::CppFunction::makeFallthrough());  // a statistic has no gradient
 }
 
-TORCH_LIBRARY_IMPL(reslora, ADInplaceOrView, m) { m.impl("adapt", adapt_inplace_or_view); }
+TORCH_LIBRARY_IMPL(reslora, ADInplaceOrView, m) {
+  m.impl("record_norms", record_norms_inplace_or_view);
+}
 
 TORCH_LIBRARY_IMPL(reslora, AutocastCPU, m) {
   m.impl("adapt", adapt_autocast<c10::DeviceType::CPU>);

@@ -47,20 +47,21 @@ void expand(const Tensor& du, const Tensor& A, const Tensor& bits, double keep, 
   dx.masked_fill_(unpack(bits, dx).logical_not(), 0);
 }
 
-void record_norms(const Tensor& x, const Tensor& own, const Tensor& norms, const Tensor& count) {
-  const Tensor column = at::stack({frobenius_norm(x), frobenius_norm(own)}).to(norms.scalar_type());
-  const Tensor index = count.remainder(norms.size(1));
-  const_cast<Tensor&>(norms).index_copy_(1, index, column.unsqueeze(1));
-  const_cast<Tensor&>(count).add_(1);
+void record_norms_aten(const Tensor& norms, const Tensor& ring, const Tensor& count) {
+  check_record_norms(norms, ring, count);
+  const Tensor column = count.remainder(ring.size(1));  // a tensor: the host need not know it
+  Tensor target = ring;
+  target.index_copy_(1, column, norms.unsqueeze(1));
+  Tensor written = count;
+  written.add_(1);
 }
 
 Outputs adapt_aten(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                    const OptTensor& base_out, at::TensorList A, at::TensorList B,
                    at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                   const OptTensor& bits, bool keep_tap, const OptTensor& norms,
-                   const OptTensor& norm_count) {
+                   const OptTensor& bits, bool keep_tap, bool want_norms) {
   return evaluate(
-      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, norms, norm_count},
+      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms},
       kAtenKernels);
 }
 
@@ -75,11 +76,12 @@ Gradients adapt_backward_aten(const OptTensor& gy, const OptTensor& gs, const Op
 
 }  // namespace
 
-const DeviceKernels kAtenKernels = {draw_bits, project, project_grad, expand, record_norms};
+const DeviceKernels kAtenKernels = {draw_bits, project, project_grad, expand};
 
 TORCH_LIBRARY_IMPL(reslora, CompositeExplicitAutograd, m) {
   m.impl("adapt", adapt_aten);
   m.impl("adapt_backward", adapt_backward_aten);
+  m.impl("record_norms", record_norms_aten);
 }
 
 }  // namespace reslora::ops

@@ -105,13 +105,15 @@ void expand(const Tensor& du, const Tensor& A, const Tensor& bits, double keep, 
   }
 }
 
-void record_norms(const Tensor& x, const Tensor& own, const Tensor& norms, const Tensor& count) {
-  const int64_t size = norms.size(1);
+void record_norms_cpu(const Tensor& norms, const Tensor& ring, const Tensor& count) {
+  check_record_norms(norms, ring, count);
+  const int64_t size = ring.size(1);
   auto* written = count.mutable_data_ptr<int64_t>();
-  auto* ring = norms.mutable_data_ptr<float>();
+  auto* columns = ring.mutable_data_ptr<float>();
+  const auto* values = norms.const_data_ptr<float>();
   const int64_t column = *written % size;
-  ring[column] = frobenius_norm(x).item<float>();
-  ring[size + column] = frobenius_norm(own).item<float>();
+  columns[column] = values[0];
+  columns[size + column] = values[1];
   ++*written;
 }
 
@@ -131,10 +133,9 @@ const DeviceKernels& chosen_kernels() {
 Outputs adapt_cpu(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                   const OptTensor& base_out, at::TensorList A, at::TensorList B,
                   at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                  const OptTensor& bits, bool keep_tap, const OptTensor& norms,
-                  const OptTensor& norm_count) {
+                  const OptTensor& bits, bool keep_tap, bool want_norms) {
   return evaluate(
-      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, norms, norm_count},
+      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms},
       chosen_kernels());
 }
 
@@ -150,11 +151,12 @@ Gradients adapt_backward_cpu(const OptTensor& gy, const OptTensor& gs, const Opt
 
 }  // namespace
 
-const DeviceKernels kCpuKernels = {draw_bits, project, project_grad, expand, record_norms};
+const DeviceKernels kCpuKernels = {draw_bits, project, project_grad, expand};
 
 TORCH_LIBRARY_IMPL(reslora, CPU, m) {
   m.impl("adapt", adapt_cpu);
   m.impl("adapt_backward", adapt_backward_cpu);
+  m.impl("record_norms", record_norms_cpu);
 }
 
 }  // namespace reslora::ops

@@ -1,7 +1,7 @@
 // Inside of the op `adapt`: its arguments, and what a device does its own way.
 //
-// adapt.cpp evaluates the op with ATen GEMMs on any device; only dropout and the norm ring differ
-// between devices, so a device supplies a `DeviceKernels`. All matrices here are 2-D: x [T, in].
+// adapt.cpp evaluates the op with ATen GEMMs on any device; only dropout differs between
+// devices, so a device supplies a `DeviceKernels`. All matrices here are 2-D: x [T, in].
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,7 +15,8 @@
 namespace reslora::ops {
 
 using OptTensor = std::optional<at::Tensor>;
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // y, s, tap, bits
+// y, s, tap, bits, norms
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients =
     std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
 
@@ -32,8 +33,7 @@ struct AdaptArgs {
   double dropout;
   const OptTensor& bits;
   bool keep_tap;
-  const OptTensor& norms;
-  const OptTensor& norm_count;
+  bool want_norms;
 };
 
 /// The arguments of `adapt_backward`. needs = {x, A, B}: which gradients are wanted; ds always is.
@@ -53,7 +53,7 @@ struct BackwardArgs {
   std::array<bool, 3> needs;
 };
 
-/// Dropout and norms, the parts that are not a GEMM. `keep` is the probability to keep an element;
+/// Dropout, the part that is not a GEMM. `keep` is the probability to keep an element;
 /// bits are uint8 [T, ceil(in/8)], bit j%8 of byte j/8 belongs to element j, 1 = kept.
 struct DeviceKernels {
   /// Draws the bits from the default generator of x's device.
@@ -67,9 +67,6 @@ struct DeviceKernels {
   /// dx [T, in] = bits * (du A) / keep.
   void (*expand)(const at::Tensor& du, const at::Tensor& A, const at::Tensor& bits, double keep,
                  at::Tensor& dx);
-  /// Writes |x|_F and |own|_F into the next column of the ring and counts it; no host sync.
-  void (*record_norms)(const at::Tensor& x, const at::Tensor& own, const at::Tensor& norms,
-                       const at::Tensor& count);
 };
 
 extern const DeviceKernels kCpuKernels;   // adapt_cpu.cpp
@@ -77,6 +74,7 @@ extern const DeviceKernels kAtenKernels;  // adapt_composite.cpp
 
 /// Refuses what does not fit together, in one sentence; symbolic shapes are allowed.
 void check_adapt(const AdaptArgs& args);
+void check_record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Tensor& count);
 
 /// True where `adapt` returns a tap of its own.
 inline bool returns_tap(size_t a_blocks, size_t b_blocks, bool keep_tap) {
@@ -85,9 +83,6 @@ inline bool returns_tap(size_t a_blocks, size_t b_blocks, bool keep_tap) {
 
 /// The keep probability that is really drawn: 1 - dropout to the nearest 1/65536, at least one.
 double keep_probability(double dropout);
-
-/// |t|_F as a 0-d tensor, summed in fp32 at least.
-at::Tensor frobenius_norm(const at::Tensor& t);
 
 Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels);
 Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kernels);

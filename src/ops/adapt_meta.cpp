@@ -97,7 +97,7 @@ void check_blocks(const AdaptArgs& args) {
                   R.is_symbolic() ? "R" : std::to_string(R.expect_int()), shape(tap), shape(x));
 }
 
-void check_dropout_and_norms(const AdaptArgs& args) {
+void check_dropout(const AdaptArgs& args) {
   RESLORA_CHECK(args.dropout >= 0 && args.dropout < 1, "[adapt] dropout must be in [0, 1); got {}",
                 args.dropout);
   if (args.bits) {
@@ -111,19 +111,6 @@ void check_dropout_and_norms(const AdaptArgs& args) {
         "> 0; got bits {} {}, dropout {}, x {}",
         shape(*args.bits), type_name(*args.bits), args.dropout, shape(args.x));
   }
-  RESLORA_CHECK(args.norms.has_value() == args.norm_count.has_value(),
-                "[adapt] norms and norm_count come together; got one of them");
-  if (args.norms)
-    RESLORA_CHECK(
-        args.norms->dim() == 2 && args.norms->sym_size(0) == 2 && args.norms->sym_size(1) >= 1 &&
-            args.norms->scalar_type() == at::kFloat && args.norms->is_contiguous() &&
-            args.norms->device() == args.x.device() && args.norm_count->sym_numel() == 1 &&
-            args.norm_count->scalar_type() == at::kLong &&
-            args.norm_count->device() == args.x.device(),
-        "[adapt] norms must be contiguous float32 [2, N] and norm_count int64 [1], on x's "
-        "device; got {} {} and {} {}",
-        shape(*args.norms), type_name(*args.norms), shape(*args.norm_count),
-        type_name(*args.norm_count));
 }
 
 Tensor like_with_columns(const Tensor& x, const c10::SymInt& columns) {
@@ -135,10 +122,9 @@ Tensor like_with_columns(const Tensor& x, const c10::SymInt& columns) {
 Outputs adapt_meta(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                    const OptTensor& base_out, at::TensorList A, at::TensorList B,
                    at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                   const OptTensor& bits, bool keep_tap, const OptTensor& norms,
-                   const OptTensor& norm_count) {
+                   const OptTensor& bits, bool keep_tap, bool want_norms) {
   check_adapt(
-      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, norms, norm_count});
+      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms});
   c10::SymInt R = 0;
   for (const Tensor& block : B) R = R + block.sym_size(1);
   const c10::SymInt out = weight ? weight->sym_size(0) : base_out->sym_size(-1);
@@ -152,7 +138,8 @@ Outputs adapt_meta(const Tensor& x, const OptTensor& weight, const OptTensor& bi
   const Tensor drawn =
       draws ? at::empty_symint({T, (x.sym_size(-1) + 7) / 8}, x.options().dtype(at::kByte))
             : at::empty({0}, x.options().dtype(at::kByte));
-  return {like_with_columns(x, out), like_with_columns(x, R), tap, drawn};
+  const Tensor norms = at::empty({want_norms ? 2 : 0}, x.options().dtype(at::kFloat));
+  return {like_with_columns(x, out), like_with_columns(x, R), tap, drawn, norms};
 }
 
 std::vector<Tensor> grads_like(at::TensorList blocks, bool is_needed) {
@@ -172,7 +159,22 @@ Gradients adapt_backward_meta(const OptTensor&, const OptTensor&, const OptTenso
           grads_like(B, needs[2])};
 }
 
+void record_norms_meta(const Tensor& norms, const Tensor& ring, const Tensor& count) {
+  check_record_norms(norms, ring, count);
+}
+
 }  // namespace
+
+void check_record_norms(const Tensor& norms, const Tensor& ring, const Tensor& count) {
+  RESLORA_CHECK(
+      norms.sym_numel() == 2 && norms.scalar_type() == at::kFloat && ring.dim() == 2 &&
+          ring.sym_size(0) == 2 && ring.sym_size(1) >= 1 && ring.scalar_type() == at::kFloat &&
+          ring.is_contiguous() && count.sym_numel() == 1 && count.scalar_type() == at::kLong &&
+          ring.device() == norms.device() && count.device() == norms.device(),
+      "[record_norms] norms must be float32 [2], ring contiguous float32 [2, N] and count "
+      "int64 [1], on one device; got {} {}, {} {} and {} {}",
+      shape(norms), type_name(norms), shape(ring), type_name(ring), shape(count), type_name(count));
+}
 
 void check_adapt(const AdaptArgs& args) {
   RESLORA_CHECK(
@@ -181,12 +183,13 @@ void check_adapt(const AdaptArgs& args) {
       type_name(args.x));
   check_base(args);
   check_blocks(args);
-  check_dropout_and_norms(args);
+  check_dropout(args);
 }
 
 TORCH_LIBRARY_IMPL(reslora, Meta, m) {
   m.impl("adapt", adapt_meta);
   m.impl("adapt_backward", adapt_backward_meta);
+  m.impl("record_norms", record_norms_meta);
 }
 
 }  // namespace reslora::ops

@@ -296,7 +296,8 @@ TEST_F(AdapterIo, AnAdapterThatDoesNotFitItsChainsIsNotWritten) {
   EXPECT_THAT(refused([](auto& it) { it.chains.clear(); }), HasSubstr("must have a chain"));
   EXPECT_THAT(refused([](auto& it) { it.chains[0].layers.clear(); }),
               HasSubstr("must have a layer"));
-  EXPECT_THAT(refused([](auto& it) { it.chains[1] = it.chains[0]; }),
+  EXPECT_THAT(refused([](auto& it) { it.chains[1].name = "q"; }), HasSubstr("got 'q' twice"));
+  EXPECT_THAT(refused([](auto& it) { it.chains[1].layers = it.chains[0].layers; }),
               HasSubstr("'l.0.q' must be in one chain, once"));
   EXPECT_THAT(refused([](auto& it) { it.chains[1].layers[0].r = 0; }), HasSubstr("r 0"));
   EXPECT_THAT(refused([](auto& it) { it.chains[1].layers[0].scaling = NAN; }), HasSubstr("finite"));

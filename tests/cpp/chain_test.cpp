@@ -173,6 +173,70 @@ TEST(Chain, MiddleShortcutNeedsEqualRankOnly) {
   EXPECT_THAT(two.wiring(3).taps, ElementsAre(2, 1));
 }
 
+/// Evaluates a whole chain as the wiring says, with plain ATen; layer n's input is xs[n].
+std::vector<at::Tensor> evaluate(const Chain& chain, const std::vector<formulas::Block>& blocks,
+                                 const std::vector<at::Tensor>& xs) {
+  std::vector<at::Tensor> handed(blocks.size());
+  std::vector<at::Tensor> ys;
+  for (int64_t n = 0; n < chain.size(); ++n) {
+    const Wiring& wiring = chain.wiring(n);
+    at::Tensor own;  // what enters B
+    for (const int64_t j : wiring.b) {
+      const at::Tensor u = at::matmul(xs[n], blocks[j].A.t());
+      own = own.defined() ? at::cat({own, u}, -1) : u;
+    }
+    at::Tensor s = own;
+    for (const int64_t j : wiring.taps) s = s + handed[j];
+    at::Tensor y = at::linear(xs[n], blocks[n].W, blocks[n].bias);
+    int64_t column = 0;
+    for (size_t k = 0; k < wiring.b.size(); ++k) {
+      const at::Tensor& B = blocks[wiring.b[k]].B;
+      y = y + wiring.scaling[k] * at::matmul(s.narrow(-1, column, B.size(1)), B.t());
+      column += B.size(1);
+    }
+    ys.push_back(y);
+    const bool has_tap_rows = wiring.a.size() > wiring.b.size();
+    if (wiring.handed == Handed::kS) handed[n] = s;
+    if (wiring.handed == Handed::kTap && !has_tap_rows) handed[n] = own;
+    if (has_tap_rows) handed[n] = at::matmul(xs[n], blocks[wiring.a.back()].A.t());
+  }
+  return ys;
+}
+
+struct WiringCase {
+  const char* res_mode;
+  int64_t m;
+};
+
+class WiringValues : public ::testing::TestWithParam<WiringCase> {};
+
+TEST_P(WiringValues, EqualTheLiteralFormulaInEveryLayer) {
+  const auto [mode, m] = GetParam();
+  const std::vector<formulas::Block> blocks = testing::random_blocks({});
+  std::vector<at::Tensor> xs;
+  for (size_t n = 0; n < blocks.size(); ++n) xs.push_back(testing::random({2, 3, 6}, 90 + n));
+  const Chain chain(config(mode, m), testing::shapes_of(blocks));
+  const std::vector<at::Tensor> ys = evaluate(chain, blocks, xs);
+  for (int64_t n = 0; n < chain.size(); ++n) {
+    at::Tensor expected = formulas::forward_none(blocks[n], xs[n]);
+    if (chain.shortcut() == Shortcut::kIs && m != 0) {
+      expected = formulas::forward_is(blocks[n], xs[n], xs[n == 0 ? 0 : n - 1]);
+    }
+    if (chain.shortcut() == Shortcut::kBs) expected = formulas::forward_bs(blocks, n, m, xs[n]);
+    if (chain.shortcut() == Shortcut::kMs) expected = formulas::forward_ms(blocks, n, m, xs);
+    EXPECT_TRUE(testing::all_close(ys[n], expected)) << mode << " m = " << m << " layer " << n;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Chain, WiringValues,
+                         ::testing::Values(WiringCase{"none", 1}, WiringCase{"is", 0},
+                                           WiringCase{"is", 1}, WiringCase{"bs", 0},
+                                           WiringCase{"bs", 1}, WiringCase{"bs", 3},
+                                           WiringCase{"bs", 9}, WiringCase{"bs", -1},
+                                           WiringCase{"ms", 0}, WiringCase{"ms", 1},
+                                           WiringCase{"ms", 2}, WiringCase{"ms", 3},
+                                           WiringCase{"ms", 9}, WiringCase{"ms", -1}));
+
 TEST(Chain, StrictLinksRaiseWhereShapesForbidALink) {
   const auto strict = [](const char* mode, const std::vector<Shape>& shapes) {
     return [=] { Chain(config(mode).strict_links(true), layers(shapes)); };

@@ -1,0 +1,269 @@
+// ResLoraLinear in LibTorch programs: drop-in, passes, explicit taps, training, merging, copies.
+#include <gtest/gtest.h>
+#include <reslora/formulas.h>
+#include <reslora/linear.h>
+#include <torch/torch.h>
+
+#include <sstream>
+#include <thread>
+
+namespace reslora {
+namespace {
+
+constexpr int64_t kWidth = 6;
+
+struct NetImpl : torch::nn::Cloneable<NetImpl> {
+  explicit NetImpl(int64_t layers = 4) : layer_count(layers) { reset(); }
+  void reset() override {
+    blocks.clear();
+    for (int64_t n = 0; n < layer_count; ++n)
+      blocks.push_back(register_module("block" + std::to_string(n), ResLoraLinear(kWidth, kWidth)));
+  }
+  at::Tensor forward(at::Tensor x, int64_t first = 0, int64_t last = -1) {
+    if (last < 0) last = layer_count;
+    for (int64_t n = first; n < last; ++n) x = torch::tanh(blocks[n]->forward(x));
+    return x;
+  }
+  int64_t layer_count;
+  std::vector<ResLoraLinear> blocks;
+};
+TORCH_MODULE(Net);
+
+struct Case {
+  const char* res_mode;
+  int64_t pre_num;
+};
+void PrintTo(const Case& c, std::ostream* stream) {
+  *stream << c.res_mode << (c.pre_num < 0 ? "all" : std::to_string(c.pre_num));
+}
+
+ResLoraConfig config_of(const Case& c) {
+  return ResLoraConfig().r(2).lora_alpha(3).res_mode(c.res_mode).pre_num(c.pre_num);
+}
+
+void randomise(const LinkedChain& chain) {
+  torch::NoGradGuard no_grad;
+  for (at::Tensor parameter : chain.parameters()) parameter.normal_();
+}
+
+std::vector<formulas::Block> blocks_of(const Net& net, const LinkedChain& chain) {
+  std::vector<formulas::Block> blocks;
+  for (int64_t n = 0; n < net->layer_count; ++n) {
+    const auto& layer = net->blocks[n];
+    blocks.push_back({layer->weight, layer->bias, layer->reslora_A, layer->reslora_B,
+                      chain.chain().layer(n).scaling});
+  }
+  return blocks;
+}
+
+at::Tensor literal(const Case& c, const std::vector<formulas::Block>& blocks,
+                   const at::Tensor& x0) {
+  const std::string mode = c.res_mode;
+  std::vector<at::Tensor> xs = {x0};
+  for (int64_t n = 0; n < static_cast<int64_t>(blocks.size()); ++n) {
+    at::Tensor y;
+    if (mode == "none") y = formulas::forward_none(blocks[n], xs[n]);
+    if (mode == "is") y = formulas::forward_is(blocks[n], xs[n], n ? xs[n - 1] : xs[n]);
+    if (mode == "bs") y = formulas::forward_bs(blocks, n, c.pre_num, xs[n]);
+    if (mode == "ms") y = formulas::forward_ms(blocks, n, c.pre_num, xs);
+    xs.push_back(torch::tanh(y));
+  }
+  return xs.back();
+}
+
+TEST(ResLoraLinear, IsATorchLinearUntilLinked) {
+  torch::manual_seed(0);
+  torch::nn::Linear plain(torch::nn::LinearOptions(3, 5).bias(false));
+  ResLoraLinear ours(torch::nn::LinearOptions(3, 5).bias(false));
+  ASSERT_EQ(plain->named_parameters().keys(), ours->named_parameters().keys());
+  {
+    torch::NoGradGuard no_grad;
+    ours->weight.copy_(plain->weight);
+  }
+  const at::Tensor x = torch::randn({2, 7, 3});
+  EXPECT_TRUE(torch::equal(plain->forward(x), ours->forward(x)));
+  EXPECT_TRUE(ours->weight.requires_grad());
+  torch::nn::Sequential sequence(ResLoraLinear(3, 4), torch::nn::Tanh(), ResLoraLinear(4, 2));
+  EXPECT_EQ(sequence->forward(x).sizes(), (std::vector<int64_t>{2, 7, 2}));
+}
+
+class Shortcuts : public testing::TestWithParam<Case> {};
+
+TEST_P(Shortcuts, PassesEqualTheLiteralFormulas) {
+  Net net;
+  net->to(torch::kDouble);
+  const LinkedChain chain = link(net->blocks, config_of(GetParam()));
+  const at::Tensor x = torch::randn({5, kWidth}, torch::kDouble);
+  const at::Tensor base = [&] {
+    chain.set_enabled(false);
+    at::Tensor y = net->forward(x);
+    chain.set_enabled(true);
+    return y;
+  }();
+  EXPECT_TRUE(torch::allclose(net->forward(x), base)) << "B starts at zero";
+  randomise(chain);
+  EXPECT_TRUE(torch::allclose(net->forward(x), literal(GetParam(), blocks_of(net, chain), x)));
+}
+
+TEST_P(Shortcuts, ExplicitTapsEqualPasses) {
+  Net net;
+  const LinkedChain chain = link(net->blocks, config_of(GetParam()));
+  randomise(chain);
+  const at::Tensor x = torch::randn({5, kWidth});
+  at::Tensor h = x;
+  Taps taps;
+  for (auto& block : net->blocks) {
+    std::tie(h, taps) = block->forward_with_taps(h, std::move(taps));
+    h = torch::tanh(h);
+  }
+  EXPECT_TRUE(torch::equal(h, net->forward(x)));
+}
+
+TEST_P(Shortcuts, AFourLayerChainTrainsAndMerges) {
+  torch::manual_seed(1);
+  Net net;
+  const LinkedChain chain = link(net->blocks, config_of(GetParam()));
+  const at::Tensor x = torch::randn({64, kWidth});
+  const at::Tensor target = torch::tanh(x.matmul(torch::randn({kWidth, kWidth})));
+  torch::optim::Adam optimizer(chain.parameters(), torch::optim::AdamOptions(2e-2));
+  const at::Tensor frozen = net->blocks[0]->weight.clone();
+  const auto loss_now = [&] { return torch::mse_loss(net->forward(x), target); };
+  const double before = loss_now().item<double>();
+  for (int step = 0; step < 150; ++step) {
+    optimizer.zero_grad();
+    loss_now().backward();
+    optimizer.step();
+  }
+  net->eval();
+  torch::NoGradGuard no_grad;
+  const at::Tensor trained = net->forward(x);
+  EXPECT_LT(torch::mse_loss(trained, target).item<double>(), 0.8 * before);
+  EXPECT_TRUE(torch::equal(frozen, net->blocks[0]->weight));
+  EXPECT_EQ(net->blocks[1]->norms.filled(), 100);
+
+  MergePlan plan({chain.view()}, "");
+  plan.apply();
+  chain.set_enabled(false);
+  const at::Tensor merged = net->forward(x);
+  const double error = ((merged - trained).norm() / trained.norm()).item<double>();
+  const std::string mode = GetParam().res_mode;
+  const bool is_exact = mode == "none" || mode == "bs";
+  // How far off is and ms are depends on the net; that they are not exact is the paper's point.
+  EXPECT_EQ(error < 1e-5, is_exact) << error;
+  const LayerMerge& first = plan.layers()[0];
+  EXPECT_TRUE(torch::allclose(net->blocks[0]->weight, frozen + first.B.matmul(first.A)));
+  EXPECT_EQ(plan.layers()[3].alpha_star.empty(), is_exact);
+  plan.revert();
+  chain.set_enabled(true);
+  EXPECT_TRUE(torch::equal(frozen, net->blocks[0]->weight));
+  EXPECT_TRUE(torch::equal(trained, net->forward(x)));
+}
+
+TEST_P(Shortcuts, CopiesAreRelinkedAmongThemselves) {
+  Net net;
+  const LinkedChain chain = link(net->blocks, config_of(GetParam()));
+  randomise(chain);
+  const at::Tensor x = torch::randn({5, kWidth});
+  auto copy = std::dynamic_pointer_cast<NetImpl>(net->clone());
+  EXPECT_THROW(copy->forward(x), c10::Error);
+  const auto chains = relink(*copy);
+  ASSERT_EQ(chains.size(), 1U);
+  EXPECT_TRUE(torch::equal(copy->forward(x), net->forward(x)));
+  randomise(chain);  // the original's parameters are its own
+  EXPECT_FALSE(torch::equal(copy->forward(x), net->forward(x)));
+}
+
+TEST_P(Shortcuts, SerializesByParameterName) {
+  Net net, other;
+  const LinkedChain chain = link(net->blocks, config_of(GetParam()));
+  link(other->blocks, config_of(GetParam()));
+  randomise(chain);
+  std::stringstream stream;
+  torch::save(net, stream);
+  torch::load(other, stream);
+  const at::Tensor x = torch::randn({5, kWidth});
+  EXPECT_TRUE(torch::equal(other->forward(x), net->forward(x)));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Shortcuts,
+                         testing::Values(Case{"none", 0}, Case{"is", 1}, Case{"bs", 1},
+                                         Case{"bs", -1}, Case{"ms", 1}, Case{"ms", 2},
+                                         Case{"ms", -1}),
+                         testing::PrintToStringParamName());
+
+TEST(Passes, AForwardThatStoppedEarlyLeavesNothingBehind) {
+  Net net;
+  const LinkedChain chain = link(net->blocks, config_of({"is", 1}));
+  randomise(chain);
+  const at::Tensor x = torch::randn({5, kWidth});
+  const at::Tensor whole = net->forward(x);
+  net->forward(torch::randn({5, kWidth}), 0, 2);
+  EXPECT_TRUE(torch::equal(net->forward(x), whole));
+}
+
+TEST(Passes, EnteringMidChainRunsPlainAndIsCounted) {
+  Net net;
+  const LinkedChain chain = link(net->blocks, config_of({"is", 1}));
+  randomise(chain);
+  const at::Tensor x = torch::randn({5, kWidth});
+  net->forward(x);
+  EXPECT_EQ(chain.missed_links(2), 0);
+  const at::Tensor entered = net->blocks[2]->forward(x);
+  const formulas::Block block = blocks_of(net, chain)[2];
+  EXPECT_TRUE(torch::allclose(entered, formulas::forward_none(block, x), 1e-4, 1e-5));
+  EXPECT_EQ(chain.missed_links(2), 1);
+}
+
+TEST(Passes, BeginForwardDropsWhatAnExceptionLeft) {
+  Net net;
+  const LinkedChain chain = link(net->blocks, config_of({"ms", -1}));
+  randomise(chain);
+  const at::Tensor x = torch::randn({5, kWidth});
+  chain.begin_forward();
+  const at::Tensor clean = net->forward(x);
+  EXPECT_THROW(net->forward(torch::randn({5, kWidth + 1})), c10::Error);
+  chain.begin_forward();
+  EXPECT_TRUE(torch::equal(net->forward(x), clean));
+}
+
+TEST(Passes, ThreadsDoNotShareThem) {
+  Net net;
+  const LinkedChain chain = link(net->blocks, config_of({"is", 1}));
+  randomise(chain);
+  net->eval();
+  const at::Tensor x1 = torch::randn({5, kWidth}), x2 = torch::randn({5, kWidth});
+  const at::Tensor y1 = net->forward(x1), y2 = net->forward(x2);
+  bool is_equal1 = true, is_equal2 = true;
+  const auto run = [&](const at::Tensor& x, const at::Tensor& y, bool& is_equal) {
+    for (int k = 0; k < 200; ++k) is_equal = is_equal && torch::equal(net->forward(x), y);
+  };
+  std::thread other(run, x1, y1, std::ref(is_equal1));
+  run(x2, y2, is_equal2);
+  other.join();
+  EXPECT_TRUE(is_equal1 && is_equal2);
+}
+
+TEST(Link, RefusesALayerTwiceAndChangesNothing) {
+  Net net;
+  ResLoraLinear same = net->blocks[0];
+  EXPECT_THROW(link({net->blocks[0], same}, config_of({"is", 1})), c10::ValueError);
+  EXPECT_THROW(link(net->blocks, config_of({"is", 1}).r(0)), c10::ValueError);
+  EXPECT_FALSE(net->blocks[0]->is_adapted());
+  link(net->blocks, config_of({"is", 1}));
+  EXPECT_THROW(link(net->blocks, config_of({"is", 1})), c10::ValueError);
+}
+
+TEST(ResLoraLinear, PrintsWhatItIs) {
+  Net net;
+  std::stringstream plain, adapted;
+  plain << *net->blocks[1];
+  link(net->blocks, config_of({"is", 1}));
+  adapted << *net->blocks[1];
+  EXPECT_EQ(plain.str(), "reslora::ResLoraLinear(in_features=6, out_features=6, bias=true)");
+  EXPECT_EQ(adapted.str(),
+            "reslora::ResLoraLinear(in_features=6, out_features=6, bias=true, r=2, res_mode=is, "
+            "position=1)");
+}
+
+}  // namespace
+}  // namespace reslora

@@ -1,0 +1,102 @@
+"""ResLoraConfig: defaults, refusals, JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from reslora import _C, ResLoraConfig
+
+
+def test_defaults_are_those_of_the_library():
+    config = ResLoraConfig()
+    assert {name: getattr(config, name) for name in _C.config_defaults()} == _C.config_defaults()
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 8, 0)
+    assert (config.res_mode, config.pre_num, config.first_block) == ("is", 1, "double")
+    assert config.bias == "none" and config.merge_method is None and config.norm_window == 100
+
+
+def test_every_option_has_a_help_text():
+    for option in dataclasses.fields(ResLoraConfig):
+        assert option.metadata["help"].endswith("."), option.name
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"r": 0}, "r must be at least 1; got 0"),
+        ({"r": 2.5}, "r must be a whole number; got 2.5"),
+        ({"r": True}, "r must be a whole number; got True"),
+        ({"lora_alpha": 0}, "lora_alpha must be finite and greater than 0; got 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a number; got '8'"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must lie in \[0, 1\); got 1"),
+        ({"res_mode": "residual"}, "res_mode must be .*; got 'residual'"),
+        ({"res_mode": None}, "res_mode must be a string; got None"),
+        ({"pre_num": -2}, "pre_num must be .*; got -2"),
+        ({"first_block": "triple"}, "first_block must be .*; got 'triple'"),
+        ({"norm_window": -1}, "norm_window must be .*; got -1"),
+        ({"detach_taps": 1}, "detach_taps must be a bool; got 1"),
+        ({"bias": "all"}, "bias must be 'none' .*; got 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be .*; got 'pissa'"),
+        ({"init_lora_weights": 1}, "init_lora_weights must be .*; got 1"),
+        ({"merge_method": "best"}, "merge_method must be one of .*; got 'best'"),
+        ({"target_modules": 3}, "target_modules must be .*; got 3"),
+        ({"target_modules": [""]}, "target_modules must be"),
+        ({"target_modules": []}, "target_modules must be"),
+        ({"target_modules": "q_(proj"}, "target_modules must be a regular expression"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern must be"),
+        ({"modules_to_save": "head"}, "modules_to_save must be a list"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform must be layer indices"),
+        ({"layers_to_transform": 1, "target_modules": ".*q"}, "layers_to_transform needs"),
+        ({"rank_pattern": {"q": 0}}, "r must be at least 1; got 0"),
+        ({"rank_pattern": {"q": 1.5}}, "rank_pattern must map to whole numbers; got 1.5"),
+        ({"rank_pattern": ["q"]}, "rank_pattern must be a dict"),
+        ({"alpha_pattern": {"q": -1}}, "lora_alpha must be finite"),
+        ({"alpha_pattern": {"q": "x"}}, "alpha_pattern must map to numbers; got 'x'"),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(options, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        ResLoraConfig(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_round_trip(tmp_path):
+    config = ResLoraConfig(
+        r=4, target_modules=["q", "v"], rank_pattern={"q": 2}, res_mode="ms", pre_num=-1
+    )
+    config.save(tmp_path / "adapter_config.json")
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert values["peft_type"] == "RESLORA" and values["res_mode"] == "ms"
+    assert ResLoraConfig.load(tmp_path / "adapter_config.json") == config
+    assert ResLoraConfig.from_dict(config.to_dict()) == config
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_unknown_keys_warn_and_known_file_keys_do_not(recwarn):
+    ResLoraConfig.from_dict({"r": 4, "peft_type": "RESLORA", "base_model_name_or_path": None})
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"unknown options are ignored: \['future'\]"):
+        assert ResLoraConfig.from_dict({"r": 4, "future": 1}).r == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "must be JSON"),
+        ("[1]", "must be a JSON object; got list"),
+        ('{"peft_type": "LORA"}', "peft_type must be 'RESLORA'; got 'LORA'"),
+        ('{"r": "8"}', "r must be a whole number; got '8'"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, sentence):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        ResLoraConfig.load(path)
+
+
+def test_sets_and_tuples_of_names_become_lists():
+    assert ResLoraConfig(target_modules=("v", "q")).target_modules == ["v", "q"]
+    assert ResLoraConfig(target_modules={"v", "q"}).target_modules == ["q", "v"]

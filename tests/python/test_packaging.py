@@ -1,0 +1,219 @@
+"""What is installed: the wheel's content, its libraries, the torch it asks for, C++ use of it.
+
+The quick tests look at the installation that runs them. Those marked `full` build a wheel, install
+it into an empty virtual environment, and build the program of tests/consumer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from collections.abc import Sequence
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import torch
+
+import reslora
+from reslora import _C
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TORCH = Path(torch.__file__).parent
+MINOR = ".".join(torch.__version__.split(".")[:2])
+INSTALLED = Path(_C.__file__).parent  # of an editable installation: the compiled part
+
+SMOKE = """
+import torch, reslora
+model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+x = torch.randn(4, 8)
+before = model(x)
+model = reslora.inject(model, reslora.ResLoraConfig(r=2, target_modules=r"\\d+", res_mode="is"))
+assert torch.allclose(model(x), before)
+model(x).sum().backward()
+print(reslora.__file__, reslora.__version__)
+"""
+
+
+def run(*command: str | Path, cwd: Path = REPOSITORY) -> str:
+    """Run a program; return what it printed, fail with it where it failed."""
+    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", **os.environ}
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def fails(*command: str | Path, cwd: Path) -> str:
+    """Run a program that must fail; return what it printed on one line."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def dynamic_section(library: Path) -> list[tuple[str, str]]:
+    """Return (tag, value) of the library's NEEDED, RPATH and RUNPATH entries."""
+    printed = run("readelf", "-d", library)
+    return re.findall(r"\((NEEDED|RPATH|RUNPATH)\).*\[(.*)\]", printed)
+
+
+def check_libraries(folder: Path) -> None:
+    """Check that the libraries in a package folder find what they need from where they lie."""
+    libraries = sorted(folder.rglob("*.so"))
+    assert {library.name.split(".")[0] for library in libraries} == {"_C", "libreslora"}
+    for library in libraries:
+        section = dynamic_section(library)
+        paths = [part for tag, value in section if tag != "NEEDED" for part in value.split(":")]
+        assert paths, f"{library.name} has no rpath"
+        assert all(part.startswith("$ORIGIN") for part in paths), paths
+        assert "$ORIGIN/../torch/lib" in paths
+        needed = {value for tag, value in section if tag == "NEEDED"}
+        assert ("libtorch_python.so" in needed) == library.name.startswith("_C")
+
+
+# ---- The installation that runs the tests
+
+
+def test_libraries_find_torch_beside_them() -> None:
+    check_libraries(INSTALLED)
+
+
+def test_the_core_library_knows_nothing_of_python() -> None:
+    symbols = run("nm", "-D", "--undefined-only", INSTALLED / "libreslora.so")
+    assert not re.findall(r"\bPy[A-Z_]\w+", symbols)
+    assert re.findall(r"\bPy[A-Z_]\w+", run("nm", "-D", "--undefined-only", _C.__file__))
+
+
+def test_the_package_asks_for_the_torch_minor_that_it_was_built_with() -> None:
+    wanted = requires("reslora") or []
+    assert f"torch=={MINOR}.*" in [line.replace(" ", "") for line in wanted]
+
+
+def test_public_headers_are_installed() -> None:
+    shipped = {path.name for path in (INSTALLED / "include" / "reslora").glob("*.h")}
+    assert shipped == {path.name for path in (REPOSITORY / "include/reslora").glob("*.h")}
+
+
+@pytest.mark.parametrize("version", ["2.99.0", "2.99.0+cu132", "3.0.0a0"])
+def test_another_torch_minor_gives_one_sentence(tmp_path: Path, version: str) -> None:
+    program = f"import torch; torch.__version__ = {version!r}; import reslora"
+    printed = fails(sys.executable, "-c", program, cwd=tmp_path)
+    found = ".".join(version.split(".")[:2])
+    assert f"ImportError: reslora was built with torch {MINOR} and found torch {found}:" in printed
+    assert "undefined symbol" not in printed
+
+
+def configure(tmp_path: Path, torch_root: Path) -> str:
+    """Configure the repository against a folder that is no good torch; return the complaint."""
+    build = tmp_path / "build"
+    return fails(
+        "cmake", "-S", REPOSITORY, "-B", build, f"-DRESLORA_TORCH_ROOT={torch_root}", cwd=tmp_path
+    )
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
+def test_configuring_without_torch_says_how_to_get_it(tmp_path: Path) -> None:
+    printed = configure(tmp_path, tmp_path / "nowhere")
+    assert "reslora needs torch >= 2.11, and none was found: install it" in printed
+    assert "nowhere" in printed
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
+def test_configuring_with_an_old_torch_is_refused(tmp_path: Path) -> None:
+    header = tmp_path / "torch/include/torch/csrc/api/include/torch/version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("".join(f"#define TORCH_VERSION_{n} {v}\n" for n, v in OLD_VERSION.items()))
+    (tmp_path / "torch/lib").mkdir()
+    (tmp_path / "torch/lib/libtorch_cpu.so").touch()
+    assert "reslora needs torch >= 2.11; got 2.10.3" in configure(tmp_path, tmp_path / "torch")
+
+
+OLD_VERSION = {"MAJOR": 2, "MINOR": 10, "PATCH": 3}
+
+
+# ---- A wheel, and programs in C++
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build a wheel with the torch at hand, in a build folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = (
+        f"--config-settings=build-dir={folder / 'build'}",
+        "--config-settings=cmake.define.RESLORA_WERROR=ON",
+    )
+    pip: Sequence[str] = (sys.executable, "-m", "pip", "wheel", "--quiet")
+    run(*pip, "--no-build-isolation", "--no-deps", "-w", folder, *options, REPOSITORY)
+    (built,) = folder.glob("reslora-*.whl")
+    return built
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_the_wheel_holds_ours_and_nothing_else(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path)
+    foreign = [
+        name for name in names if re.search(r"lib(torch|c10|cud|gtest|fmt)|_test|tests/", name)
+    ]
+    assert foreign == []
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"reslora", f"reslora-{reslora.__version__}.dist-info"}
+    check_libraries(tmp_path / "reslora")
+    for path in ("py.typed", "_C.pyi", "include/reslora/reslora.h", "_build_info.py"):
+        assert f"reslora/{path}" in names
+    sources = {path.name for path in (REPOSITORY / "python/reslora").glob("*.py")}
+    assert sources <= {Path(name).name for name in names}
+    (metadata,) = tmp_path.glob("reslora-*.dist-info/METADATA")
+    assert re.search(
+        rf"^Requires-Dist: torch ?=={re.escape(MINOR)}\.\*$", metadata.read_text(), re.M
+    )
+    assert any("licenses/LICENSE" in name or name.endswith("LICENSE") for name in names)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    python = tmp_path / "env/bin/python"
+    purelib = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(purelib)
+    # torch and its dependencies are found in the environment at hand; reslora comes first.
+    (purelib / "torch_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    printed = run(python, "-c", SMOKE, cwd=tmp_path)
+    assert printed.startswith(str(purelib / "reslora"))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_a_cpp_program_uses_the_library_without_python(tmp_path: Path) -> None:
+    run(
+        "cmake",
+        *("-S", REPOSITORY / "tests/consumer", "-B", tmp_path, "-G", "Ninja"),
+        *("-DCMAKE_BUILD_TYPE=Release", f"-DRESLORA_TORCH_ROOT={TORCH}"),
+        *("-DRESLORA_BUILD_BENCHMARKS=ON", "-DRESLORA_WERROR=ON"),
+    )
+    run("cmake", "--build", tmp_path)
+    assert run(tmp_path / "consumer").strip() == "ok"
+    (program,) = tmp_path.rglob("bench_adapt")
+    printed = run(program, "--benchmark_filter=Step/.*T:128", "--benchmark_min_time=0.01")
+    for shortcut in ("frozen", "none", "is", "bs", "ms"):
+        assert f"Step/{shortcut}/" in printed

@@ -1,0 +1,255 @@
+"""The quickstart, end to end with tiny settings, and its refusals. No network is used."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "examples" / "quickstart.sh"
+METHODS = ["none-alpha16", "none-alpha32", "is-alpha16", "bs-alpha16", "ms-alpha16"]
+RULES = {
+    "none": ["exact"],
+    "is": ["input", "weight"],
+    "bs": ["exact"],
+    "ms": ["input", "weight", "factored"],
+}
+TINY = "--steps 4 --pretrain-steps 2 --eval-blocks 8 --seq-len 32 --batch-size 2".split()
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Return what the script runs in: this interpreter, one thread, and no way to a network."""
+    nowhere = "http://127.0.0.1:9"
+    return {
+        **os.environ,
+        "RESLORA_PYTHON": sys.executable,
+        "XDG_CACHE_HOME": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "http_proxy": nowhere,
+        "https_proxy": nowhere,
+    }
+
+
+def quickstart(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)],
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def first_run(cache, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output")
+    done = quickstart(*TINY, "--output", output, cache=cache)
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+@pytest.fixture(scope="module")
+def record(first_run):
+    return json.loads((first_run[0] / "results.json").read_text())
+
+
+def test_trains_every_method_from_the_same_start_on_the_same_batches(record):
+    results = record["results"]
+    assert [f"{r['res_mode']}-alpha{r['lora_alpha']:g}" for r in results] == METHODS
+    assert {len(r["train_losses"]) for r in results} == {4}
+    assert len({r["train_losses"][0] for r in results}) == 1  # B is zero: the base model's loss
+    assert len({r["loss_before"] for r in results}) == 1
+    assert len({r["trainable"] for r in results}) == 1
+    assert all(r["loss_trained"] != r["loss_before"] and r["seconds"] > 0 for r in results)
+
+
+def test_reports_every_merge_rule_with_its_alphas_and_errors(record):
+    for result in record["results"]:
+        assert [row["rule"] for row in result["merges"]] == RULES[result["res_mode"]]
+        exact = result["res_mode"] in ("none", "bs")
+        for row in result["merges"]:
+            assert (row["merge_error"] < 1e-5) == exact
+            assert any(layer["alpha_star"] for layer in row["layers"]) != exact
+            if exact:
+                assert row["loss_merged"] == pytest.approx(result["loss_trained"], abs=1e-5)
+
+
+def test_files_read_back_by_peft_and_transformers_agree(record):
+    rows = [row for result in record["results"] for row in result["merges"]]
+    assert len(rows) == 8
+    assert all(row["peft_difference"] <= 1e-5 for row in rows)
+    differences = [row["transformers_difference"] for row in rows if "merged_folder" in row]
+    assert len(differences) == 5
+    assert max(differences) <= 1e-5
+
+
+def test_exports_differ_between_rules_and_from_the_base(record):
+    """Agreement alone would also hold for files that do nothing."""
+    result = next(r for r in record["results"] if r["res_mode"] == "is")
+    folders = [Path(row["lora_folder"]) for row in result["merges"]]
+    assert json.loads((folders[0] / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    files = [safe_open(folder / "adapter_model.safetensors", "pt") for folder in folders]
+    key = next(k for k in files[0].keys() if "layers.1." in k and "lora_B" in k)
+    by_input, by_weight = (file.get_tensor(key) for file in files)
+    assert by_input.abs().max() > 0
+    assert not by_input.equal(by_weight)
+
+
+def test_merged_folder_is_a_whole_model(record):
+    folder = record["results"][2]["merges"][0]["merged_folder"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not any("reslora" in name or "lora_" in name for name in model.state_dict())
+    assert (Path(folder) / "tokenizer.json").is_file()
+
+
+def test_writes_the_figure_the_table_and_what_it_does_not_show(first_run):
+    output, done = first_run
+    assert (output / "loss.png").read_bytes()[:8] == PNG
+    assert "loss=" in done.stderr  # the progress bar
+    header = next(line for line in done.stdout.splitlines() if line.startswith("method"))
+    for column in ("trainable", "seconds", "before", "trained", "merged by", "merge error"):
+        assert column in header
+    for name in ("LoRA (alpha 16)", "LoRA (alpha 32)", "ResLoRA is", "ResLoRA bs", "ResLoRA ms"):
+        assert name in done.stdout
+    assert "does not show that ResLoRA is better or worse than LoRA" in " ".join(
+        done.stdout.split()
+    )
+    assert not list(output.glob(".unfinished-*"))
+
+
+def test_second_run_takes_the_model_from_the_cache_and_gives_the_same_losses(
+    first_run, record, cache, tmp_path
+):
+    done = quickstart(*TINY, "--res-mode", "bs", "--output", tmp_path, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "pretrained in an earlier run" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    before = {r["method"]: r["train_losses"] for r in record["results"]}
+    assert [r["res_mode"] for r in results] == ["none", "none", "bs"]
+    for result in results:
+        assert result["train_losses"] == pytest.approx(before[result["method"]], rel=1e-5)
+
+
+def test_adapts_a_model_and_a_text_of_the_user(record, cache, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i}: the quick brown fox jumps.\n" for i in range(300)))
+    base = record["results"][0]["merges"][0]["merged_folder"]
+    arguments = ["--model", base, "--data", text, "--res-mode", "ms", "--pre-num", -1, "--r", 2]
+    arguments += ["--target-modules", "q_proj,v_proj", "--output", tmp_path / "out"]
+    done = quickstart(*TINY, *arguments, cache=cache)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["settings"]["model"] == base
+    names = {layer["name"] for layer in record["results"][2]["merges"][0]["layers"]}
+    assert {name.rsplit(".", 1)[1] for name in names} == {"q_proj", "v_proj"}
+
+
+def _wait_until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_interrupted_pretraining_leaves_the_cache_sound(tmp_path):
+    command = ["bash", str(SCRIPT), *TINY, "--pretrain-steps", "100000"]
+    run = subprocess.Popen(
+        [*command, "--output", str(tmp_path / "out")],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_until(lambda: list((tmp_path / "reslora").glob(".unfinished-*")), 120)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert not list((tmp_path / "reslora").iterdir())
+
+
+BAD = {
+    "unknown shortcut": (["--res-mode", "xs"], "--res-mode must be one of is, bs, ms, all, none"),
+    "missing file": (["--data", "no/such/file.txt"], "--data must name a text file"),
+    "folder as file": (["--data", "."], "--data must name a text file"),
+    "not a number": (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    "no steps": (["--steps", "0"], "--steps must be at least 1; got 0"),
+    "rank 0": (["--r", "0"], "--r must be at least 1; got 0"),
+    "pre-num below -1": (["--pre-num", "-2"], "--pre-num must be at least -1; got -2"),
+    "no rate": (["--lr", "nan"], "--lr must be above 0 and finite; got nan"),
+    "unknown option": (["--rank", "4"], "unrecognized arguments: --rank 4"),
+    "unknown device": (["--device", "tpu"], "--device must be cpu or cuda; got 'tpu'"),
+    "file as output": (["--output", __file__], "--output must name a folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_argument_is_one_sentence(name, tmp_path):
+    arguments, sentence = BAD[name]
+    done = quickstart(*arguments, cache=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr
+    assert done.stderr.startswith("quickstart: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+BAD_INPUT = {
+    "empty text": (["--data", "empty.txt"], "--data must hold text"),
+    "short text": (["--data", "short.txt"], "at least one block of --seq-len 32 tokens"),
+    "binary": (["--data", "binary.txt"], "--data must be UTF-8 text"),
+    "no model in folder": (["--model", "."], "'.' has no config.json"),
+    "no such folder": (["--model", "./nowhere"], "no folder './nowhere'"),
+    "unknown target": (["--target-modules", "no_proj"], "'no_proj', which matches nothing"),
+    "too long": (["--seq-len", "513"], "--seq-len must be at most 512 for this model; got 513"),
+}
+# One process for all of them, since importing torch and transformers takes seconds.
+EACH = """
+import contextlib, io, json, sys
+import finetune
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = finetune.main(arguments)
+    answers.append((code, errors.getvalue()))
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(first_run, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    texts = {"good": b"a b c\n" * 9000, "empty": b" \n", "short": b"short", "binary": b"\xff\xfe"}
+    for name, content in texts.items():
+        (folder / f"{name}.txt").write_bytes(content)
+    common = [*TINY, "--cache", str(cache / "reslora"), "--output", "out", "--data", "good.txt"]
+    requests = [common + arguments for arguments, _ in BAD_INPUT.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, json.dumps(requests)],
+        env=environment(cache) | {"PYTHONPATH": str(SCRIPT.parent / "python")},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(zip(BAD_INPUT, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_sentence(name, answers):
+    code, errors = answers[name]
+    assert code == 2
+    assert BAD_INPUT[name][1] in errors
+    assert errors.startswith("quickstart: ") and errors.count("\n") == 1
