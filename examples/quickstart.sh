@@ -40,10 +40,10 @@ missing_packages() {
     printf '%s\n' python3 python3-venv python3-dev
     return
   fi
-  "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+  "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "${python##*/}-venv"
   "$python" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
-    echo python3-dev
+    echo "${python##*/}-dev"
 }
 
 # Installs what is missing where that is allowed; otherwise says it in one sentence.
@@ -59,7 +59,8 @@ require_system_packages() {
     missing="$(missing_packages "$(find_python)" | paste -sd' ')"
     [[ -z "$missing" ]] && return
   fi
-  die "needs $missing (Python 3.11 or newer); install them with: sudo apt-get install $missing"
+  die "these Debian packages are missing (Python must be 3.11 or newer): $missing; install them" \
+    "with 'sudo apt-get install $missing' and run this again"
 }
 
 # Prints what the environment is made from; a change installs again.
@@ -68,9 +69,18 @@ fingerprint() {
     echo "${packages[@]}" "${example_packages[@]}"
     "$1" -c 'import sys; print(sys.version, sys.executable)'
     cd "$repository"
-    find CMakeLists.txt pyproject.toml README.md include src python -type f \
+    find CMakeLists.txt pyproject.toml include src python -type f \
       -not -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum
   } | sha256sum | cut -d' ' -f1
+}
+
+# Prints how many files to compile at once: each takes about 2 GiB of memory.
+compile_jobs() {
+  local cores gigabytes jobs
+  cores="$(nproc)"
+  gigabytes="$(awk '/^MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)"
+  jobs=$((gigabytes / 2 < cores ? gigabytes / 2 : cores))
+  echo $((jobs > 1 ? jobs : 1))
 }
 
 install() {
@@ -83,7 +93,9 @@ install() {
   rm -f "$venv/made_of"
   "${pip[@]}" "${packages[@]}" "${example_packages[@]}" || die "pip could not install torch and others"
   say "building reslora (a few minutes)"
-  "${pip[@]}" --no-build-isolation --force-reinstall --no-deps "$repository" ||
+  CMAKE_BUILD_PARALLEL_LEVEL="$(compile_jobs)" \
+    "${pip[@]}" --no-build-isolation --force-reinstall --no-deps \
+    --config-settings=build-dir="$cache/build" "$repository" ||
     die "reslora could not be built; the messages above say why"
   echo "$made_of" >"$venv/made_of"
 }

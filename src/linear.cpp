@@ -1,3 +1,7 @@
+// Layers, the state that a chain of them shares, and how passes begin and end.
+//
+// A layer holds its chain's state strongly, the state holds its layers weakly: no cycle, and a
+// model that is gone takes its chains along.
 #include <reslora/linear.h>
 #include <reslora/ops.h>
 #include <torch/nn/functional/linear.h>

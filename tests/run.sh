@@ -141,7 +141,7 @@ timings+="; $(seconds_of style "$part")"
 
 part=$SECONDS
 say "ctest"
-OMP_NUM_THREADS=1 ctest --test-dir "$(build_folder)" --parallel "$jobs" --no-tests=error --progress \
+GTEST_OUTPUT=xml:$results/gtest.xml OMP_NUM_THREADS=1 ctest --test-dir "$(build_folder)" --parallel "$jobs" --no-tests=error --progress \
   --output-on-failure --output-junit "$results/ctest.xml" || true
 timings+="; $(seconds_of ctest "$part")"
 

@@ -1,6 +1,6 @@
 """Sums up what ctest and pytest wrote, and decides the exit code of tests/run.sh.
 
-    python tests/summary.py <folder with ctest.xml and pytest.xml>
+    python tests/summary.py <folder with ctest.xml, gtest.xml and pytest.xml>
 
 Prints failed tests and skips with their reasons, and ends with `N passed, N failed, N skipped`. A
 skip whose reason is not in ALLOWED_SKIPS counts as failed. A file that is absent or empty counts as
@@ -44,9 +44,8 @@ def skip_reason(case: ElementTree.Element) -> str | None:
     if skipped is None and case.get("status") not in ("disabled", "notrun"):
         return None
     reason = "" if skipped is None else (skipped.get("message") or skipped.text or "")
-    output = case.findtext("system-out") or ""
-    printed = re.search(r"Skipped\n(.+)", output)  # GoogleTest prints the reason below this word
-    return (printed.group(1) if printed else reason).strip() or "no reason given"
+    lines = reason.strip().splitlines() or ["no reason given"]
+    return lines[-1]  # GoogleTest puts the place of the skip on a line above its reason
 
 
 def read(path: Path, tally: Tally) -> None:
@@ -72,7 +71,7 @@ def read(path: Path, tally: Tally) -> None:
 def main(folder: Path) -> int:
     """Print the summary of a results folder; return the exit code."""
     tally = Tally()
-    for name in ("ctest.xml", "pytest.xml"):
+    for name in ("ctest.xml", "gtest.xml", "pytest.xml"):
         read(folder / name, tally)
     if (folder / "style.txt").exists():
         tally.failed.append("style (its sentences stand above)")
@@ -86,5 +85,5 @@ def main(folder: Path) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python tests/summary.py <folder with ctest.xml and pytest.xml>")
+        sys.exit("usage: python tests/summary.py <folder with ctest.xml, gtest.xml and pytest.xml>")
     sys.exit(main(Path(sys.argv[1])))

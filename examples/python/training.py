@@ -70,7 +70,7 @@ def train(
     smooth = math.nan
     start = time.monotonic()
     model.train()
-    bar = progress_bar(range(settings.steps), f"{name:<22}")
+    bar = progress_bar(range(settings.steps), name)
     for step in bar:
         rate = min((step + 1) / warm_up, (settings.steps - step) / settings.steps)
         optimizer.param_groups[0]["lr"] = settings.lr * rate

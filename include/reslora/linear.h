@@ -19,8 +19,8 @@
 #pragma once
 
 #include <reslora/chain.h>
+#include <reslora/chain_view.h>
 #include <reslora/export.h>
-#include <reslora/merge.h>
 #include <reslora/norm_window.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/options/linear.h>

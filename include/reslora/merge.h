@@ -10,9 +10,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <reslora/chain.h>
+#include <reslora/chain_view.h>
 #include <reslora/export.h>
-#include <reslora/norm_window.h>
 
 #include <functional>
 #include <optional>
@@ -21,21 +20,6 @@
 #include <vector>
 
 namespace reslora {
-
-/// The tensors of one layer of a chain. `weight` may be any strided view [out, in].
-struct LayerView {
-  at::Tensor weight;  // undefined where only factors are wanted; then `apply` and the rule `weight`
-                      // refuse the layer
-  at::Tensor A;       // [r, in]
-  at::Tensor B;       // [out, r]
-  NormWindow norms;   // undefined where none were recorded
-};
-
-/// One chain: its links and its tensors, in the same order.
-struct ChainView {
-  Chain chain;
-  std::vector<LayerView> layers;
-};
 
 /// How a layer's shortcut is replaced. `lsq` (regression) has its place here.
 enum class MergeRule {

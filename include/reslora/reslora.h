@@ -3,6 +3,7 @@
 
 #include <reslora/adapter_io.h>   // IWYU pragma: export
 #include <reslora/chain.h>        // IWYU pragma: export
+#include <reslora/chain_view.h>   // IWYU pragma: export
 #include <reslora/config.h>       // IWYU pragma: export
 #include <reslora/formulas.h>     // IWYU pragma: export
 #include <reslora/linear.h>       // IWYU pragma: export

@@ -11,6 +11,8 @@ from importlib.metadata import version
 def dynamic_metadata(field: str, settings: dict[str, object] | None = None) -> list[str]:
     """Return the value of `project.dependencies` (called by scikit-build-core)."""
     if field != "dependencies" or settings:
-        raise ValueError(f"torch_dependency provides 'dependencies' only; got {field!r}, {settings!r}")
+        raise ValueError(
+            f"torch_dependency provides 'dependencies' only; got {field!r}, {settings!r}"
+        )
     major, minor = version("torch").split(".")[:2]
     return [f"torch=={major}.{minor}.*", "tqdm"]

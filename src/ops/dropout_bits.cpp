@@ -1,3 +1,4 @@
+// Philox in lanes, biased bits from fair ones, and masks by table look-up.
 #include "ops/dropout_bits.h"
 
 #include <array>

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 #include <reslora/formulas.h>
 #include <reslora/linear.h>
+#include <reslora/merge.h>
 #include <torch/torch.h>
 
 #include <sstream>

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+
 from reslora import _C
 
 adapt = torch.ops.reslora.adapt
@@ -93,7 +94,8 @@ def make_chain(res_mode, pre_num, features=6, r=4, length=LENGTH, out_features=N
     ranks = options.pop("ranks", None) or [r] * length
     config.pop("ranks", None)
     layers = [
-        (f"layers.{n}", features, out_features or features, ranks[n], 0.5 + n) for n in range(length)
+        (f"layers.{n}", features, out_features or features, ranks[n], 0.5 + n)
+        for n in range(length)
     ]
     return _C.Chain(config, layers)
 

@@ -42,7 +42,7 @@ def chain_m(chain):
 
 
 def run_chain(chain, blocks, x, *, dtype=F64):
-    """Evaluate a chain by taps, tanh between the layers; returns inputs and outputs of each layer."""
+    """Evaluate a chain by taps, tanh between layers; returns each layer's input and output."""
     taps, xs, ys = {}, [], []
     for n in range(chain.size):
         w = chain.wiring(n)
@@ -238,7 +238,16 @@ def test_dropout_keeps_the_expected_share_and_scales():
 
 def test_dropout_follows_manual_seed_and_threads():
     x = torch.randn(300, 40)
-    args = (x, torch.randn(40, 40), None, None, [torch.randn(4, 40)], [torch.randn(40, 4)], [1.0], [])
+    args = (
+        x,
+        torch.randn(40, 40),
+        None,
+        None,
+        [torch.randn(4, 40)],
+        [torch.randn(40, 4)],
+        [1.0],
+        [],
+    )
     drawn = []
     threads = torch.get_num_threads()
     try:
@@ -271,7 +280,9 @@ def test_dropped_infinities_do_not_poison():
 
 # ---------------------------------------------------------------- gradients
 
-GRAD_LAYOUTS = [layout for layout in LAYOUTS if layout is not expanded]  # gradcheck wants no overlap
+GRAD_LAYOUTS = [
+    layout for layout in LAYOUTS if layout is not expanded
+]  # gradcheck wants no overlap
 GRADCHECK = [
     (mode, m, place, bias, dropout, r, GRAD_LAYOUTS[i % len(GRAD_LAYOUTS)])
     for i, ((mode, m), place, bias, dropout, r) in enumerate(

@@ -1,4 +1,4 @@
-"""What the rest of torch expects of the op: opcheck, compile, export, autocast, memory, other devices."""
+"""What the rest of torch expects of the op: opcheck, compile, export, autocast, memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ BACKWARD = torch.ops.reslora.adapt_backward.default
 def arguments(sample, **changes):
     w = sample.wiring
     names = ["x", "weight", "bias", "base_out", "A", "B", "scaling", "taps", "dropout", "bits"]
-    values = [sample.x, sample.weight, sample.bias, None, sample.A, sample.B, w.scaling, sample.taps]
+    values = [
+        sample.x,
+        sample.weight,
+        sample.bias,
+        None,
+        sample.A,
+        sample.B,
+        w.scaling,
+        sample.taps,
+    ]
     named = dict(zip(names, [*values, sample.dropout, sample.bits], strict=True))
     named["keep_tap"] = w.handed == "tap" and len(w.a) == len(w.b)
     named.update(changes)
@@ -57,7 +66,18 @@ def test_opcheck_of_the_backward(res_mode, pre_num, dropout):
     detached = [[t.detach() for t in args[k]] for k in (4, 5)]
     torch.library.opcheck(
         BACKWARD,
-        (*grads, args[0].detach(), args[1], *detached, args[6], s, args[9], args[8], args[10], [True] * 3),
+        (
+            *grads,
+            args[0].detach(),
+            args[1],
+            *detached,
+            args[6],
+            s,
+            args[9],
+            args[8],
+            args[10],
+            [True] * 3,
+        ),
     )
 
 
@@ -88,7 +108,9 @@ def chain_forward(chain, weights, A, B, x, dropout=0.0):
     return x
 
 
-@pytest.mark.parametrize(("res_mode", "pre_num"), [("none", 0), ("is", 1), ("bs", 2), ("ms", 2), ("ms", -1)])
+@pytest.mark.parametrize(
+    ("res_mode", "pre_num"), [("none", 0), ("is", 1), ("bs", 2), ("ms", 2), ("ms", -1)]
+)
 def test_compiled_chain_equals_eager(res_mode, pre_num):
     """Three layers, one full graph, forward and backward; then another number of tokens."""
     torch.manual_seed(0)
@@ -217,7 +239,9 @@ def test_saved_bytes(res_mode, pre_num, dropout):
         res_mode, pre_num, 2, r=r, leading=(T,), features=features, dtype=torch.float32
     )
     sample.dropout = dropout
-    known = {t.untyped_storage().data_ptr() for t in [sample.x, sample.weight, *sample.A, *sample.B]}
+    known = {
+        t.untyped_storage().data_ptr() for t in [sample.x, sample.weight, *sample.A, *sample.B]
+    }
     extra = {}
 
     def pack(t):
@@ -236,7 +260,9 @@ def test_saved_bytes(res_mode, pre_num, dropout):
 def test_meta_tensors_give_shapes():
     x = torch.randn(2, 3, 6, device="meta")
     A, B = [torch.randn(4, 6, device="meta")] * 2, [torch.randn(5, 4, device="meta")]
-    y, s, tap, bits, _ = adapt(x, torch.randn(5, 6, device="meta"), None, None, A, B, [1.0], [], 0.1)
+    y, s, tap, bits, _ = adapt(
+        x, torch.randn(5, 6, device="meta"), None, None, A, B, [1.0], [], 0.1
+    )
     assert y.shape == (2, 3, 5)
     assert s.shape == tap.shape == (2, 3, 4)
     assert bits.shape == (6, 1)
@@ -250,7 +276,7 @@ def test_foreign_rows_on_meta_are_refused():
 
 @pytest.mark.parametrize("choice", ["aten", "wrong"])
 def test_the_form_of_other_devices(choice):
-    """RESLORA_KERNELS=aten runs on the CPU what CUDA, MPS and XPU run: the value tests pass on it."""
+    """RESLORA_KERNELS=aten runs on the CPU what CUDA, MPS and XPU run; it passes the value tests."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     chosen = "(literal or gradcheck or dropout or norms or bits) and not threads"

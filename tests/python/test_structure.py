@@ -166,14 +166,11 @@ def test_a_header_that_needs_another_one_is_reported(tmp_path: Path) -> None:
 
 # ---- tests/summary.py
 
-CTEST = """<testsuite>
-<testcase name="Adapt.Works" classname="Adapt.Works" status="run"/>
-<testcase name="Adapt.Skips" classname="Adapt.Skips" status="notrun">
-  <skipped message="SKIP_REGULAR_EXPRESSION_MATCHED"/>
-  <system-out>[ RUN ]
-a_test.cpp:9: Skipped
-{reason}
-</system-out></testcase></testsuite>"""
+CTEST = '<testsuite><testcase name="reslora_tests" status="run"/></testsuite>'
+GTEST = """<testsuites><testsuite>
+<testcase name="Works" classname="Adapt" status="run" result="completed"/>
+<testcase name="Skips" classname="Adapt" status="run" result="skipped">
+  <skipped message="a_test.cpp:9&#x0A;{reason}"/></testcase></testsuite></testsuites>"""
 PYTEST = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="test_one"/>
 <testcase classname="tests.test_a" name="test_two">{inside}</testcase></testsuite></testsuites>"""
@@ -183,7 +180,8 @@ NO_DATA = "the data folder ../shared/data is absent"
 def summarize(
     folder: Path, capsys: pytest.CaptureFixture[str], *, reason: str = NO_DATA, inside: str = ""
 ) -> tuple[int, list[str]]:
-    plant(folder, "ctest.xml", CTEST.format(reason=reason))
+    plant(folder, "ctest.xml", CTEST)
+    plant(folder, "gtest.xml", GTEST.format(reason=reason))
     plant(folder, "pytest.xml", PYTEST.format(inside=inside))
     code = summary.main(folder)
     return code, capsys.readouterr().out.splitlines()
@@ -191,7 +189,7 @@ def summarize(
 
 def test_summary_ends_with_the_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = summarize(tmp_path, capsys)
-    assert (code, lines[-1]) == (0, "3 passed, 0 failed, 1 skipped")
+    assert (code, lines[-1]) == (0, "4 passed, 0 failed, 1 skipped")
     assert NO_DATA in lines[0]
 
 
@@ -200,7 +198,7 @@ def test_summary_fails_for_a_failed_test_and_an_unexpected_skip(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], inside: str
 ) -> None:
     code, lines = summarize(tmp_path, capsys, inside=inside)
-    assert (code, lines[-1]) == (1, "2 passed, 1 failed, 1 skipped")
+    assert (code, lines[-1]) == (1, "3 passed, 1 failed, 1 skipped")
     assert lines[0].startswith("FAILED  tests.test_a::test_two")
 
 
@@ -208,7 +206,7 @@ def test_summary_reads_the_reason_that_googletest_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, lines = summarize(tmp_path, capsys, reason="too slow today")
-    assert (code, lines[-1]) == (1, "3 passed, 1 failed, 0 skipped")
+    assert (code, lines[-1]) == (1, "4 passed, 1 failed, 0 skipped")
     assert "too slow today" in lines[0]
 
 
@@ -216,11 +214,12 @@ def test_summary_reads_the_reason_that_googletest_printed(
 def test_summary_fails_where_a_program_wrote_no_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None
 ) -> None:
-    plant(tmp_path, "ctest.xml", CTEST.format(reason=NO_DATA))
+    plant(tmp_path, "ctest.xml", CTEST)
+    plant(tmp_path, "gtest.xml", GTEST.format(reason=NO_DATA))
     if text is not None:
         plant(tmp_path, "pytest.xml", text)
     assert summary.main(tmp_path) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 1 failed, 1 skipped"
+    assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 1 failed, 1 skipped"
 
 
 def test_summary_counts_a_failed_style_check(
@@ -228,4 +227,4 @@ def test_summary_counts_a_failed_style_check(
 ) -> None:
     plant(tmp_path, "style.txt", "")
     code, lines = summarize(tmp_path, capsys)
-    assert (code, lines[-1]) == (1, "3 passed, 1 failed, 1 skipped")
+    assert (code, lines[-1]) == (1, "4 passed, 1 failed, 1 skipped")
