@@ -28,6 +28,13 @@ done
 unset PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK=1 CMAKE_BUILD_PARALLEL_LEVEL=$jobs TOKENIZERS_PARALLELISM=false
 
+# ccache: shared by all checkouts where it may be, inside this one where it may not.
+export CCACHE_BASEDIR=$repo CCACHE_NOHASHDIR=1
+ccache_folder=${CCACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-}/.cache}/ccache}
+if ! { mkdir -p "$ccache_folder" && [[ -w $ccache_folder ]]; } 2>/dev/null; then
+  export CCACHE_DIR=$repo/build/ccache
+fi
+
 say() { printf '== %s\n' "$*"; }
 die() { printf '[run.sh] %s\n' "$*" >&2; exit 2; }
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -48,6 +55,7 @@ missing_packages() {
   have clang-format || echo clang-format
   [[ -e /usr/include/gtest/gtest.h ]] || echo libgtest-dev
   [[ -e /usr/include/gmock/gmock.h ]] || echo libgmock-dev
+  if ((full)) && [[ ! -e /usr/include/benchmark/benchmark.h ]]; then echo libbenchmark-dev; fi
   if [[ -z $1 ]]; then
     echo python3 python3-dev python3-venv
     return
@@ -76,7 +84,7 @@ install_packages() {
 
 make_venv() {
   local python
-  if [[ -x $venv/bin/python ]] && is_new_enough "$venv/bin/python"; then return; fi
+  if is_new_enough "$venv/bin/python" && "$venv/bin/python" -c "import pip"; then return; fi
   python=$(find_python)
   [[ -n $python ]] || die "Python 3.11 or newer is needed and none was found; name one with PYTHON=."
   say "making a virtual environment with $("$python" --version)"
@@ -130,7 +138,7 @@ build
 timings+="; $(seconds_of build "$part")"
 results=$repo/$(build_folder)/results
 mkdir -p "$results"
-rm -f "$results"/*.xml "$results"/style.txt
+rm -f "$results"/*.xml "$results"/gtest/*.xml "$results"/style.txt
 
 part=$SECONDS
 say "style"
@@ -141,8 +149,8 @@ timings+="; $(seconds_of style "$part")"
 
 part=$SECONDS
 say "ctest"
-GTEST_OUTPUT=xml:$results/gtest.xml OMP_NUM_THREADS=1 ctest --test-dir "$(build_folder)" --parallel "$jobs" --no-tests=error --progress \
-  --output-on-failure --output-junit "$results/ctest.xml" || true
+GTEST_OUTPUT=xml:$results/gtest/ OMP_NUM_THREADS=1 ctest --test-dir "$(build_folder)" \
+  --parallel "$jobs" --no-tests=error --output-on-failure --output-junit "$results/ctest.xml" || true
 timings+="; $(seconds_of ctest "$part")"
 
 part=$SECONDS

@@ -1,6 +1,6 @@
 """Sums up what ctest and pytest wrote, and decides the exit code of tests/run.sh.
 
-    python tests/summary.py <folder with ctest.xml, gtest.xml and pytest.xml>
+    python tests/summary.py <folder with ctest.xml, gtest/ and pytest.xml>
 
 Prints failed tests and skips with their reasons, and ends with `N passed, N failed, N skipped`. A
 skip whose reason is not in ALLOWED_SKIPS counts as failed. A file that is absent or empty counts as
@@ -48,31 +48,54 @@ def skip_reason(case: ElementTree.Element) -> str | None:
     return lines[-1]  # GoogleTest puts the place of the skip on a line above its reason
 
 
-def read(path: Path, tally: Tally) -> None:
-    """Add the test cases of a JUnit file to the tally."""
+def add(case: ElementTree.Element, tally: Tally) -> None:
+    """Add one test case of a JUnit file to the tally."""
+    name = "::".join(dict.fromkeys(filter(None, (case.get("classname"), case.get("name")))))
+    reason = skip_reason(case)
+    if case.find("failure") is not None or case.find("error") is not None:
+        tally.failed.append(name)
+    elif reason is not None:
+        tally.skip(name, reason)
+    else:
+        tally.passed += 1
+
+
+def cases_of(path: Path, tally: Tally) -> list[ElementTree.Element]:
+    """Return the test cases of a JUnit file; one failure where it holds none."""
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except (OSError, ElementTree.ParseError) as error:
         tally.failed.append(f"{path.name} could not be read ({error}): its program did not finish")
-        return
+        return []
     if not cases:
         tally.failed.append(f"{path.name} holds no test")
-    for case in cases:
-        name = "::".join(filter(None, (case.get("classname"), case.get("name"))))
-        reason = skip_reason(case)
-        if case.find("failure") is not None or case.find("error") is not None:
-            tally.failed.append(name)
-        elif reason is not None:
-            tally.skip(name, reason)
-        else:
-            tally.passed += 1
+    return cases
+
+
+def read(path: Path, tally: Tally) -> None:
+    """Add the test cases of a JUnit file to the tally."""
+    for case in cases_of(path, tally):
+        add(case, tally)
+
+
+def read_ctest(folder: Path, tally: Tally) -> None:
+    """Add what ctest ran: a GoogleTest program by its own cases, anything else as one case."""
+    for case in cases_of(folder / "ctest.xml", tally):
+        own = folder / "gtest" / f"{case.get('name')}.xml"
+        if not own.exists():
+            add(case, tally)
+            continue
+        before = len(tally.failed)
+        read(own, tally)
+        if case.find("failure") is not None and len(tally.failed) == before:
+            tally.failed.append(f"{case.get('name')} failed after its last test")
 
 
 def main(folder: Path) -> int:
     """Print the summary of a results folder; return the exit code."""
     tally = Tally()
-    for name in ("ctest.xml", "gtest.xml", "pytest.xml"):
-        read(folder / name, tally)
+    read_ctest(folder, tally)
+    read(folder / "pytest.xml", tally)
     if (folder / "style.txt").exists():
         tally.failed.append("style (its sentences stand above)")
     for line in tally.failed:
@@ -85,5 +108,5 @@ def main(folder: Path) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python tests/summary.py <folder with ctest.xml, gtest.xml and pytest.xml>")
+        sys.exit("usage: python tests/summary.py <folder with ctest.xml, gtest/ and pytest.xml>")
     sys.exit(main(Path(sys.argv[1])))

@@ -23,6 +23,8 @@ def main(arguments: list[str]) -> int:
         chosen = options.parse(arguments)
         if chosen.model is None or Path(chosen.model).expanduser().is_dir():
             os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to fetch, so nothing to ask
+        # Threads that spin while they wait make a run on a busy machine several times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import job  # torch and transformers take seconds to import: only for a good request
 
         return job.run(chosen)

@@ -40,10 +40,10 @@ Tensor draw_bits(const Tensor& x, double keep) {
   Tensor bits = at::empty({x.size(0), row_bytes}, x.options().dtype(at::kByte));
   auto* data = bits.data_ptr<uint8_t>();
   const auto level = static_cast<uint32_t>(keep * 65536.0 + 0.5);
-  const int64_t grain = std::max<int64_t>(1, 4096 / row_bytes);
-  at::parallel_for(0, x.size(0), grain, [&](int64_t first, int64_t last) {
-    draw_bit_rows(seed, level, first, last, row_bytes, data);
-  });
+  const int64_t bytes = bits.numel();
+  at::parallel_for(
+      0, (bytes + kBitBlockBytes - 1) / kBitBlockBytes, /*grain_size=*/32,
+      [&](int64_t first, int64_t last) { draw_bit_blocks(seed, level, first, last, bytes, data); });
   return bits;
 }
 

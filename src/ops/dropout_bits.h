@@ -1,16 +1,19 @@
 // Dropout bits on the CPU: drawn from a counter, kept as bits, applied to a few rows at a time.
 //
-// Bit j%8 of byte j/8 of a row belongs to element j; 1 = kept. The bits of a row depend on the seed
-// and the row's number alone, so any number of threads draws the same.
+// Bit j%8 of byte j/8 of a row belongs to element j; 1 = kept. The bits depend on the seed and
+// their place alone, so any number of threads draws the same.
 #pragma once
 
 #include <cstdint>
 
 namespace reslora::ops {
 
-/// Fills rows [first, last) of bits [T, row_bytes]; each bit is 1 with probability level / 65536.
-void draw_bit_rows(uint64_t seed, uint32_t level, int64_t first, int64_t last, int64_t row_bytes,
-                   uint8_t* bits);
+/// What is drawn at once.
+constexpr int64_t kBitBlockBytes = 256;
+
+/// Fills the blocks [first, last) of `bytes` bytes; each bit is 1 with probability level / 65536.
+void draw_bit_blocks(uint64_t seed, uint32_t level, int64_t first, int64_t last, int64_t bytes,
+                     uint8_t* bits);
 
 /// out[j] = bit j of the row ? in[j] : 0, for a row of n elements of `element_size` 2, 4 or 8
 /// bytes. `out` may be `in`. A dropped NaN or infinity becomes 0.

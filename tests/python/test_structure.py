@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -166,9 +167,11 @@ def test_a_header_that_needs_another_one_is_reported(tmp_path: Path) -> None:
 
 # ---- tests/summary.py
 
-CTEST = '<testsuite><testcase name="reslora_tests" status="run"/></testsuite>'
+CTEST = """<testsuite>
+<testcase name="reslora_tests" classname="reslora_tests" status="run">{inside}</testcase>
+<testcase name="other" classname="other" status="run"/></testsuite>"""
 GTEST = """<testsuites><testsuite>
-<testcase name="Works" classname="Adapt" status="run" result="completed"/>
+<testcase name="Works" classname="Adapt" status="run" result="completed">{inside}</testcase>
 <testcase name="Skips" classname="Adapt" status="run" result="skipped">
   <skipped message="a_test.cpp:9&#x0A;{reason}"/></testcase></testsuite></testsuites>"""
 PYTEST = """<testsuites><testsuite>
@@ -177,35 +180,65 @@ PYTEST = """<testsuites><testsuite>
 NO_DATA = "the data folder ../shared/data is absent"
 
 
+@pytest.fixture
 def summarize(
-    folder: Path, capsys: pytest.CaptureFixture[str], *, reason: str = NO_DATA, inside: str = ""
-) -> tuple[int, list[str]]:
-    plant(folder, "ctest.xml", CTEST)
-    plant(folder, "gtest.xml", GTEST.format(reason=reason))
-    plant(folder, "pytest.xml", PYTEST.format(inside=inside))
-    code = summary.main(folder)
-    return code, capsys.readouterr().out.splitlines()
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, list[str]]]:
+    """Return a call that writes result files, and gives the exit code and the printed lines."""
+
+    def call(
+        *, reason: str = NO_DATA, ctest: str = "", gtest: str = "", inside: str = ""
+    ) -> tuple[int, list[str]]:
+        plant(tmp_path, "ctest.xml", CTEST.format(inside=ctest))
+        plant(tmp_path, "gtest/reslora_tests.xml", GTEST.format(reason=reason, inside=gtest))
+        plant(tmp_path, "pytest.xml", PYTEST.format(inside=inside))
+        code = summary.main(tmp_path)
+        return code, capsys.readouterr().out.splitlines()
+
+    return call
 
 
-def test_summary_ends_with_the_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, lines = summarize(tmp_path, capsys)
+Summarize = Callable[..., tuple[int, list[str]]]
+
+
+def test_summary_ends_with_the_counts(summarize: Summarize) -> None:
+    code, lines = summarize()
     assert (code, lines[-1]) == (0, "4 passed, 0 failed, 1 skipped")
     assert NO_DATA in lines[0]
 
 
 @pytest.mark.parametrize("inside", ["<failure/>", "<error/>", '<skipped message="just so"/>'])
 def test_summary_fails_for_a_failed_test_and_an_unexpected_skip(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], inside: str
+    summarize: Summarize, inside: str
 ) -> None:
-    code, lines = summarize(tmp_path, capsys, inside=inside)
+    code, lines = summarize(inside=inside)
     assert (code, lines[-1]) == (1, "3 passed, 1 failed, 1 skipped")
     assert lines[0].startswith("FAILED  tests.test_a::test_two")
 
 
-def test_summary_reads_the_reason_that_googletest_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_summary_counts_a_failed_googletest_case_once(summarize: Summarize) -> None:
+    code, lines = summarize(ctest="<failure/>", gtest="<failure/>")
+    assert (code, lines[0]) == (1, "FAILED  Adapt::Works")
+    assert lines[-1] == "3 passed, 1 failed, 1 skipped"
+
+
+def test_summary_sees_a_program_that_fails_after_its_tests(summarize: Summarize) -> None:
+    code, lines = summarize(ctest="<failure/>")
+    assert (code, lines[0]) == (1, "FAILED  reslora_tests failed after its last test")
+
+
+def test_summary_counts_a_program_that_crashed_in_its_tests(
+    summarize: Summarize, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, lines = summarize(tmp_path, capsys, reason="too slow today")
+    summarize()
+    (tmp_path / "gtest/reslora_tests.xml").unlink()
+    plant(tmp_path, "ctest.xml", CTEST.format(inside="<failure/>"))
+    assert summary.main(tmp_path) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "3 passed, 1 failed, 0 skipped"
+
+
+def test_summary_reads_the_reason_that_googletest_printed(summarize: Summarize) -> None:
+    code, lines = summarize(reason="too slow today")
     assert (code, lines[-1]) == (1, "4 passed, 1 failed, 0 skipped")
     assert "too slow today" in lines[0]
 
@@ -214,17 +247,14 @@ def test_summary_reads_the_reason_that_googletest_printed(
 def test_summary_fails_where_a_program_wrote_no_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None
 ) -> None:
-    plant(tmp_path, "ctest.xml", CTEST)
-    plant(tmp_path, "gtest.xml", GTEST.format(reason=NO_DATA))
+    plant(tmp_path, "ctest.xml", CTEST.format(inside=""))
     if text is not None:
         plant(tmp_path, "pytest.xml", text)
     assert summary.main(tmp_path) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 1 failed, 1 skipped"
+    assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 1 failed, 0 skipped"
 
 
-def test_summary_counts_a_failed_style_check(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_summary_counts_a_failed_style_check(summarize: Summarize, tmp_path: Path) -> None:
     plant(tmp_path, "style.txt", "")
-    code, lines = summarize(tmp_path, capsys)
+    code, lines = summarize()
     assert (code, lines[-1]) == (1, "4 passed, 1 failed, 1 skipped")
