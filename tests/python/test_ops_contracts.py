@@ -276,7 +276,7 @@ def test_foreign_rows_on_meta_are_refused():
 
 @pytest.mark.parametrize("choice", ["aten", "wrong"])
 def test_the_form_of_other_devices(choice):
-    """RESLORA_KERNELS=aten runs on the CPU what CUDA, MPS and XPU run; it passes the value tests."""
+    """RESLORA_KERNELS=aten runs on the CPU what CUDA and MPS run; it passes the value tests."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     chosen = "(literal or gradcheck or dropout or norms or bits) and not threads"

@@ -1,0 +1,39 @@
+"""The Python modules give what the files in tests/data say; linear_test.cpp checks the C++ ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import reslora
+from reslora import _C
+
+DATA = Path(__file__).parents[1] / "data"
+spec = importlib.util.spec_from_file_location("make_parity", DATA / "make_parity.py")
+make_parity = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_parity)
+
+
+@pytest.mark.parametrize("case", make_parity.CASES)
+def test_python_modules_agree_with_the_file(case, tmp_path):
+    values, _ = _C.load_tensors(str(DATA / f"parity_{case}_values.safetensors"))
+    x, y = values.pop("x"), values.pop("y")
+    model = make_parity.Stack()
+    model.load_state_dict(values)
+    adapter = DATA / f"parity_{case}.safetensors"
+    (tmp_path / "adapter_model.safetensors").write_bytes(adapter.read_bytes())
+    config = json.loads(_C.load_adapter(str(adapter)).config_json)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    reslora.load(model, tmp_path)
+    torch.testing.assert_close(model(x), y, rtol=1e-13, atol=1e-14)
+
+
+def test_config_defaults_are_those_of_cpp():
+    ours = {f.name: f.default for f in fields(reslora.ResLoraConfig)}
+    for name, value in _C.config_defaults().items():
+        assert ours[name] == value, name
