@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -258,3 +259,8 @@ def test_summary_counts_a_failed_style_check(summarize: Summarize, tmp_path: Pat
     plant(tmp_path, "style.txt", "")
     code, lines = summarize()
     assert (code, lines[-1]) == (1, "4 passed, 1 failed, 1 skipped")
+
+
+def test_the_readme_shows_the_results_that_are_committed() -> None:
+    script = TESTS.parent / "benchmarks" / "readme_table.py"
+    assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
