@@ -352,4 +352,12 @@ AdapterFile load_adapter(const std::string& path) {
   });
 }
 
+std::string tensors_sum(const std::map<std::string, at::Tensor>& tensors) {
+  try {
+    return checksum("", "", tensors);
+  } catch (const ContentError& error) {
+    C10_THROW_ERROR(ValueError, fmt::format("[tensors_sum] {}", error.what()));
+  }
+}
+
 }  // namespace reslora

@@ -71,6 +71,8 @@ struct ChainState {
   std::vector<std::weak_ptr<ResLoraLinearImpl>> layers;
   std::vector<int64_t> missed;
   bool is_enabled = true;
+  FitCollector* collector = nullptr;
+  int64_t collector_index = 0;
   std::mutex mutex;
   std::unordered_map<std::thread::id, Pass> passes;
 };
@@ -198,6 +200,7 @@ at::Tensor ResLoraLinearImpl::run(const at::Tensor& x, std::vector<at::Tensor>& 
   in.keep_tap = wiring.handed == Handed::kTap && wiring.a.size() == wiring.b.size();
   in.want_norms = is_training() && torch::GradMode::is_enabled() && config.norm_window() > 0;
   AdaptOutput out = adapt(in);
+  if (state_->collector) state_->collector->add(state_->collector_index, position_, x, out.s);
   if (in.want_norms) {
     if (!norms.is_defined() || norms.norms().device() != x.device())
       norms = NormWindow(config.norm_window(), x.device());
@@ -225,12 +228,18 @@ ChainView LinkedChain::view() const {
   ChainView view{state_->chain, {}};
   for (int64_t n = 0; n < state_->chain.size(); ++n) {
     const auto layer = state_->layer(n);
-    view.layers.push_back({layer->weight, layer->reslora_A, layer->reslora_B, layer->norms});
+    view.layers.push_back(
+        {layer->weight, layer->reslora_A, layer->reslora_B, layer->norms, layer->bias, {}});
   }
   return view;
 }
 
 void LinkedChain::set_enabled(bool is_enabled) const { state_->is_enabled = is_enabled; }
+
+void LinkedChain::collect(FitCollector* collector, int64_t index) const {
+  state_->collector = collector;
+  state_->collector_index = index;
+}
 
 int64_t LinkedChain::missed_links(int64_t position) const { return state_->missed.at(position); }
 

@@ -67,4 +67,8 @@ RESLORA_API void save_adapter(const std::string& path, const AdapterFile& adapte
 /// where every B is zero, since such an adapter changes nothing.
 RESLORA_API AdapterFile load_adapter(const std::string& path);
 
+/// The SHA-256 of tensors by name: name, dtype, shape and bytes, as in save_adapter. Tells whether
+/// statistics belong to an adapter.
+RESLORA_API std::string tensors_sum(const std::map<std::string, at::Tensor>& tensors);
+
 }  // namespace reslora

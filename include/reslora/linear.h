@@ -22,6 +22,7 @@
 #include <reslora/chain_view.h>
 #include <reslora/export.h>
 #include <reslora/norm_window.h>
+#include <reslora/regression.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/options/linear.h>
 #include <torch/nn/pimpl.h>
@@ -98,6 +99,10 @@ class RESLORA_API LinkedChain {
   ChainView view() const;
   /// false: every layer runs as its plain base layer (after a merge, or to compare).
   void set_enabled(bool is_enabled) const;
+  /// Hands what every later forward of a layer reads and what enters its B to `collector`, as the
+  /// chain of that index in it; nullptr ends it. The collector must outlive that. Call the model in
+  /// eval mode and under NoGradGuard.
+  void collect(FitCollector* collector, int64_t index = 0) const;
   /// How often a layer ran without a tap that its shortcut reaches, since linking.
   int64_t missed_links(int64_t position) const;
 

@@ -21,37 +21,44 @@
 
 namespace reslora {
 
-/// How a layer's shortcut is replaced. `lsq` (regression) has its place here.
+/// How a layer's shortcut is replaced.
 enum class MergeRule {
   kExact,     // none, bs, unlinked layers, the first layer of a chain
   kInput,     // eq. 6-9, 12: ratio of windowed norms
   kWeight,    // eq. 10-11, 13: ratio of merged weight norms
   kFactored,  // ms: windowed |x|_F on the neighbours' A; the same as kInput for is
+  kLsq,       // the fit of regression.h
+  kRefined,   // that fit, improved by distillation; asked for as "lsq"
 };
 
 /// Returns the rule that a name stands for; throws c10::ValueError for an unknown name.
 RESLORA_API MergeRule parse_merge_rule(const std::string& merge_method);
 
-/// Returns the name of a rule: "exact", "input", "weight" or "factored".
+/// Returns the name of a rule: "exact", "input", "weight", "factored", "lsq" or "refined".
 RESLORA_API std::string merge_rule_name(MergeRule rule);
 
-/// What was decided for one layer: W* = W + B A.
+/// What was decided for one layer: W* = W + B A, and bias* = bias + `bias` after an affine fit.
 struct LayerMerge {
   std::string name;
   MergeRule rule = MergeRule::kExact;
-  std::vector<double> alpha_star;  // one per reached layer, nearest first; empty where exact
+  std::vector<double> alpha_star;  // one per reached layer, nearest first; empty where unused
   at::Tensor A;                    // [R, in] fp32 (fp64 for fp64 adapters)
   at::Tensor B;                    // [out, R], scaling and alpha* folded
+  at::Tensor bias = {};  // [out], what an affine fit adds to the bias; undefined elsewhere
+  std::optional<double> residual = {};  // of the fit, on its calibration rows
 };
 
 class RESLORA_API MergePlan {
  public:
-  /// Computes every alpha* and factor without touching a weight. `merge_method`: "input", "weight",
-  /// "factored", "exact", or "" for the best rule for what is at hand: exact where it exists,
-  /// `input` where all windows have entries, else `weight` (see `fell_back_to_weight`). Throws
-  /// c10::ValueError where a rule cannot serve a layer, naming it and the way out.
+  /// Computes every alpha* and factor without touching a weight. `merge_method`: "exact", "lsq",
+  /// "input", "weight", "factored", or "" for the best rule for what is at hand: exact where it
+  /// exists, `lsq` where every other layer has a fit, `input` where all windows have entries, else
+  /// `weight` (see `fell_back_to_weight`). `use_affine` takes the affine form of a fit where there
+  /// is one and the layer has a bias; files of plain LoRA cannot hold it. Throws c10::ValueError
+  /// where a rule cannot serve a layer, naming it and the way out.
   /// Cost: `weight` forms each merged matrix once (one at a time), the others no matrix.
-  MergePlan(const std::vector<ChainView>& chains, const std::string& merge_method);
+  MergePlan(const std::vector<ChainView>& chains, const std::string& merge_method,
+            bool use_affine = true);
   MergePlan(MergePlan&&) = default;
   MergePlan& operator=(MergePlan&&) = default;
 
@@ -72,14 +79,14 @@ class RESLORA_API MergePlan {
   void revert();
 
  private:
-  void plan_chain(const ChainView& view, MergeRule rule);
   void check_finite() const;
   void write(size_t i, bool keep_original);
   void restore();
 
   std::vector<LayerMerge> layers_;
-  std::vector<at::Tensor> weights_;    // parallel to layers_
-  std::vector<at::Tensor> originals_;  // CPU copies, parallel to layers_ once applied
+  std::vector<at::Tensor> weights_;  // parallel to layers_
+  std::vector<at::Tensor> biases_;   // parallel to layers_
+  std::vector<std::pair<at::Tensor, at::Tensor>> originals_;  // CPU copies, as layers_ once applied
   bool fell_back_to_weight_ = false;
   bool is_applied_ = false;
 };
@@ -87,5 +94,20 @@ class RESLORA_API MergePlan {
 /// Pads a planned pair with zeros to rank R: A [R, in], B [out, R]. With r = lora_alpha = R in the
 /// exported config the scale is 1 in every reader of plain LoRA files.
 RESLORA_API std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R);
+
+/// W* = W + B A of a planned layer in fp32 (fp64 for an fp64 weight), before the one cast that
+/// `apply` does; `weight` [out, in] is not changed. Throws c10::ValueError as `apply` does.
+RESLORA_API at::Tensor merged_weight(const at::Tensor& weight, const LayerMerge& layer);
+
+struct ReducedFactors {
+  LayerMerge layer;  // with A [k, in] and B [out, k]
+  double error = 0;  // |B A - reduced|_F / |B A|_F
+};
+
+/// Reduces a planned pair (of bs: rank (m+1) r) to the smallest rank whose error is at most
+/// `tolerance`, and never above `max_rank`, by QR of both factors and the SVD of the core between
+/// them, in fp64. Cost: (in + out) R^2.
+RESLORA_API ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank,
+                                           double tolerance = 1e-7);
 
 }  // namespace reslora

@@ -10,3 +10,4 @@
 #include <reslora/merge.h>        // IWYU pragma: export
 #include <reslora/norm_window.h>  // IWYU pragma: export
 #include <reslora/ops.h>          // IWYU pragma: export
+#include <reslora/regression.h>   // IWYU pragma: export

@@ -28,18 +28,15 @@ if _torch_minor != _build_info.TORCH_MINOR:
     )
 
 from . import _C  # noqa: E402, F401  (loads libreslora, which registers the ops)
+from .calibration import Calibration, calibrate  # noqa: E402
 from .checkpoint import export_lora, load, save_pretrained  # noqa: E402
 from .config import ResLoraConfig  # noqa: E402
+from .finishing import finish  # noqa: E402
 from .injection import inject  # noqa: E402
 from .layer import ResLoraLinear  # noqa: E402
-from .merging import (  # noqa: E402
-    LayerReport,
-    MergeReport,
-    merge,
-    merge_and_unload,
-    unload,
-    unmerge,
-)
+from .merging import merge, merge_and_unload, unload, unmerge  # noqa: E402
+from .refinement import Refinement, refine  # noqa: E402
+from .reporting import LayerReport, MergeReport, merge_report  # noqa: E402
 from .utils import (  # noqa: E402
     disable_adapter,
     print_links,
@@ -47,19 +44,25 @@ from .utils import (  # noqa: E402
 )
 
 __all__ = [
+    "Calibration",
     "LayerReport",
     "MergeReport",
+    "Refinement",
     "ResLoraConfig",
     "ResLoraLinear",
     "__version__",
+    "calibrate",
     "disable_adapter",
     "export_lora",
+    "finish",
     "inject",
     "load",
     "merge",
     "merge_and_unload",
+    "merge_report",
     "print_links",
     "print_trainable_parameters",
+    "refine",
     "save_pretrained",
     "unload",
     "unmerge",

@@ -24,7 +24,8 @@ from . import _C
 from .config import ResLoraConfig
 from .injection import Injection, inject
 from .layer import is_conv1d
-from .merging import make_plan, unload
+from .merging import unload
+from .planning import make_plan
 from .targets import matches_names
 from .utils import find_layers, injection_of, write_text
 
@@ -246,7 +247,7 @@ def _base_name(model: nn.Module, given: str | None) -> str | None:
 def _export_plan(injection: Injection, merge_method: str | None) -> _C.MergePlan:
     applied = injection.applied
     if applied is None:
-        return make_plan(injection, merge_method, "export_lora")
+        return make_plan(injection, merge_method, "export_lora", use_affine=False)
     if applied.plan is None or merge_method not in (None, applied.merge_method):
         raise ValueError(
             f"[export_lora] a merged model is exported as it was merged, by "

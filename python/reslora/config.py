@@ -22,7 +22,7 @@ from . import _C
 from .utils import write_text
 
 PEFT_TYPE = "RESLORA"
-MERGE_METHODS = ("exact", "input", "weight", "factored")
+MERGE_METHODS = ("exact", "lsq", "input", "weight", "factored")
 # What an adapter_config.json holds beside the options.
 FILE_KEYS = ("peft_type", "reslora_version", "base_model_name_or_path", "task_type")
 
@@ -88,8 +88,8 @@ class ResLoraConfig:
     merge_method: str | None = field(
         default=None,
         metadata=_help(
-            "How shortcuts are merged away: exact, input, weight or factored; None: the best rule "
-            "for what is at hand."
+            "How shortcuts are merged away: exact, lsq, input, weight or factored; None: the best "
+            "rule for what is at hand."
         ),
     )
     detach_taps: bool = field(
@@ -109,6 +109,18 @@ class ResLoraConfig:
     strict_links: bool = field(
         default=False,
         metadata=_help("Raise where a link is broken instead of reporting it; needs in == out."),
+    )
+    finish_at: float | None = field(
+        default=None,
+        metadata=_help(
+            "Share of the training steps after which a trainer callback calls `finish`; None: never."
+        ),
+    )
+    finished_from: str | None = field(
+        default=None, metadata=_help("Set by `finish`: the res_mode that was trained until then.")
+    )
+    finished_step: int | None = field(
+        default=None, metadata=_help("Set by `finish`: the step since which the links are gone.")
     )
 
     def __post_init__(self) -> None:
@@ -272,6 +284,9 @@ def _check_choices(config: ResLoraConfig) -> None:
             "[config] init_lora_weights must be True, False or 'gaussian'; got "
             f"{config.init_lora_weights!r}"
         )
+    share = config.finish_at
+    if share is not None and not (_is_number(share) and 0 < share < 1):
+        raise ValueError(f"[config] finish_at must lie between 0 and 1; got {share!r}")
     if config.merge_method is not None and config.merge_method not in MERGE_METHODS:
         raise ValueError(
             f"[config] merge_method must be one of {MERGE_METHODS} or None; got "

@@ -27,6 +27,7 @@ from .utils import find_layers
 
 if TYPE_CHECKING:
     from .merging import Applied
+    from .planning import Calibrated
 
 
 class Injection:
@@ -40,6 +41,7 @@ class Injection:
         self.places: list[tuple[nn.Module, str, ResLoraLinear]] = []
         self.trainable: list[tuple[nn.Parameter, bool]] = []
         self.applied: Applied | None = None
+        self.calibrated: Calibrated | None = None
 
     @property
     def layers(self) -> list[ResLoraLinear]:

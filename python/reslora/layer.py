@@ -10,7 +10,7 @@ black box and the low-rank term is added to its output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class LayerChain:
         self.session: Session | None = None
         self.injection: Injection | None = None
         exact = all(links.merges_exactly(n) for n in range(len(names)))
+        self.merges_exactly = exact
         self.keeps_norms = config.norm_window > 0 and not exact
 
     def wiring(self, n: int) -> Wiring:
@@ -119,6 +120,9 @@ class ResLoraLinear(nn.Module):
         self.lora_dropout = float(chain.config.lora_dropout)
         self.is_disabled = False
         self.is_merged = False
+        # Set for the time of a measurement: see calls (x, what entered B, y) or take their place.
+        self.observer: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        self.stand_in: Callable[[Tensor], Tensor] | None = None
         # Plain tensors, not buffers: casts and DistributedDataParallel leave them alone.
         self.norms: Tensor | None = None
         self.norm_count: Tensor | None = None
@@ -154,6 +158,8 @@ class ResLoraLinear(nn.Module):
         """Evaluate the layer with its shortcut, or the base layer alone when disabled or merged."""
         if self.is_disabled or self.is_merged:
             return self.base_layer(x)
+        if self.stand_in is not None:
+            return self.stand_in(x)
         if not x.is_floating_point():
             raise ValueError(f"[adapt] x must be floating; got {x.dtype} (layer {self.name})")
         wiring, session, current = self.wiring, self.chain.session, None
@@ -185,6 +191,8 @@ class ResLoraLinear(nn.Module):
         )
         if session is not None and current is not None:
             session.write(self, s if wiring.handed == "s" else tap, y, current)
+        if self.observer is not None:
+            self.observer(x, s, y)
         return y
 
     def evaluate_base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -1,0 +1,100 @@
+// The regression merge: the best linear function of x_n for what entered B.
+//
+//   v_n = A_n x_n + taps                      (known on calibration batches: the output s of adapt)
+//   A'_n = argmin  sum |v_n - A' x_n|^2 + lambda |A' - A_n|^2
+//        = A_n + (sum v x^T - A_n sum x x^T) (sum x x^T + lambda I)^-1
+//
+// lambda is `ridge` times the mean diagonal of sum x x^T. The rank stays r and B is untouched; what
+// remains is the part of the taps that is no linear function of x_n. The paper's alpha* is the
+// special case A' = (1 + alpha*) A_n.
+//
+//   reslora::FitCollector collector({chain.view()});
+//   chain.collect(&collector, 0);
+//   do {
+//     for (const auto& batch : batches) { model->forward(batch); collector.end_batch(); }
+//   } while (collector.finish_pass());  // true: memory held only some layers, run the batches again
+//   chain.collect(nullptr, 0);
+//   reslora::MergePlan plan(collector.views(), "lsq");
+//
+// Sums are fp32 GEMMs over at most 4096 rows, added up in fp64 (fp64 throughout for fp64 rows), and
+// are solved in fp64 by Cholesky. Layers that merge exactly are left out. Not thread safe.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <reslora/chain_view.h>
+#include <reslora/export.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace reslora {
+
+struct FitOptions {
+  double ridge = 1e-4;   // lambda over the mean diagonal of sum x x^T; > 0
+  bool affine = false;   // also fit an offset, for layers that have a bias
+  int64_t max_cov_bytes = int64_t{4} << 30;  // of sums held at once; solving takes one more matrix
+  bool keep_sums = false;                    // keep what a later solve_fit needs
+};
+
+/// What a fit is solved from, fp64. Layers that read the same x share `xx`.
+struct FitSums {
+  at::Tensor xx;     // [in, in], sum x x^T
+  at::Tensor vx;     // [r, in], sum v x^T
+  at::Tensor x_sum;  // [in]
+  at::Tensor v_sum;  // [r]
+  double vv = 0;     // sum |v|^2
+  int64_t rows = 0;
+};
+
+/// Solves for A' (and the affine form). A: [r, in]. Throws c10::ValueError for sums that are not
+/// finite or do not fit A, for no rows, and for ridge <= 0; `name` is the layer's, for messages.
+/// Cost: in^3 / 3 flops and two matrices of in x in.
+RESLORA_API Fit solve_fit(const FitSums& sums, const at::Tensor& A, const FitOptions& options,
+                          const std::string& name);
+
+/// What collecting took, for reports.
+struct FitCost {
+  int64_t passes = 0;           // over the calibration batches
+  int64_t peak_bytes = 0;       // of sums at once
+  int64_t row_file_bytes = 0;   // rows written to a temporary file (layers above max_cov_bytes)
+  int64_t solver_steps = 0;     // reads of such a file by the iterative solver
+};
+
+class RESLORA_API FitCollector {
+ public:
+  /// Prepares to fit every layer of `chains` that does not merge exactly. Throws c10::ValueError
+  /// for options out of range, and with `affine` for chains whose layers have no bias at all.
+  explicit FitCollector(std::vector<ChainView> chains, FitOptions options = {});
+  ~FitCollector();
+  FitCollector(FitCollector&&) noexcept;
+  FitCollector& operator=(FitCollector&&) noexcept;
+
+  /// Adds the rows of one call of a layer: x [..., in], v [..., r]; `mask`, bool with one element
+  /// for each row, leaves rows out. Layers that are handed the same tensor x one after the other
+  /// share its covariance. What does not fit into max_cov_bytes waits for the next pass; a layer
+  /// that alone exceeds it goes to a temporary file. Throws where layers that shared their x in
+  /// one call do not in another. Cost: T in (in + 2 r) multiplications.
+  void add(int64_t chain, int64_t position, const at::Tensor& x, const at::Tensor& v,
+           const std::optional<at::Tensor>& mask = std::nullopt);
+  /// Ends a batch: forgets the last x.
+  void end_batch();
+  /// Solves what this pass collected and frees it. True: layers are left, run the batches again.
+  /// Throws c10::ValueError, naming the layer, where a layer saw no row in a pass that it was
+  /// waiting for, or where its sums are not finite.
+  bool finish_pass();
+
+  /// The chains with `LayerView::fit` set for every layer solved so far.
+  const std::vector<ChainView>& views() const;
+  /// What a layer was solved from, where `keep_sums` was asked for and it fitted into memory.
+  const std::optional<FitSums>& sums(int64_t chain, int64_t position) const;
+  const FitCost& cost() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace reslora

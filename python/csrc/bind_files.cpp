@@ -1,0 +1,58 @@
+// Safetensors files and adapters.
+#include <reslora/adapter_io.h>
+
+#include <filesystem>
+#include <map>
+
+#include "bindings.h"
+
+namespace reslora::python {
+
+void bind_files(py::module_& m) {
+  using Tensors = std::map<std::string, Tensor>;
+  using Metadata = std::map<std::string, std::string>;
+  using Path = std::filesystem::path;
+  m.def(
+      "load_tensors",
+      [](const Path& path) {
+        TensorFile file = load_tensors(path.string());
+        return std::pair(std::move(file.tensors), std::move(file.metadata));
+      },
+      py::arg("path"), NoGil(), "Read a safetensors file.");
+  m.def(
+      "save_tensors",
+      [](const Path& path, const Tensors& tensors, const Metadata& metadata) {
+        save_tensors(path.string(), {tensors, metadata});
+      },
+      py::arg("path"), py::arg("tensors"), py::arg("metadata") = Metadata(), NoGil(),
+      "Write a safetensors file atomically.");
+  m.def("tensors_sum", &tensors_sum, py::arg("tensors"), NoGil(),
+        "Return the SHA-256 of tensors by name.");
+  py::class_<AdapterFile>(m, "AdapterFile", "An unmerged ResLoRA adapter.")
+      .def_readonly("config_json", &AdapterFile::config_json)
+      .def_property_readonly("chains",
+                             [](const AdapterFile& file) {
+                               std::vector<ChainTuple> chains;
+                               for (const auto& chain : file.chains) {
+                                 chains.emplace_back(chain.name, tuples_from(chain.layers));
+                               }
+                               return chains;
+                             })
+      .def_readonly("tensors", &AdapterFile::tensors);
+  m.def(
+      "save_adapter",
+      [](const Path& path, const std::string& config_json, const std::vector<ChainTuple>& chains,
+         const Tensors& tensors) {
+        AdapterFile file{config_json, {}, tensors};
+        for (const auto& [name, layers] : chains)
+          file.chains.push_back({name, shapes_from(layers)});
+        save_adapter(path.string(), file);
+      },
+      py::arg("path"), py::arg("config_json"), py::arg("chains"), py::arg("tensors"), NoGil(),
+      "Write an adapter atomically.");
+  m.def(
+      "load_adapter", [](const Path& path) { return load_adapter(path.string()); },
+      py::arg("path"), NoGil(), "Read and check an adapter.");
+}
+
+}  // namespace reslora::python

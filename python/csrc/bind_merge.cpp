@@ -1,0 +1,180 @@
+// Plans, fits and what is calibrated.
+#include <reslora/merge.h>
+#include <reslora/regression.h>
+
+#include "bindings.h"
+
+namespace reslora::python {
+namespace {
+
+/// Weight, A, B, norms, count, bias, fit.
+using ViewTuple = std::tuple<MaybeTensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor,
+                             std::optional<Fit>>;
+using ChainViewTuple = std::pair<Chain, std::vector<ViewTuple>>;
+
+MaybeTensor or_none(const Tensor& tensor) {
+  return tensor.defined() ? MaybeTensor(tensor) : std::nullopt;
+}
+
+NormWindow window_from(const MaybeTensor& norms, const MaybeTensor& count) {
+  if (!norms.has_value() && !count.has_value()) return {};
+  return {or_undefined(norms), or_undefined(count)};
+}
+
+ChainView view_from(const ChainViewTuple& chain) {
+  ChainView view{chain.first, {}};
+  for (const auto& [weight, A, B, norms, count, bias, fit] : chain.second) {
+    view.layers.push_back({or_undefined(weight), A, B, window_from(norms, count),
+                           or_undefined(bias), fit.value_or(Fit())});
+  }
+  return view;
+}
+
+std::vector<ChainView> views_from(const std::vector<ChainViewTuple>& chains) {
+  std::vector<ChainView> views;
+  for (const ChainViewTuple& chain : chains) views.push_back(view_from(chain));
+  return views;
+}
+
+FitOptions options_from(double ridge, bool affine, int64_t max_cov_bytes, bool keep_sums) {
+  return {ridge, affine, max_cov_bytes, keep_sums};
+}
+
+Fit fit_from(const Tensor& A, const MaybeTensor& B, const MaybeTensor& affine_A,
+             const MaybeTensor& offset, double alpha_star, double residual, double affine_residual,
+             int64_t rows, int64_t refine_steps) {
+  return {A,          or_undefined(B), or_undefined(affine_A), or_undefined(offset),
+          alpha_star, residual,        affine_residual,        rows,
+          refine_steps};
+}
+
+FitSums sums_from(const Tensor& xx, const Tensor& vx, const Tensor& x_sum, const Tensor& v_sum,
+                  double vv, int64_t rows) {
+  return {xx, vx, x_sum, v_sum, vv, rows};
+}
+
+void bind_fit(py::module_& m) {
+  py::class_<Fit>(m, "Fit", "A plain LoRA that stands for a linked layer.")
+      .def(py::init(&fit_from), py::arg("A"), py::arg("B") = std::nullopt, py::arg("affine_A") = std::nullopt,
+           py::arg("offset") = std::nullopt, py::arg("alpha_star") = 0.0,
+           py::arg("residual") = 0.0, py::arg("affine_residual") = 0.0, py::arg("rows") = 0,
+           py::arg("refine_steps") = 0)
+      .def_readonly("A", &Fit::A)
+      .def_property_readonly("B", [](const Fit& fit) { return or_none(fit.B); })
+      .def_property_readonly("affine_A", [](const Fit& fit) { return or_none(fit.affine_A); })
+      .def_property_readonly("offset", [](const Fit& fit) { return or_none(fit.offset); })
+      .def_readonly("alpha_star", &Fit::alpha_star)
+      .def_readonly("residual", &Fit::residual)
+      .def_readonly("affine_residual", &Fit::affine_residual)
+      .def_readonly("rows", &Fit::rows)
+      .def_readonly("refine_steps", &Fit::refine_steps)
+      .def(py::pickle(
+          [](const Fit& f) {
+            return py::make_tuple(f.A, or_none(f.B), or_none(f.affine_A), or_none(f.offset),
+                                  f.alpha_star, f.residual, f.affine_residual, f.rows,
+                                  f.refine_steps);
+          },
+          [](const py::tuple& s) {
+            return fit_from(s[0].cast<Tensor>(), s[1].cast<MaybeTensor>(), s[2].cast<MaybeTensor>(),
+                            s[3].cast<MaybeTensor>(), s[4].cast<double>(), s[5].cast<double>(),
+                            s[6].cast<double>(), s[7].cast<int64_t>(), s[8].cast<int64_t>());
+          }));
+  py::class_<FitSums>(m, "FitSums", "What a fit is solved from, fp64.")
+      .def(py::init(&sums_from), py::arg("xx"), py::arg("vx"), py::arg("x_sum"), py::arg("v_sum"), py::arg("vv"),
+           py::arg("rows"))
+      .def_readonly("xx", &FitSums::xx)
+      .def_readonly("vx", &FitSums::vx)
+      .def_readonly("x_sum", &FitSums::x_sum)
+      .def_readonly("v_sum", &FitSums::v_sum)
+      .def_readonly("vv", &FitSums::vv)
+      .def_readonly("rows", &FitSums::rows)
+      .def(py::pickle(
+          [](const FitSums& f) {
+            return py::make_tuple(f.xx, f.vx, f.x_sum, f.v_sum, f.vv, f.rows);
+          },
+          [](const py::tuple& s) {
+            return sums_from(s[0].cast<Tensor>(), s[1].cast<Tensor>(), s[2].cast<Tensor>(),
+                             s[3].cast<Tensor>(), s[4].cast<double>(), s[5].cast<int64_t>());
+          }));
+  m.def(
+      "solve_fit",
+      [](const FitSums& sums, const Tensor& A, double ridge, bool affine, const std::string& name) {
+        return solve_fit(sums, A, options_from(ridge, affine, 0, false), name);
+      },
+      py::arg("sums"), py::arg("A"), py::arg("ridge"), py::arg("affine"), py::arg("name"), NoGil(),
+      "Solve for A' from sums.");
+}
+
+void bind_collector(py::module_& m) {
+  py::class_<FitCost>(m, "FitCost", "What collecting took.")
+      .def_readonly("passes", &FitCost::passes)
+      .def_readonly("peak_bytes", &FitCost::peak_bytes)
+      .def_readonly("row_file_bytes", &FitCost::row_file_bytes)
+      .def_readonly("solver_steps", &FitCost::solver_steps);
+  py::class_<FitCollector>(m, "FitCollector", "Sums over calibration batches, and their fits.")
+      .def(py::init([](const std::vector<ChainViewTuple>& chains, double ridge, bool affine,
+                       int64_t max_cov_bytes, bool keep_sums) {
+             return FitCollector(views_from(chains),
+                                 options_from(ridge, affine, max_cov_bytes, keep_sums));
+           }),
+           py::arg("chains"), py::arg("ridge"), py::arg("affine"), py::arg("max_cov_bytes"),
+           py::arg("keep_sums"))
+      .def("add", &FitCollector::add, py::arg("chain"), py::arg("position"), py::arg("x"),
+           py::arg("v"), py::arg("mask") = std::nullopt, NoGil())
+      .def("end_batch", &FitCollector::end_batch)
+      .def("finish_pass", &FitCollector::finish_pass, NoGil())
+      .def(
+          "fit",
+          [](const FitCollector& collector, int64_t chain, int64_t n) -> std::optional<Fit> {
+            const Fit& fit = collector.views().at(chain).layers.at(n).fit;
+            return fit.A.defined() ? std::optional<Fit>(fit) : std::nullopt;
+          },
+          py::arg("chain"), py::arg("position"))
+      .def("sums", &FitCollector::sums, py::arg("chain"), py::arg("position"))
+      .def_property_readonly("cost", &FitCollector::cost);
+}
+
+void bind_plan(py::module_& m) {
+  py::class_<LayerMerge>(m, "LayerMerge", "What was decided for one layer: W* = W + B A.")
+      .def_readonly("name", &LayerMerge::name)
+      .def_property_readonly("rule", [](const LayerMerge& l) { return merge_rule_name(l.rule); })
+      .def_readonly("alpha_star", &LayerMerge::alpha_star)
+      .def_readonly("A", &LayerMerge::A)
+      .def_readonly("B", &LayerMerge::B)
+      .def_property_readonly("bias", [](const LayerMerge& l) { return or_none(l.bias); })
+      .def_readonly("residual", &LayerMerge::residual);
+  py::class_<MergePlan>(m, "MergePlan", "Plan, apply and revert a merge.")
+      .def(py::init([](const std::vector<ChainViewTuple>& chains, const std::string& merge_method,
+                       bool use_affine) {
+             return MergePlan(views_from(chains), merge_method, use_affine);
+           }),
+           py::arg("chains"), py::arg("merge_method"), py::arg("use_affine") = true, NoGil())
+      .def_property_readonly("layers", &MergePlan::layers)
+      .def_property_readonly("fell_back_to_weight", &MergePlan::fell_back_to_weight)
+      .def_property_readonly("is_applied", &MergePlan::is_applied)
+      .def("apply", &MergePlan::apply, py::arg("keep_originals") = true,
+           py::arg("safe_merge") = false, py::arg("progress") = nullptr, NoGil())
+      .def("revert", &MergePlan::revert, NoGil());
+  m.def("merged_weight", &merged_weight, py::arg("weight"), py::arg("layer"), NoGil(),
+        "Return W + B A in fp32.");
+  m.def("padded_factors", &padded_factors, py::arg("layer"), py::arg("R"),
+        "Pad a planned pair with zeros to rank R.");
+  m.def(
+      "reduced_factors",
+      [](const LayerMerge& layer, int64_t max_rank, double tolerance) {
+        ReducedFactors reduced = reduced_factors(layer, max_rank, tolerance);
+        return std::pair(std::move(reduced.layer), reduced.error);
+      },
+      py::arg("layer"), py::arg("max_rank"), py::arg("tolerance"), NoGil(),
+      "Reduce a planned pair to the smallest rank within a tolerance; also return the error.");
+}
+
+}  // namespace
+
+void bind_merge(py::module_& m) {
+  bind_fit(m);
+  bind_collector(m);
+  bind_plan(m);
+}
+
+}  // namespace reslora::python

@@ -1,0 +1,263 @@
+"""Fitting a plain LoRA to each linked layer on calibration batches, for the merge rule `lsq`.
+
+Example::
+
+    print(calibrate(model, loader, progressbar=True))
+    merge(model)  # by lsq, since fits are at hand
+
+Sums and solver are the C++ library's (include/reslora/regression.h).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _C
+from .batches import as_batches, call, evaluating, masks_of, moved, row_mask
+from .console import progress
+from .injection import Injection
+from .layer import ResLoraLinear
+from .planning import Calibrated, adapter_sum, chain_views, needs_fit
+from .utils import injection_of
+
+RIDGE = 1e-4
+
+
+@dataclass
+class Calibration:
+    """What a calibration found and what it took. `str` of it is a few lines."""
+
+    residuals: dict[str, float] = field(default_factory=dict)  # |v - A'x| / |v| by layer
+    rows: int = 0  # the least that a layer saw
+    passes: int = 0
+    peak_bytes: int = 0
+    row_file_bytes: int = 0
+    solver_steps: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """Return sentences for people."""
+        if not self.residuals:
+            return "nothing to fit: every layer merges exactly"
+        worst = max(self.residuals, key=lambda name: self.residuals[name])
+        lines = [
+            f"fitted {len(self.residuals)} layers on {self.rows:,} rows each or more, "
+            f"{self.passes} pass{'es' if self.passes > 1 else ''} over the batches, "
+            f"{self.seconds:.1f} s, {self.peak_bytes / 1e6:,.1f} MB of sums at once",
+            f"residual |v - A'x| / |v|: median {statistics.median(self.residuals.values()):.3f}, "
+            f"largest {self.residuals[worst]:.3f} ({worst})",
+        ]
+        if self.row_file_bytes:
+            lines.append(
+                f"layers above max_cov_bytes: {self.row_file_bytes / 1e6:,.1f} MB of rows in "
+                f"temporary files, read {self.solver_steps} times by the iterative solver"
+            )
+        return "\n".join(lines)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    ridge: float = RIDGE,
+    affine: bool = False,
+    max_cov_bytes: int = 4 << 30,
+    keep_covariances: bool = False,
+    progressbar: bool = False,
+) -> Calibration:
+    """Fit each linked layer's A' on batches; `merge` and `export_lora` then use the rule `lsq`.
+
+    A' = argmin sum |v - A'x|^2 + lambda |A' - A|^2 over all rows x of the layer, where v is what
+    entered B. Rows that an attention mask names as padding are left out. Fits serve the adapter as
+    it is now: train on and they are refused.
+
+    Args:
+        model: an adapted model; it is run in eval mode and without gradients.
+        data: batches. They are read again where `max_cov_bytes` asks for more than one pass. None:
+            solve again from kept covariances; []: forget all fits.
+        ridge: lambda over the mean diagonal of sum xx^T.
+        affine: also fit an offset where the base layer has a bias; merging then changes the bias.
+            Exports of plain LoRA and `finish` use the linear fit all the same.
+        max_cov_bytes: limit of the sums held at once. Each distinct input of in features takes
+            8 in^2 bytes (q, k and v share one); layers above the limit together are fitted in groups
+            over repeated passes, a layer that alone is above it by rows in a temporary file and an
+            iterative solve. Solving takes two more matrices of the largest layer.
+        keep_covariances: keep the sums, for `save_pretrained(statistics="covariances")` and for
+            solving again with another ridge.
+        progressbar: show a bar for each pass (needs tqdm).
+
+    Returns:
+        Residuals by layer, rows, passes, bytes and seconds.
+
+    Raises:
+        ValueError: for a padded batch without attention mask, a layer that no batch reaches,
+            activations that are not finite, data that cannot be read twice where it must be. Fits
+            from before then stay.
+
+    Cost: a forward of the model and T in (in + 2r) multiplications for each distinct x, in^3/3 to
+    solve a layer.
+    """
+    injection = injection_of(model, "calibrate")
+    if injection.applied is not None:
+        raise ValueError("[calibrate] the model must not be merged; got a merged one (unmerge it)")
+    start = time.monotonic()
+    if data is None:
+        result = _solve_again(injection, ridge, affine)
+    elif isinstance(data, list | tuple) and not data:
+        injection.calibrated = None
+        return Calibration()
+    else:
+        options = (ridge, affine, max_cov_bytes, keep_covariances)
+        result = _collect(model, injection, as_batches(data, "calibrate"), options, progressbar)
+    result.seconds = time.monotonic() - start
+    _warn_few_rows(injection)
+    return result
+
+
+def _places(injection: Injection) -> Iterator[tuple[int, int, ResLoraLinear]]:
+    for c, chain in enumerate(injection.chains):
+        for n, layer in enumerate(chain.layers):
+            if needs_fit(chain, n):
+                yield c, n, layer
+
+
+def _collect(
+    model: nn.Module,
+    injection: Injection,
+    batches: Iterable[Any],
+    options: tuple[float, bool, int, bool],
+    progressbar: bool,
+) -> Calibration:
+    collector = _C.FitCollector(chain_views(injection, fits=False), *options)
+    places = list(_places(injection))
+    unmasked: set[str] = set()
+    if places:
+        _run_passes(model, injection, collector, batches, unmasked, progressbar)
+    fits: dict[str, _C.Fit] = {}
+    sums: dict[str, _C.FitSums] = {}
+    for c, n, layer in places:
+        fit, kept = collector.fit(c, n), collector.sums(c, n)
+        assert fit is not None  # finish_pass refuses layers without rows
+        fits[layer.name] = fit
+        if kept is not None:
+            sums[layer.name] = kept
+    injection.calibrated = Calibrated(fits, adapter_sum(injection), sums)
+    if unmasked:
+        warnings.warn(
+            f"[calibrate] the rows of {len(unmasked)} layers have another shape than the attention "
+            f"mask, so their padding was fitted too ({min(unmasked)}, ...)",
+            stacklevel=3,
+        )
+    result = _result_of(fits)
+    cost = collector.cost
+    result.passes, result.peak_bytes = cost.passes, cost.peak_bytes
+    result.row_file_bytes, result.solver_steps = cost.row_file_bytes, cost.solver_steps
+    return result
+
+
+def _result_of(fits: dict[str, _C.Fit]) -> Calibration:
+    rows = min((fit.rows for fit in fits.values()), default=0)
+    return Calibration({name: fit.residual for name, fit in fits.items()}, rows)
+
+
+def _run_passes(
+    model: nn.Module,
+    injection: Injection,
+    collector: _C.FitCollector,
+    batches: Iterable[Any],
+    unmasked: set[str],
+    progressbar: bool,
+) -> None:
+    masks: list[Tensor] = []
+
+    def observer(c: int, n: int, name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
+        def observe(x: Tensor, v: Tensor, y: Tensor) -> None:
+            mask = row_mask(masks, x.shape[:-1])
+            if mask is None and any(not bool(m.all()) for m in masks):
+                unmasked.add(name)
+            collector.add(c, n, x, v, mask)
+
+        return observe
+
+    with observing(injection, observer), evaluating(model), torch.no_grad():
+        count = 0
+        while True:
+            before, count = count, 0
+            for batch in progress(batches, "calibrating", progressbar):
+                batch = moved(batch, model)
+                masks[:] = masks_of(model, batch, "calibrate")
+                call(model, batch)
+                collector.end_batch()
+                count += 1
+            if count == 0 and before > 0:
+                raise ValueError(
+                    "[calibrate] max_cov_bytes asks for more than one pass over the batches; got "
+                    "data that can be read once: pass a list or a DataLoader, or raise the limit"
+                )
+            if count == 0:
+                raise ValueError("[calibrate] data must hold a batch; got none")
+            if not collector.finish_pass():
+                return
+
+
+@contextmanager
+def observing(
+    injection: Injection,
+    observer: Callable[[int, int, str], Callable[[Tensor, Tensor, Tensor], None]],
+) -> Iterator[None]:
+    """Let `observer(chain, position, name)` see the calls of every layer that needs a fit."""
+    try:
+        for c, n, layer in _places(injection):
+            layer.observer = observer(c, n, layer.name)
+        yield
+    finally:
+        for layer in injection.layers:
+            layer.observer = None
+
+
+def _solve_again(injection: Injection, ridge: float, affine: bool) -> Calibration:
+    calibrated = injection.calibrated
+    if calibrated is None or not calibrated.sums:
+        raise ValueError(
+            "[calibrate] solving again needs kept covariances; got none: pass batches, with "
+            "keep_covariances=True to keep them"
+        )
+    if calibrated.adapter_sum != adapter_sum(injection):
+        raise ValueError(
+            "[calibrate] covariances must be of the adapter as it is; got some made before it "
+            "changed: pass batches"
+        )
+    layers = {layer.name: layer for layer in injection.layers}
+    fits = dict(calibrated.fits)
+    for name, sums in calibrated.sums.items():
+        layer = layers[name]
+        has_bias = getattr(layer.base_layer, "bias", None) is not None
+        A = layer.reslora_A.detach()
+        fits[name] = _C.solve_fit(sums, A, ridge, affine and has_bias, name)
+    injection.calibrated = Calibrated(fits, calibrated.adapter_sum, calibrated.sums)
+    return _result_of(fits)
+
+
+def _warn_few_rows(injection: Injection) -> None:
+    calibrated = injection.calibrated
+    if calibrated is None:
+        return
+    layers = {layer.name: layer for layer in injection.layers}
+    few = [n for n, fit in calibrated.fits.items() if 0 < fit.rows < layers[n].in_features]
+    if few:
+        name = few[0]
+        warnings.warn(
+            f"[calibrate] {len(few)} layers saw fewer rows than they have features "
+            f"({calibrated.fits[name].rows} of {layers[name].in_features} in {name}): the ridge "
+            "carries the fit; more batches make it better",
+            stacklevel=3,
+        )

@@ -1,0 +1,121 @@
+"""The finish of a training: shortcuts are fitted away, and the rest is trained as plain LoRA.
+
+Example::
+
+    for step, batch in enumerate(loader):
+        if step == int(0.7 * total_steps):
+            finish(model, calibration_batches)  # the optimizer goes on with the same parameters
+        ...
+    model = merge_and_unload(model)  # exact: what was trained last is plain LoRA
+
+At a share of the steps every layer becomes a plain LoRA by regression, in place. The function that
+a layer computes changes by the residual of its fit, which the remaining steps train away.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _C
+from .calibration import RIDGE, Calibration, calibrate
+from .injection import Injection
+from .planning import make_plan
+from .utils import injection_of
+
+# Bounds of the factor c that keeps a layer's step size, for fits that are far from a multiple of A.
+LEAST, MOST = 0.5, 8.0
+
+
+def finish(
+    model: nn.Module,
+    batches: Any = None,
+    *,
+    ridge: float = RIDGE,
+    step: int | None = None,
+    progressbar: bool = False,
+) -> Calibration:
+    """Convert every layer to plain LoRA in place, by `lsq`, and drop the links.
+
+    Parameters stay the same objects, so the optimizer goes on. The layer's step size under Adam is
+    kept: A holds A'/c and the scaling becomes c s, with c = 1 + alpha* of the fit (about 2 for `is`,
+    whose B saw x_n + x_{n-1}). A step of A then moves the output as far as before, and so does a
+    step of B, since what enters it times c is what entered it before. Adam's averages are left
+    alone: their scale is still right. For `none` and `bs` nothing happens: they merge exactly.
+
+    Args:
+        model: an adapted model in the middle of its training.
+        batches: calibration batches; None: the fits at hand.
+        ridge: as in `calibrate`.
+        step: the training step, to be saved with the adapter (`config.finished_step`).
+        progressbar: show a bar (needs tqdm).
+
+    Returns:
+        The calibration that was used. `model`'s config has res_mode "none" afterwards, and says what
+        it was in `finished_from`.
+
+    Raises:
+        ValueError: for a merged model, or where calibration fails; nothing is then changed.
+    """
+    injection = injection_of(model, "finish")
+    if injection.applied is not None:
+        raise ValueError("[finish] the model must not be merged; got a merged one (unmerge it)")
+    if step is not None and (not isinstance(step, int) or step < 0):
+        raise ValueError(f"[finish] step must be a whole number of at least 0; got {step!r}")
+    if injection.config.res_mode in ("none", "bs"):
+        return Calibration()
+    result = Calibration()
+    if batches is not None:
+        result = calibrate(model, batches, ridge=ridge, progressbar=progressbar)
+    plan = make_plan(injection, "lsq", "finish", use_affine=False)
+    _convert(injection, plan, step)
+    return result
+
+
+def _convert(injection: Injection, plan: _C.MergePlan, step: int | None) -> None:
+    planned = {entry.name: entry for entry in plan.layers}
+    config = copy.deepcopy(injection.config)
+    config.finished_from, config.finished_step = config.res_mode, step
+    config.res_mode, config.finish_at = "none", None
+    fits = {} if injection.calibrated is None else injection.calibrated.fits
+    factors: dict[str, float] = {}
+    doubled: dict[str, float] = {}
+    alphas: dict[str, float] = {}
+    chains = []
+    for chain in injection.chains:
+        shapes = []
+        for n, (name, inputs, outputs, r, scaling) in enumerate(chain.links.layers):
+            factor = _factor(chain.links, n, fits.get(name))
+            factors[name] = factor
+            doubled[name] = 2.0 if chain.links.wiring(n).is_doubled else 1.0
+            alpha = factor * scaling * (r**0.5 if config.use_rslora else r)
+            alphas[f"^{re.escape(name)}"] = alpha
+            shapes.append((name, inputs, outputs, r, _C.scaling_of(alpha, r, config.use_rslora)))
+        chains.append(_C.Chain(config.core(), shapes))
+    config.alpha_pattern = alphas
+    config.validate()
+    for session in injection.sessions:
+        session.detach()
+    injection.sessions, injection.calibrated, injection.config = [], None, config
+    for chain, links in zip(injection.chains, chains, strict=True):
+        chain.config, chain.links, chain.session = config, links, None
+        chain.merges_exactly, chain.keeps_norms = True, False
+        for n, layer in enumerate(chain.layers):
+            layer.wiring = chain.wiring(n)
+            layer.norms = layer.norm_count = None
+            layer.link_use, layer.was_linked_compiled, layer.compiled_break = {}, False, ""
+            factor = factors[layer.name]
+            # B is untouched by regression; in a doubled first layer the plan has the 2 in its B.
+            with torch.no_grad():
+                layer.reslora_A.copy_(planned[layer.name].A * (doubled[layer.name] / factor))
+
+
+def _factor(links: _C.Chain, n: int, fit: _C.Fit | None) -> float:
+    """Return c of a layer: how many times A x what enters B is."""
+    if links.wiring(n).is_doubled:
+        return 2.0
+    return 1.0 if fit is None else min(max(1 + fit.alpha_star, LEAST), MOST)

@@ -1,0 +1,299 @@
+"""What merging changes: by layer and for the whole model, the method's error and rounding apart.
+
+Example::
+
+    report = merge_report(model, batches)  # the rule that merge would use; nothing is changed
+    print(report)
+    reslora.plots.merge_errors(report).savefig("merge.png")
+
+The merged model is run without being merged: every layer is stood in for, once by its planned pair
+beside the untouched base (the method's error alone) and once by its merged weight, rounded to the
+dtype that it would be written in.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, log_softmax
+
+from . import _C, ops
+from .batches import as_batches, call, evaluating, main_output, masks_of, moved, row_mask
+from .console import progress
+from .injection import Injection
+from .layer import ResLoraLinear, base_weight
+from .planning import chosen_method, make_plan
+from .utils import injection_of
+
+
+@dataclass
+class LayerReport:
+    """How one layer is merged. Errors are relative to |y|, for the input of the unmerged model."""
+
+    name: str
+    rule: str
+    alpha_star: list[float]  # nearest layer first; empty where the rule has none
+    residual: float | None = None  # of the regression, on its calibration rows
+    method_error: float | None = None  # |W x + B A x - y| / |y|: what the rule gives away
+    rounding_error: float | None = None  # what the dtype of the merged weight gives away
+    output_error: float | None = None  # both together
+
+
+@dataclass
+class MergeReport:
+    """How a model is merged. `str(report)` is a table."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    rule: str = ""  # of the layers that do not merge exactly
+    fell_back_to_weight: bool = False
+    method_error: float | None = None  # |output of the rule - output| / |output|
+    rounding_error: float | None = None  # |merged output - output of the rule| / |output|
+    output_error: float | None = None  # |merged output - output| / |output|
+    kl: float | None = None  # mean KL(unmerged || merged) in nats, where there are logits
+    top1_agreement: float | None = None  # share of rows with the same largest logit
+    rows: int = 0  # that kl and top1_agreement were taken on
+
+    def __str__(self) -> str:
+        """Return a table with a line for each layer, and the model's figures."""
+        width = max([len(layer.name) for layer in self.layers], default=5)
+        head = f"{'layer':<{width}}  {'rule':<8}  {'method':<8}  {'rounding':<8}  {'both':<8}  alpha*"
+        lines = [head]
+        for layer in self.layers:
+            alphas = ", ".join(f"{a:.4f}" for a in layer.alpha_star) or "-"
+            errors = (layer.method_error, layer.rounding_error, layer.output_error)
+            shown = "  ".join(f"{_shown(error):<8}" for error in errors)
+            lines.append(f"{layer.name:<{width}}  {layer.rule:<8}  {shown}  {alphas}")
+        errors = (self.method_error, self.rounding_error, self.output_error)
+        shown = "  ".join(f"{_shown(error):<8}" for error in errors)
+        lines.append(f"{'model':<{width}}  {self.rule:<8}  {shown}")
+        if self.kl is not None and self.top1_agreement is not None:
+            lines.append(
+                f"KL(unmerged || merged) {self.kl:.3e} nats, same largest logit in "
+                f"{100 * self.top1_agreement:.2f} % of {self.rows:,} rows"
+            )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _shown(error: float | None) -> str:
+    return "-" if error is None else f"{error:.2e}"
+
+
+def merge_report(
+    model: nn.Module,
+    batches: Any,
+    merge_method: str | None = None,
+    *,
+    progressbar: bool = False,
+) -> MergeReport:
+    """Measure what merging by a rule would change on some batches; the model is left as it is.
+
+    Args:
+        model: an adapted model that is not merged.
+        batches: what the model is called with; padding is left out of the model's figures.
+        merge_method: as in `merge`; None: the rule that `merge` would use now.
+        progressbar: show a bar (needs tqdm).
+
+    Returns:
+        Errors by layer and of the model's output, KL and top-1 agreement where it gives logits.
+
+    Cost: three forwards for each batch, and a merged matrix of each layer twice for each batch.
+    """
+    injection = injection_of(model, "merge_report")
+    if injection.applied is not None:
+        raise ValueError("[merge_report] the model must not be merged; got a merged one (unmerge)")
+    plan = make_plan(injection, merge_method, "merge_report")
+    report = describe(plan)
+    measure(model, injection, plan, report, batches, progressbar)
+    return report
+
+
+def describe(plan: _C.MergePlan) -> MergeReport:
+    """Return a plan's decisions as a report without measurements."""
+    layers = [LayerReport(p.name, p.rule, list(p.alpha_star), p.residual) for p in plan.layers]
+    rules = sorted({layer.rule for layer in layers} - {"exact"})
+    rule = ", ".join(rules) or "exact"
+    return MergeReport(layers, rule, plan.fell_back_to_weight)
+
+
+class Norms:
+    """Root of a sum of squares, over any number of tensors."""
+
+    def __init__(self) -> None:
+        self.square = 0.0
+
+    def add(self, tensor: Tensor) -> None:
+        """Add a tensor's elements."""
+        self.square += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+    def over(self, whole: Norms) -> float:
+        """Return this over another."""
+        return math.sqrt(self.square / max(whole.square, sys.float_info.min))
+
+
+def measure(
+    model: nn.Module,
+    injection: Injection,
+    plan: _C.MergePlan,
+    report: MergeReport,
+    batches: Any,
+    progressbar: bool,
+) -> None:
+    """Fill in every error of `report`."""
+    planned = list(zip(injection.layers, plan.layers, strict=True))
+    layer_norms = {layer.name: [Norms() for _ in range(4)] for layer in injection.layers}
+    model_norms = [Norms() for _ in range(4)]
+    divergence = agreement = 0.0
+    has_weights = all(base_weight(layer.base_layer) is not None for layer in injection.layers)
+    with evaluating(model), torch.no_grad():
+        for batch in progress(as_batches(batches, "merge_report"), "measuring", progressbar):
+            batch = moved(batch, model)
+            masks = masks_of(model, batch, "merge_report")
+            with _comparing(planned, plan, layer_norms, masks):
+                outputs, is_logits = _rows(call(model, batch), masks)
+            with standing_in(planned, _pair_stand_in):
+                ruled, _ = _rows(call(model, batch), masks)
+            merged = ruled
+            if has_weights:
+                with standing_in(planned, _merged_stand_in):
+                    merged, _ = _rows(call(model, batch), masks)
+            pairs = (ruled - outputs, merged - ruled, merged - outputs, outputs)
+            for norms, tensor in zip(model_norms, pairs, strict=True):
+                norms.add(tensor)
+            if is_logits:
+                divergence += float(kl_sum(outputs, merged))
+                agreement += float((outputs.argmax(-1) == merged.argmax(-1)).sum())
+                report.rows += len(outputs)
+    _fill_in(report, model_norms, has_weights)
+    for entry in report.layers:
+        _fill_in(entry, layer_norms[entry.name], has_weights)
+    if report.rows:
+        report.kl = divergence / report.rows
+        report.top1_agreement = agreement / report.rows
+
+
+def _fill_in(entry: LayerReport | MergeReport, norms: list[Norms], has_weights: bool) -> None:
+    method, rounding, both, whole = norms
+    if whole.square == 0 and both.square == 0:
+        return
+    entry.method_error = method.over(whole)
+    entry.output_error = both.over(whole)
+    entry.rounding_error = rounding.over(whole) if has_weights else None
+
+
+def _rows(output: Any, masks: list[Tensor]) -> tuple[Tensor, bool]:
+    """Return the main output as rows in fp32 (fp64 for fp64) without padding."""
+    tensor, is_logits = main_output(output)
+    mask = row_mask(masks, tensor.shape[:-1]) if tensor.dim() > 2 else None
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = rows if mask is None else rows[mask.to(rows.device)]
+    return (rows if rows.dtype == torch.float64 else rows.float()), is_logits
+
+
+def kl_sum(reference: Tensor, other: Tensor) -> Tensor:
+    """Return the sum over rows of KL(reference || other), of logits [rows, classes]."""
+    p, q = log_softmax(reference, -1), log_softmax(other, -1)
+    return (p.exp() * (p - q)).sum()
+
+
+# ---- Layers that stand in ---------------------------------------------------------------------
+
+Planned = list[tuple[ResLoraLinear, "_C.LayerMerge"]]
+
+
+@contextmanager
+def standing_in(
+    planned: Planned, make: Callable[[ResLoraLinear, Any], Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Let every layer be stood in for by what `make` makes of its plan."""
+    try:
+        for layer, entry in planned:
+            layer.stand_in = make(layer, entry)
+        yield
+    finally:
+        for layer, _ in planned:
+            layer.stand_in = None
+
+
+def _pair_stand_in(layer: ResLoraLinear, planned: Any) -> Callable[[Tensor], Tensor]:
+    return plain_lora(layer, planned.A, planned.B, 1.0, planned.bias)
+
+
+def plain_lora(
+    layer: ResLoraLinear, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Return the layer as the plain LoRA W x + scaling B A x, without shortcut."""
+
+    def run(x: Tensor) -> Tensor:
+        y = ops.adapt(x, *layer.evaluate_base(x), [A], [B], [scaling])[0]
+        return y if bias is None else y + bias.to(y.dtype)
+
+    return run
+
+
+def _merged_stand_in(layer: ResLoraLinear, planned: Any) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        weight = base_weight(layer.base_layer)
+        assert weight is not None
+        bias: Tensor | None = getattr(layer.base_layer, "bias", None)
+        if planned.bias is not None and bias is not None:
+            bias = (bias.to(planned.bias.dtype) + planned.bias).to(bias.dtype)
+        return linear(x, _C.merged_weight(weight.detach(), planned).to(weight.dtype), bias)
+
+    return run
+
+
+@contextmanager
+def _comparing(
+    planned: Planned,
+    plan: _C.MergePlan,
+    norms: dict[str, list[Norms]],
+    masks: list[Tensor],
+) -> Iterator[None]:
+    """Compare every call of every layer, rows of padding left out, with its planned pair."""
+    try:
+        for layer, entry in planned:
+            layer.observer = _comparer(layer, entry, norms[layer.name], masks)
+        yield
+    finally:
+        for layer, _ in planned:
+            layer.observer = None
+
+
+def _comparer(
+    layer: ResLoraLinear, planned: Any, norms: list[Norms], masks: list[Tensor]
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    method, rounding, both, whole = norms
+    layers, wiring = layer.chain.layers, layer.wiring
+
+    def compare(x: Tensor, s: Tensor, y: Tensor) -> None:
+        mask = row_mask(masks, x.shape[:-1])
+        dtype = planned.A.dtype
+        keep = slice(None) if mask is None else mask.to(x.device)
+        rows, s_rows, y_rows = (t.reshape(-1, t.shape[-1])[keep].to(dtype) for t in (x, s, y))
+        # The base product is the same on both sides: only the low-rank terms are compared.
+        B = torch.cat(
+            [layers[j].reslora_B.detach().to(rows) * c for j, c in zip(wiring.b, wiring.scaling, strict=True)],
+            dim=1,
+        )
+        error = rows @ planned.A.to(rows).T @ planned.B.to(rows).T - s_rows @ B.T
+        if planned.bias is not None:
+            error = error + planned.bias.to(rows)
+        method.add(error)
+        whole.add(y_rows)
+        weight = base_weight(layer.base_layer)
+        if weight is None:
+            return both.add(error)
+        exact = _C.merged_weight(weight.detach(), planned)
+        lost = rows @ (exact.to(weight.dtype).to(dtype) - exact.to(dtype)).T
+        rounding.add(lost)
+        both.add(error + lost)
+        return None
+
+    return compare

@@ -1,0 +1,24 @@
+// The merge rules: from a chain and its norms or fits to one low-rank pair for each layer.
+#pragma once
+
+#include <reslora/chain_view.h>
+#include <reslora/merge.h>
+
+#include <string>
+#include <vector>
+
+namespace reslora::detail {
+
+/// Throws c10::ValueError where the tensors of a view do not fit its chain.
+void check_view(const ChainView& view);
+
+/// The one place that decides which rule serves chains when the user names none (empty
+/// `merge_method`): `lsq` where every layer that needs it has a fit, else `input` where every norm is
+/// there, else `weight`. Layers that merge exactly do so under every rule.
+MergeRule choose_rule(const std::vector<ChainView>& chains, const std::string& merge_method);
+
+/// The pair of every layer of one chain. `use_affine`: take the affine form of a fit where there is
+/// one.
+std::vector<LayerMerge> plan_chain(const ChainView& view, MergeRule rule, bool use_affine);
+
+}  // namespace reslora::detail
