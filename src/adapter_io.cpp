@@ -6,7 +6,6 @@
 #include <reslora/adapter_io.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <functional>
 #include <set>
@@ -15,11 +14,16 @@
 #include "detail/json.h"
 #include "detail/safetensors.h"
 #include "detail/sha256.h"
+#include "detail/tensor_types.h"
 
 namespace reslora {
 namespace {
 
 using detail::ContentError;
+using detail::entry_of;
+using detail::file_order;
+using detail::on_file;
+using detail::require;
 using detail::shown;
 
 using Metadata = std::map<std::string, std::string>;
@@ -31,73 +35,6 @@ constexpr const char* kChainsKey = "reslora.chains";
 constexpr const char* kSumKey = "reslora.sha256";
 constexpr std::string_view kSuffixA = ".reslora_A.weight";
 constexpr std::string_view kSuffixB = ".reslora_B.weight";
-
-template <typename... Args>
-void require(bool condition, fmt::format_string<Args...> rule, Args&&... args) {
-  if (!condition) throw ContentError(fmt::format(rule, std::forward<Args>(args)...));
-}
-
-// Runs `body` and puts operation and path before the sentences of what it throws: ValueError for
-// content, Error for what the system refused.
-template <typename Body>
-auto on_file(const char* op, const std::string& path, Body body) {
-  try {
-    return body();
-  } catch (const ContentError& error) {
-    C10_THROW_ERROR(ValueError, fmt::format("[{}] {}: {}", op, shown(path, 4096), error.what()));
-  } catch (const detail::FileError& error) {
-    C10_THROW_ERROR(Error, fmt::format("[{}] {}: {}", op, shown(path, 4096), error.what()));
-  }
-}
-
-constexpr std::array<std::pair<detail::Dtype, at::ScalarType>, 12> kTypes{{
-    {detail::Dtype::kF64, at::kDouble},
-    {detail::Dtype::kI64, at::kLong},
-    {detail::Dtype::kF32, at::kFloat},
-    {detail::Dtype::kI32, at::kInt},
-    {detail::Dtype::kF16, at::kHalf},
-    {detail::Dtype::kBF16, at::kBFloat16},
-    {detail::Dtype::kI16, at::kShort},
-    {detail::Dtype::kF8E4M3, at::kFloat8_e4m3fn},
-    {detail::Dtype::kF8E5M2, at::kFloat8_e5m2},
-    {detail::Dtype::kI8, at::kChar},
-    {detail::Dtype::kU8, at::kByte},
-    {detail::Dtype::kBool, at::kBool},
-}};
-
-at::ScalarType scalar_type(detail::Dtype dtype) {
-  const auto* row = std::find_if(kTypes.begin(), kTypes.end(),
-                                 [&](const auto& pair) { return pair.first == dtype; });
-  return row->second;
-}
-
-// The bytes of a tensor as a file holds them: plain, C order, on the CPU (no copy where it is so).
-at::Tensor file_order(const at::Tensor& tensor) {
-  return tensor.detach().resolve_conj().resolve_neg().to(at::kCPU).contiguous();
-}
-
-detail::TensorEntry entry_of(const std::string& name, const at::Tensor& tensor) {
-  require(tensor.defined(), "tensor {} must be defined", shown(name));
-  require(tensor.layout() == at::kStrided && !tensor.is_meta() && !tensor.is_nested() &&
-              !tensor.is_quantized(),
-          "tensor {} must be a plain dense tensor with data; got layout {} on {}", shown(name),
-          c10::str(tensor.layout()), tensor.device().str());
-  require(tensor.numel() > 0,
-          "tensor {} must not be empty; got {}, which is mostly a weight that "
-          "a sharded trainer holds elsewhere: gather it first",
-          shown(name), c10::str(tensor.sizes()));
-  const auto* row = std::find_if(kTypes.begin(), kTypes.end(), [&](const auto& pair) {
-    return pair.second == tensor.scalar_type();
-  });
-  require(row != kTypes.end(),
-          "tensor {} has dtype {}, which these files do not hold: cast it first", shown(name),
-          c10::toString(tensor.scalar_type()));
-  detail::TensorEntry entry;
-  entry.name = name;
-  entry.dtype = row->first;
-  entry.shape = tensor.sizes().vec();
-  return entry;
-}
 
 void write_file(const std::string& path, const TensorFile& file) {
   detail::Header header;
@@ -132,7 +69,7 @@ TensorFile read_file(const std::string& path,
   file.metadata = std::move(header.metadata);
   if (check) check(file.metadata);
   for (const detail::TensorEntry& entry : header.tensors) {
-    const auto options = at::TensorOptions().dtype(scalar_type(entry.dtype)).device(at::kCPU);
+    const auto options = at::TensorOptions().dtype(detail::scalar_type(entry.dtype)).device(at::kCPU);
     at::Tensor tensor = at::empty(entry.shape, options);
     input.read(tensor.mutable_data_ptr(), entry.size());
     if (entry.dtype == detail::Dtype::kBool) check_bools(entry.name, tensor);

@@ -135,20 +135,34 @@ void MergePlan::restore() {
   is_applied_ = false;
 }
 
-void MergePlan::revert() {
+void MergePlan::revert(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
   RESLORA_CHECK(is_applied_,
                 "[merge] only an applied plan can be reverted; got one that is not: "
                 "call apply first");
   RESLORA_CHECK(originals_.size() == layers_.size(),
                 "[merge] reverting needs the originals, which were not kept: apply with "
                 "keep_originals, or load the base model again");
+  const std::vector<Tensor>& live = weights.empty() ? weights_ : weights;
+  const std::vector<Tensor>& live_biases = biases.empty() ? biases_ : biases;
+  RESLORA_CHECK(live.size() == layers_.size() && live_biases.size() == layers_.size(),
+                "[merge] reverting needs one weight and one bias for each layer; got {} and {} "
+                "for {} layers",
+                live.size(), live_biases.size(), layers_.size());
+  const auto check = [&](const Tensor& now, const Tensor& then, size_t i) {
+    if (!then.defined()) return;
+    RESLORA_CHECK(now.defined() && now.scalar_type() == then.scalar_type() &&
+                      now.sizes() == then.sizes(),
+                  "[merge] a merged weight must keep its dtype and shape until it is reverted; got "
+                  "{} for {} (layer {}): cast the model back first, or load the base model again",
+                  now.defined() ? c10::toString(now.scalar_type()) : "none",
+                  c10::toString(then.scalar_type()), layers_[i].name);
+  };
   for (size_t i = 0; i < originals_.size(); ++i) {
-    RESLORA_CHECK(weights_[i].scalar_type() == originals_[i].first.scalar_type(),
-                  "[merge] a merged weight must keep its dtype until it is reverted; got {} for {} "
-                  "(layer {}): cast the model back first",
-                  c10::toString(weights_[i].scalar_type()),
-                  c10::toString(originals_[i].first.scalar_type()), layers_[i].name);
+    check(live[i], originals_[i].first, i);
+    check(live_biases[i], originals_[i].second, i);
   }
+  weights_ = live;
+  biases_ = live_biases;
   const detail::FullPrecision guard;
   restore();
 }

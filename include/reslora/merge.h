@@ -74,9 +74,12 @@ class RESLORA_API MergePlan {
   void apply(bool keep_originals = true, bool safe_merge = false,
              const std::function<void(int64_t)>& progress = nullptr);
 
-  /// Restores the exact bits that `apply` replaced, after which `apply` may be called again. Throws
-  /// c10::ValueError where none were kept or a weight has changed its dtype since.
-  void revert();
+  /// Restores the exact bits that `apply` replaced, after which `apply` may be called again.
+  /// `weights` and `biases`, as `layers`: the tensors that hold the merged values now, where they
+  /// are no longer those of the plan (a model that was moved to a device). Throws c10::ValueError
+  /// where no originals were kept or a tensor has changed its dtype or shape since.
+  void revert(const std::vector<at::Tensor>& weights = {},
+              const std::vector<at::Tensor>& biases = {});
 
  private:
   void check_finite() const;

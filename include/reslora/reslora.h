@@ -8,6 +8,8 @@
 #include <reslora/formulas.h>     // IWYU pragma: export
 #include <reslora/linear.h>       // IWYU pragma: export
 #include <reslora/merge.h>        // IWYU pragma: export
+#include <reslora/model_files.h>  // IWYU pragma: export
 #include <reslora/norm_window.h>  // IWYU pragma: export
 #include <reslora/ops.h>          // IWYU pragma: export
 #include <reslora/regression.h>   // IWYU pragma: export
+#include <reslora/statistics_io.h>  // IWYU pragma: export

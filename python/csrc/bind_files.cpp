@@ -1,5 +1,6 @@
 // Safetensors files and adapters.
 #include <reslora/adapter_io.h>
+#include <torch/csrc/Exceptions.h>
 
 #include <filesystem>
 #include <map>
@@ -51,8 +52,13 @@ void bind_files(py::module_& m) {
       py::arg("path"), py::arg("config_json"), py::arg("chains"), py::arg("tensors"), NoGil(),
       "Write an adapter atomically.");
   m.def(
-      "load_adapter", [](const Path& path) { return load_adapter(path.string()); },
-      py::arg("path"), NoGil(), "Read and check an adapter.");
+      "load_adapter",
+      [](const Path& path) {
+        torch::PyWarningHandler warnings;  // a warning becomes one of Python's when this ends
+        const py::gil_scoped_release no_gil;
+        return load_adapter(path.string());
+      },
+      py::arg("path"), "Read and check an adapter.");
 }
 
 }  // namespace reslora::python

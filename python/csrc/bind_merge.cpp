@@ -1,6 +1,10 @@
 // Plans, fits and what is calibrated.
 #include <reslora/merge.h>
 #include <reslora/regression.h>
+#include <reslora/statistics_io.h>
+
+#include <filesystem>
+#include <map>
 
 #include "bindings.h"
 
@@ -134,6 +138,38 @@ void bind_collector(py::module_& m) {
       .def_property_readonly("cost", &FitCollector::cost);
 }
 
+/// Norms, count, fit, sums.
+using StatisticsTuple =
+    std::tuple<MaybeTensor, MaybeTensor, std::optional<Fit>, std::optional<FitSums>>;
+
+void bind_statistics(py::module_& m) {
+  m.def(
+      "save_statistics",
+      [](const std::filesystem::path& path, const std::string& adapter_sum,
+         const std::map<std::string, StatisticsTuple>& statistics) {
+        std::map<std::string, LayerStatistics> layers;
+        for (const auto& [name, own] : statistics) {
+          const auto& [norms, count, fit, sums] = own;
+          layers[name] = {window_from(norms, count), fit.value_or(Fit()), sums};
+        }
+        save_statistics(path.string(), adapter_sum, layers);
+      },
+      py::arg("path"), py::arg("adapter_sum"), py::arg("statistics"), NoGil(),
+      "Write statistics by layer atomically.");
+  m.def(
+      "load_statistics",
+      [](const std::filesystem::path& path, const std::string& adapter_sum) {
+        std::map<std::string, StatisticsTuple> layers;
+        for (auto& [name, own] : load_statistics(path.string(), adapter_sum)) {
+          layers[name] = {or_none(own.norms.norms()), or_none(own.norms.count()),
+                          own.fit.A.defined() ? std::optional<Fit>(own.fit) : std::nullopt,
+                          own.sums};
+        }
+        return layers;
+      },
+      py::arg("path"), py::arg("adapter_sum"), NoGil(), "Read statistics of an adapter.");
+}
+
 void bind_plan(py::module_& m) {
   py::class_<LayerMerge>(m, "LayerMerge", "What was decided for one layer: W* = W + B A.")
       .def_readonly("name", &LayerMerge::name)
@@ -154,7 +190,26 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("is_applied", &MergePlan::is_applied)
       .def("apply", &MergePlan::apply, py::arg("keep_originals") = true,
            py::arg("safe_merge") = false, py::arg("progress") = nullptr, NoGil())
-      .def("revert", &MergePlan::revert, NoGil());
+      .def(
+          "revert",
+          [](MergePlan& plan, const std::vector<MaybeTensor>& weights,
+             const std::vector<MaybeTensor>& biases) {
+            std::vector<Tensor> own;
+            std::vector<Tensor> own_biases;
+            for (const MaybeTensor& weight : weights) own.push_back(or_undefined(weight));
+            for (const MaybeTensor& bias : biases) own_biases.push_back(or_undefined(bias));
+            plan.revert(own, own_biases);
+          },
+          py::arg("weights") = std::vector<MaybeTensor>(),
+          py::arg("biases") = std::vector<MaybeTensor>(), NoGil());
+  m.def(
+      "moved",
+      [](LayerMerge layer, const std::string& device) {
+        layer.A = layer.A.to(at::Device(device));
+        layer.B = layer.B.to(at::Device(device));
+        return layer;
+      },
+      py::arg("layer"), py::arg("device"), "Return a planned pair on another device.");
   m.def("merged_weight", &merged_weight, py::arg("weight"), py::arg("layer"), NoGil(),
         "Return W + B A in fp32.");
   m.def("padded_factors", &padded_factors, py::arg("layer"), py::arg("R"),
@@ -174,6 +229,7 @@ void bind_plan(py::module_& m) {
 void bind_merge(py::module_& m) {
   bind_fit(m);
   bind_collector(m);
+  bind_statistics(m);
   bind_plan(m);
 }
 

@@ -34,6 +34,7 @@ PYBIND11_MODULE(_C, m) {
   own::bind_chain(m);
   own::bind_merge(m);
   own::bind_files(m);
+  own::bind_model_files(m);
   pybind11::module_ formulas = m.def_submodule("formulas", "The paper's formulas, literally.");
   own::bind_formulas(formulas);
 }

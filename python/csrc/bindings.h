@@ -31,6 +31,7 @@ std::vector<LayerTuple> tuples_from(const std::vector<LayerShape>& layers);
 void bind_chain(py::module_& m);
 void bind_merge(py::module_& m);
 void bind_files(py::module_& m);
+void bind_model_files(py::module_& m);
 void bind_formulas(py::module_& m);
 
 }  // namespace reslora::python

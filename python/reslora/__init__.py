@@ -29,8 +29,9 @@ if _torch_minor != _build_info.TORCH_MINOR:
 
 from . import _C  # noqa: E402, F401  (loads libreslora, which registers the ops)
 from .calibration import Calibration, calibrate  # noqa: E402
-from .checkpoint import export_lora, load, save_pretrained  # noqa: E402
+from .checkpoint import load, save_pretrained  # noqa: E402
 from .config import ResLoraConfig  # noqa: E402
+from .exporting import export_diffusers, export_lora  # noqa: E402
 from .finishing import finish  # noqa: E402
 from .injection import inject  # noqa: E402
 from .layer import ResLoraLinear  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "disable_adapter",
+    "export_diffusers",
     "export_lora",
     "finish",
     "inject",

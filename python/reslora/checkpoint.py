@@ -1,19 +1,17 @@
-"""Saving, loading and exporting adapters.
+"""Saving and loading adapters, with what a later merge needs.
 
 Example::
 
     save_pretrained(model, "adapter")  # adapter_config.json, adapter_model.safetensors, README.md
+    save_pretrained(model, "adapter", statistics=True)  # also adapter_statistics.safetensors
     model = load(base_model, "adapter")  # injects by the saved config
-    export_lora(model, "lora")  # a plain LoRA in PEFT's format, shortcuts merged away
 
 Files are read and written by the C++ library. Loading is strict: every key and shape must fit.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +23,84 @@ from .config import ResLoraConfig
 from .injection import Injection, inject
 from .layer import is_conv1d
 from .merging import unload
-from .planning import make_plan
-from .targets import matches_names
+from .planning import Calibrated, adapter_sum
 from .utils import find_layers, injection_of, write_text
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+STATISTICS_NAME = "adapter_statistics.safetensors"
 # Options that change what an adapter computes, beside the ranks and scalings of its chains.
 FORMULA_OPTIONS = ("res_mode", "pre_num", "first_block")
 
 PathLike = str | os.PathLike[str]
+# By layer: norms [2, N], their count [1], fit, and what it was solved from.
+Statistics = dict[str, "tuple[Tensor | None, Tensor | None, _C.Fit | None, _C.FitSums | None]"]
 
 
-def save_pretrained(model: nn.Module, directory: PathLike) -> None:
+def save_pretrained(
+    model: nn.Module, directory: PathLike, *, statistics: bool | str = False
+) -> None:
     """Write the unmerged adapter, and `modules_to_save`, to a folder.
 
     Keys are `<module>.reslora_A.weight` [r, in] and `<module>.reslora_B.weight` [out, r]. The kind
     of the adapter is RESLORA, so that nothing loads it as plain LoRA by mistake.
+
+    Args:
+        model: an adapted model.
+        directory: the folder to write.
+        statistics: True: also write norm windows and fits, so that a merge can be done later
+            without data; "covariances": and what the fits were solved from, where it was kept
+            (`calibrate(keep_covariances=True)`). False removes statistics that lie in the folder,
+            since they would be of another adapter.
     """
     injection = injection_of(model, "save_pretrained")
-    base = _base_name(model, None)
-    text = injection.config.to_json(base_model_name_or_path=base)
+    if statistics not in (False, True, "covariances"):
+        raise ValueError(
+            f"[save] statistics must be True, False or 'covariances'; got {statistics!r}"
+        )
+    base = base_name(model, None)
+    text = injection.config.to_json(
+        base_model_name_or_path=base, fan_in_fan_out=_transposed_chains(injection)
+    )
+    layers = _statistics_of(injection, statistics == "covariances") if statistics else {}
     chains = [(chain.key, chain.links.layers) for chain in injection.chains]
     tensors = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
-    folder = _make_folder(directory)
+    folder = make_folder(directory)
+    (folder / STATISTICS_NAME).unlink(missing_ok=True)
     _C.save_adapter(folder / WEIGHTS_NAME, text, chains, tensors)
+    if layers:
+        _C.save_statistics(folder / STATISTICS_NAME, adapter_sum(injection), layers)
     write_text(folder / CONFIG_NAME, text)
     write_text(folder / "README.md", _card(injection, base))
+
+
+def _transposed_chains(injection: Injection) -> list[str]:
+    """Return the chains whose base files hold W^T, for merges on files."""
+    return [c.key for c in injection.chains if any(is_conv1d(x.base_layer) for x in c.layers)]
+
+
+def _statistics_of(injection: Injection, covariances: bool) -> dict[str, Any]:
+    calibrated = injection.calibrated
+    if calibrated is not None and calibrated.adapter_sum != adapter_sum(injection):
+        raise ValueError(
+            "[save] statistics must be of the adapter as it is; got fits made before it changed: "
+            "calibrate again, or save without statistics"
+        )
+    if covariances and (calibrated is None or not calibrated.sums):
+        raise ValueError(
+            "[save] statistics='covariances' needs kept covariances; got none: "
+            "calibrate(model, data, keep_covariances=True)"
+        )
+    fits = {} if calibrated is None else calibrated.fits
+    sums = calibrated.sums if calibrated is not None and covariances else {}
+    found = {}
+    for layer in injection.layers:
+        has_norms = layer.norms is not None and bool(layer.norm_count)
+        norms = (layer.norms, layer.norm_count) if has_norms else (None, None)
+        own = (*norms, fits.get(layer.name), sums.get(layer.name))
+        if any(part is not None for part in own):
+            found[layer.name] = own
+    return found
 
 
 def load(model: nn.Module, directory: PathLike) -> nn.Module:
@@ -62,7 +111,8 @@ def load(model: nn.Module, directory: PathLike) -> nn.Module:
         ValueError: for a file that is damaged or belongs to another model. The model is then
             unchanged.
     """
-    adapter, config = _read_adapter(Path(directory))
+    adapter, config = read_adapter(Path(directory))
+    statistics = read_statistics(Path(directory), adapter)
     if find_layers(model):
         _copy_adapter(model, injection_of(model, "load"), adapter, config)
     else:
@@ -72,61 +122,32 @@ def load(model: nn.Module, directory: PathLike) -> nn.Module:
         except BaseException:
             unload(model)
             raise
-    zero = [not t.any() for key, t in adapter.tensors.items() if key.endswith(".reslora_B.weight")]
-    if all(zero):
-        warnings.warn(
-            f"[load] every B of {os.fspath(directory)} is zero: the adapter changes nothing",
-            stacklevel=2,
-        )
+    _give_statistics(injection_of(model, "load"), statistics)
     return model
 
 
-def export_lora(
-    model: nn.Module,
-    directory: PathLike,
-    merge_method: str | None = None,
-    *,
-    base_model_name_or_path: str | None = None,
-    task_type: str | None = None,
-) -> None:
-    """Write the adapter as a plain LoRA in PEFT's format; the model is unchanged.
-
-    The shortcuts are merged away by the same rules as in `merge`; scaling and alpha* are folded
-    into the factors, all padded with zeros to one rank R with lora_alpha = r = R, so that every
-    reader of LoRA files applies the factor 1.
-
-    Args:
-        model: an adapted model, merged or not.
-        directory: the folder to write.
-        merge_method: as in `merge`; of a merged model it is the method it was merged by.
-        base_model_name_or_path: for adapter_config.json; by default the model's own.
-        task_type: for adapter_config.json, such as "CAUSAL_LM".
-    """
-    injection = injection_of(model, "export_lora")
-    plan = _export_plan(injection, merge_method)
-    rank = max(int(layer.A.shape[0]) for layer in plan.layers)
-    tensors: dict[str, Tensor] = {}
-    for layer in plan.layers:
-        A, B = _C.padded_factors(layer, rank)
-        tensors[f"base_model.model.{layer.name}.lora_A.weight"] = A
-        tensors[f"base_model.model.{layer.name}.lora_B.weight"] = B
-    for key, tensor in _saved_tensors(model, injection).items():
-        tensors[f"base_model.model.{key}"] = tensor.detach()
-    base = _base_name(model, base_model_name_or_path)
-    config = _lora_config(model, injection, rank) | {
-        "base_model_name_or_path": base,
-        "task_type": task_type,
-    }
-    folder = _make_folder(directory)
-    _C.save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_text(folder / "README.md", _lora_card(injection, plan, base))
+def _give_statistics(injection: Injection, statistics: Statistics) -> None:
+    """Give norm windows and fits of a file to an adapter that was just loaded."""
+    injection.calibrated = None
+    fits: dict[str, _C.Fit] = {}
+    sums: dict[str, _C.FitSums] = {}
+    for layer in injection.layers:
+        norms, count, fit, own_sums = statistics.get(layer.name, (None, None, None, None))
+        device = layer.reslora_A.device
+        layer.norms = None if norms is None else norms.to(device)
+        layer.norm_count = None if count is None else count.to(device)
+        if fit is not None:
+            fits[layer.name] = fit
+        if own_sums is not None:
+            sums[layer.name] = own_sums
+    if fits:
+        injection.calibrated = Calibrated(fits, adapter_sum(injection), sums)
 
 
 # ---- Reading ----------------------------------------------------------------------------------
 
 
-def _read_adapter(folder: Path) -> tuple[_C.AdapterFile, ResLoraConfig]:
+def read_adapter(folder: Path) -> tuple[_C.AdapterFile, ResLoraConfig]:
     path = folder / WEIGHTS_NAME
     config_path = folder / CONFIG_NAME
     for needed in (config_path, path):
@@ -145,6 +166,21 @@ def _read_adapter(folder: Path) -> tuple[_C.AdapterFile, ResLoraConfig]:
                 f"{other[name]!r} and {value!r} in {folder}"
             )
     return adapter, config
+
+
+def read_statistics(folder: Path, adapter: _C.AdapterFile) -> Statistics:
+    """Read the statistics beside an adapter's file, by layer; empty where there are none."""
+    path = folder / STATISTICS_NAME
+    if not path.is_file():
+        return {}
+    factors = (".reslora_A.weight", ".reslora_B.weight")
+    own = {key: tensor for key, tensor in adapter.tensors.items() if key.endswith(factors)}
+    statistics = _C.load_statistics(path, _C.tensors_sum(own))
+    names = {layer[0] for _, layers in adapter.chains for layer in layers}
+    unknown = sorted(set(statistics) - names)
+    if unknown:
+        raise ValueError(f"[load] statistics must be of layers of the adapter; got {unknown[0]}")
+    return statistics
 
 
 def _copy_adapter(
@@ -212,7 +248,7 @@ def _check_keys(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
 # ---- Writing ----------------------------------------------------------------------------------
 
 
-def _saved_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
+def saved_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
     """Return what modules_to_save hold, under their own names."""
     found: dict[str, Tensor] = {}
     for name in injection.saved_modules:
@@ -226,65 +262,32 @@ def _own_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
     for layer in injection.layers:
         tensors[f"{layer.name}.reslora_A.weight"] = layer.reslora_A
         tensors[f"{layer.name}.reslora_B.weight"] = layer.reslora_B
-    return tensors | _saved_tensors(model, injection)
+    return tensors | saved_tensors(model, injection)
 
 
-def _make_folder(directory: PathLike) -> Path:
+def make_folder(directory: PathLike) -> Path:
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"[save] the place to write must be a folder; got the file {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except NotADirectoryError:
+        raise ValueError(
+            f"[save] the place to write must be a folder; got {folder}, below a file"
+        ) from None
     return folder
 
 
-def _base_name(model: nn.Module, given: str | None) -> str | None:
+def base_name(model: nn.Module, given: str | None) -> str | None:
     if given is not None:
         return given
     config = getattr(model, "config", None)
     return getattr(config, "_name_or_path", None) or None
 
 
-def _export_plan(injection: Injection, merge_method: str | None) -> _C.MergePlan:
-    applied = injection.applied
-    if applied is None:
-        return make_plan(injection, merge_method, "export_lora", use_affine=False)
-    if applied.plan is None or merge_method not in (None, applied.merge_method):
-        raise ValueError(
-            f"[export_lora] a merged model is exported as it was merged, by "
-            f"{applied.merge_method or 'default'!r}; got {merge_method!r} (unmerge it first)"
-        )
-    return applied.plan
-
-
-def _short_targets(model: nn.Module, names: list[str]) -> list[str]:
-    """Return the names' last parts where they mean exactly these modules, else the full names."""
-    short = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = {key for key, _ in model.named_modules() if matches_names(short, key)}
-    return short if meant == set(names) else sorted(names)
-
-
-def _lora_config(model: nn.Module, injection: Injection, rank: int) -> dict[str, Any]:
-    names = [layer.name for layer in injection.layers]
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": _short_targets(model, names),
-        "modules_to_save": injection.saved_modules or None,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in injection.layers),
-        "inference_mode": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-
-
 def _card(injection: Injection, base: str | None) -> str:
     config = injection.config
-    head = f"---\nlibrary_name: reslora\n{_base_line(base)}tags: [reslora, lora]\n---\n"
+    head = f"---\nlibrary_name: reslora\n{base_line(base)}tags: [reslora, lora]\n---\n"
     return (
         f"{head}\n# ResLoRA adapter\n\nShortcut `{config.res_mode}`, pre_num {config.pre_num}, "
         f"r {config.r}, {len(injection.layers)} layers. Not a plain LoRA: load it with\n\n"
@@ -292,14 +295,5 @@ def _card(injection: Injection, base: str | None) -> str:
     )
 
 
-def _lora_card(injection: Injection, plan: _C.MergePlan, base: str | None) -> str:
-    rules = ", ".join(sorted({layer.rule for layer in plan.layers}))
-    head = f"---\nlibrary_name: peft\n{_base_line(base)}tags: [lora, reslora]\n---\n"
-    return (
-        f"{head}\n# LoRA adapter\n\nExported by reslora from a ResLoRA adapter (shortcut "
-        f"`{injection.config.res_mode}`, merged by {rules}). Scaling is folded into the factors.\n"
-    )
-
-
-def _base_line(base: str | None) -> str:
+def base_line(base: str | None) -> str:
     return f"base_model: {base}\n" if base else ""

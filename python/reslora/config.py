@@ -24,7 +24,9 @@ from .utils import write_text
 PEFT_TYPE = "RESLORA"
 MERGE_METHODS = ("exact", "lsq", "input", "weight", "factored")
 # What an adapter_config.json holds beside the options.
-FILE_KEYS = ("peft_type", "reslora_version", "base_model_name_or_path", "task_type")
+FILE_KEYS = (
+    "peft_type", "reslora_version", "base_model_name_or_path", "task_type", "fan_in_fan_out",
+)  # fmt: skip
 
 
 def _help(text: str) -> dict[str, str]:
@@ -108,7 +110,10 @@ class ResLoraConfig:
     )
     strict_links: bool = field(
         default=False,
-        metadata=_help("Raise where a link is broken instead of reporting it; needs in == out."),
+        metadata=_help(
+            "Raise where a link is broken instead of reporting it; all layers of a chain must then "
+            "have one shape."
+        ),
     )
     finish_at: float | None = field(
         default=None,
@@ -201,8 +206,14 @@ class ResLoraConfig:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ResLoraConfig:
         """Read what `save` wrote."""
-        with open(path, encoding="utf-8") as file:
-            return cls.from_json(file.read(), os.fspath(path))
+        with open(path, "rb") as file:
+            content = file.read()
+        try:
+            return cls.from_json(content.decode("utf-8"), os.fspath(path))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"[config] {os.fspath(path)} must be UTF-8; got {error.reason} at byte {error.start}"
+            ) from None
 
 
 def _is_whole(value: Any) -> bool:

@@ -74,6 +74,11 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
         ValueError: for a bad config, a model that is adapted already, a pattern that matches
             nothing, a module that cannot be adapted. The model is then unchanged.
     """
+    if not isinstance(config, ResLoraConfig):
+        raise ValueError(
+            f"[inject] config must be a ResLoraConfig; got {type(config).__name__} (a dict is read by "
+            "ResLoraConfig.from_dict)"
+        )
     config = copy.deepcopy(config)
     config.validate()
     _check_model(model)

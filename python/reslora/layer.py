@@ -133,6 +133,10 @@ class ResLoraLinear(nn.Module):
             self._make_norm_ring(like.device)
         self.train(base_layer.training)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what holds for a moment only: a copy is enabled and unobserved."""
+        return {**self.__dict__, "is_disabled": False, "observer": None, "stand_in": None}
+
     @property
     def weight(self) -> Any:
         """The base layer's weight, for code that looks at its dtype or device."""

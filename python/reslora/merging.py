@@ -238,7 +238,13 @@ def unmerge(model: nn.Module) -> None:
             "[unmerge] the originals must be at hand; got a copy of a merged model (unmerge the "
             "model that was merged, or copy it before)"
         )
-    injection.applied.plan.revert()
+    # The live tensors: a model that was moved since has others than the plan.
+    weights = [base_weight(layer.base_layer) for layer in injection.layers]
+    biases = [getattr(layer.base_layer, "bias", None) for layer in injection.layers]
+    injection.applied.plan.revert(
+        [None if weight is None else weight.detach() for weight in weights],
+        [None if bias is None else bias.detach() for bias in biases],
+    )
     injection.applied = None
     for layer in injection.layers:
         layer.is_merged = False

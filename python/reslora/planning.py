@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from . import _C
+from .config import MERGE_METHODS
 from .injection import Injection
 from .layer import LayerChain, ResLoraLinear, base_weight
 
@@ -89,7 +90,12 @@ def needs_fit(chain: LayerChain, n: int) -> bool:
 
 def chosen_method(injection: Injection, merge_method: str | None) -> str:
     """Return the method asked for, by the call or else by the config; empty: the best at hand."""
-    return merge_method if merge_method is not None else injection.config.merge_method or ""
+    if merge_method is not None and merge_method not in MERGE_METHODS:
+        raise ValueError(
+            f"[merge] merge_method must be one of {', '.join(MERGE_METHODS)}, or None; got "
+            f"{merge_method!r}"
+        )
+    return merge_method or injection.config.merge_method or ""
 
 
 def make_plan(

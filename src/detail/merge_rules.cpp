@@ -107,7 +107,8 @@ LayerMerge summed_merge(const ChainView& view, int64_t n, MergeRule rule,
     const LayerShape& other = view.chain.layer(reached[k]);
     RESLORA_CHECK(other.in_features == shape.in_features,
                   "[merge] rule '{}' adds A of layer {} to A of layer {}, which needs equal "
-                  "in_features; got {} and {}: use merge_method 'input'",
+                  "in_features; got {} and {}: give calibration batches (data=) for 'lsq', or train with "
+                  "norm_window > 0 for 'input'",
                   merge_rule_name(rule), other.name, shape.name, other.in_features,
                   shape.in_features);
     A.add_(view.layers[reached[k]].A.to(options), alpha_star[k]);

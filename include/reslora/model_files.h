@@ -1,0 +1,69 @@
+// Merging on disk: the safetensors files of a model, read where they lie and written changed.
+//
+//   reslora::ModelFiles base({"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"});
+//   auto weight = base.tensor("model.layers.0.self_attn.q_proj.weight");  // a view, nothing is read
+//   ... plan with such views (MergePlan) ...
+//   base.write("out/model-00001-of-00002.safetensors", names, {{key, {&layer}}}, {});
+//
+// Files are mapped, not read: a model larger than memory costs the buffers of a few rows. The files
+// must not change meanwhile (a map of a file that shrinks is a crash).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <reslora/export.h>
+#include <reslora/merge.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace reslora {
+
+/// What happens to one tensor on its way to the output.
+struct TensorEdit {
+  std::optional<LayerMerge> layer;  // add B A (or, with `is_bias`, the layer's `bias`)
+  bool is_transposed = false;       // the file holds W^T [in, out], as transformers' Conv1D
+  bool is_bias = false;
+  std::optional<at::Tensor> replacement;  // take this tensor instead
+};
+
+struct WriteOptions {
+  std::optional<at::ScalarType> dtype;         // of floating tensors; default: as they are
+  std::map<std::string, std::string> metadata = {};
+  std::function<void(int64_t)> progress = {};  // called with the bytes written so far
+};
+
+class RESLORA_API ModelFiles {
+ public:
+  /// Maps files and checks their headers. Throws c10::ValueError for a malformed file or a tensor
+  /// that two of them hold, c10::Error for one that cannot be opened; each names the path.
+  explicit ModelFiles(const std::vector<std::string>& paths);
+
+  /// Every tensor's name, in the order of its file.
+  const std::vector<std::string>& names() const;
+  /// The path that holds a tensor, and its metadata. Throw c10::ValueError for an unknown name.
+  const std::string& path_of(const std::string& name) const;
+  const std::map<std::string, std::string>& metadata_of(const std::string& path) const;
+  /// A tensor as a view of the file; it keeps the map alive. Must not be written to.
+  at::Tensor tensor(const std::string& name) const;
+
+  /// Writes some tensors to a new file, atomically, edits applied: sums in fp32 (fp64 for fp64) by
+  /// rows, then one cast. Edited tensors that no file holds (replacements) may be among `names`.
+  /// Cost: each tensor is read and written once; memory for 16 MiB of rows in fp32.
+  void write(const std::string& path, const std::vector<std::string>& names,
+             const std::map<std::string, TensorEdit>& edits, const WriteOptions& options) const;
+
+ private:
+  struct Map;
+  struct Place;
+
+  std::vector<std::string> names_;
+  std::map<std::string, std::shared_ptr<const Place>> places_;
+  std::map<std::string, std::map<std::string, std::string>> metadata_;
+};
+
+}  // namespace reslora

@@ -1,0 +1,40 @@
+// What a later merge needs besides the adapter: norm windows, fits and, on request, covariances.
+//
+//   reslora::save_statistics("adapter_statistics.safetensors", sum, {{"layers.1.q", {norms, fit, {}}}});
+//   auto statistics = reslora::load_statistics("adapter_statistics.safetensors", sum);
+//
+// A safetensors file beside the adapter's, bound to it by the checksum of its A and B
+// (tensors_sum): statistics of another adapter, or of the same one before more training, are
+// refused. Written atomically, read strictly.
+#pragma once
+
+#include <reslora/chain_view.h>
+#include <reslora/export.h>
+#include <reslora/regression.h>
+
+#include <map>
+#include <optional>
+#include <string>
+
+namespace reslora {
+
+/// What is known of one layer; any part may be absent.
+struct LayerStatistics {
+  NormWindow norms = {};
+  Fit fit = {};
+  std::optional<FitSums> sums = {};
+};
+
+/// Writes statistics by layer. Tensors: `<layer>.norms` [2, N], `.norm_count` [1], `.fit_A`,
+/// `.fit_B`, `.affine_A`, `.offset`, `.fit` (fp64: alpha*, residual, affine residual, rows, refine
+/// steps), and of sums `.xx` (once for layers that share it), `.vx`, `.x_sum`, `.v_sum`, `.sums`
+/// (fp64: vv, rows). Throws as save_tensors does.
+RESLORA_API void save_statistics(const std::string& path, const std::string& adapter_sum,
+                                 const std::map<std::string, LayerStatistics>& statistics);
+
+/// Reads statistics. Throws c10::ValueError for a file that is malformed, none of ours, or of
+/// another adapter than the one with `adapter_sum`.
+RESLORA_API std::map<std::string, LayerStatistics> load_statistics(const std::string& path,
+                                                                   const std::string& adapter_sum);
+
+}  // namespace reslora

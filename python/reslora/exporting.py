@@ -1,0 +1,309 @@
+"""Writing adapters as plain LoRA, for programs that know nothing of shortcuts.
+
+Example::
+
+    export_lora(model, "lora")  # PEFT's format, also read by vLLM and llama.cpp's converter
+    export_diffusers(pipeline.unet, "lora", "unet")  # read by load_lora_weights
+
+The shortcuts are merged away by the same rules as in `merge`. Scaling and alpha* are folded into the
+factors, all padded with zeros to one rank R with lora_alpha = r = R: every reader applies the factor
+1, whether it takes alpha per file, per layer or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import _C
+from .checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    PathLike,
+    base_line,
+    base_name,
+    make_folder,
+    read_adapter,
+    saved_tensors,
+)
+from .injection import Injection
+from .layer import is_conv1d
+from .merging import prepare
+from .model_folder import heads_of, plan_of
+from .planning import make_plan
+from .targets import matches_names
+from .utils import injection_of, write_text
+
+logger = logging.getLogger("reslora")
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+TOLERANCE = 1e-6
+
+
+def export_lora(
+    model: nn.Module,
+    directory: PathLike,
+    merge_method: str | None = None,
+    *,
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+    data: Any = None,
+    refine_steps: int = 0,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    progressbar: bool = False,
+) -> float:
+    """Write the adapter as a plain LoRA in PEFT's format; the model is unchanged.
+
+    Args:
+        model: an adapted model, merged or not.
+        directory: the folder to write.
+        merge_method: as in `merge`; of a merged model it is the method it was merged by.
+        rank: reduce every pair to at most this rank by QR and SVD, to the smallest that keeps
+            `tolerance` (for `bs`, whose pairs have rank (m+1)r). None: no reduction.
+        tolerance: relative error |BA - reduced| / |BA| below which a rank is small enough.
+        data: calibration batches for `lsq`, as in `merge`.
+        refine_steps: as in `merge`.
+        base_model_name_or_path: for adapter_config.json; by default the model's own.
+        task_type: for adapter_config.json, such as "CAUSAL_LM".
+        progressbar: show bars (needs tqdm).
+
+    Returns:
+        The largest relative error of the reduction over the layers; 0.0 without `rank`.
+    """
+    injection = injection_of(model, "export_lora")
+    plan = _planned(model, injection, merge_method, "export_lora", data, refine_steps, progressbar)
+    _refuse_tied(model, injection)
+    layers, error = reduced(plan.layers, rank, tolerance)
+    R, pairs = padded(layers)
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    for key, tensor in saved_tensors(model, injection).items():
+        tensors[f"base_model.model.{key}"] = tensor.detach()
+    base = base_name(model, base_model_name_or_path)
+    config = lora_config(
+        R,
+        _short_targets(model, list(pairs)),
+        injection.saved_modules,
+        all(is_conv1d(layer.base_layer) for layer in injection.layers),
+    ) | {"base_model_name_or_path": base, "task_type": task_type}
+    write_lora(make_folder(directory), tensors, config, lora_card(injection.config.res_mode, plan, base))
+    return error
+
+
+def export_diffusers(
+    model: nn.Module,
+    directory: PathLike,
+    component: str,
+    merge_method: str | None = None,
+    *,
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+    data: Any = None,
+    refine_steps: int = 0,
+    progressbar: bool = False,
+) -> float:
+    """Write `pytorch_lora_weights.safetensors`, which diffusers' `load_lora_weights` reads.
+
+    Args:
+        model: the adapted component of a pipeline.
+        directory: the folder to write.
+        component: its name in the pipeline: "unet", "transformer", "text_encoder", ...
+        merge_method: as in `merge`.
+        rank: as in `export_lora`.
+        tolerance: as in `export_lora`.
+        data: as in `merge`.
+        refine_steps: as in `merge`.
+        progressbar: show bars (needs tqdm).
+
+    Returns:
+        The largest relative error of the reduction over the layers; 0.0 without `rank`.
+    """
+    injection = injection_of(model, "export_diffusers")
+    if not component.isidentifier():
+        raise ValueError(
+            f"[export_diffusers] component must be a pipeline's name for it, such as 'unet'; got "
+            f"{component!r}"
+        )
+    if injection.saved_modules:
+        raise ValueError(
+            "[export_diffusers] such files hold LoRA alone; got modules_to_save "
+            f"{injection.saved_modules} (merge_and_unload keeps them)"
+        )
+    plan = _planned(
+        model, injection, merge_method, "export_diffusers", data, refine_steps, progressbar
+    )
+    layers, error = reduced(plan.layers, rank, tolerance)
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B) in padded(layers)[1].items():
+        tensors[f"{component}.{name}.lora_A.weight"] = A
+        tensors[f"{component}.{name}.lora_B.weight"] = B
+    _C.save_tensors(make_folder(directory) / DIFFUSERS_NAME, tensors, {"format": "pt"})
+    return error
+
+
+def reduced(
+    layers: list[_C.LayerMerge], rank: int | None, tolerance: float
+) -> tuple[list[_C.LayerMerge], float]:
+    """Reduce planned pairs to at most `rank`; return them and the largest relative error."""
+    if rank is None:
+        return layers, 0.0
+    found = [_C.reduced_factors(layer, rank, tolerance) for layer in layers]
+    worst = max(error for _, error in found)
+    if worst > tolerance:
+        logger.warning(
+            "[export] rank %d is too small for the tolerance %g: the largest relative error of a "
+            "layer's B A is %.3g",
+            rank,
+            tolerance,
+            worst,
+        )
+    return [layer for layer, _ in found], worst
+
+
+def padded(layers: list[_C.LayerMerge]) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
+    """Return the largest rank and every layer's pair padded to it, by name."""
+    R = max(int(layer.A.shape[0]) for layer in layers)
+    return R, {layer.name: _C.padded_factors(layer, R) for layer in layers}
+
+
+def write_lora(folder: Any, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
+    """Write a folder in PEFT's format."""
+    _C.save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "README.md", card)
+
+
+def _refuse_tied(model: nn.Module, injection: Injection) -> None:
+    """Refuse heads that share a parameter with another module: PEFT would load them untied."""
+    saved = {id(p): name for name, p in model.named_parameters() if _is_in(injection, name)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in saved and not _is_in(injection, name):
+            raise ValueError(
+                f"[export_lora] modules_to_save must hold parameters of their own; got "
+                f"{saved[id(parameter)]}, which is {name} too: PEFT would load only one of them as "
+                "trained (merge_and_unload and save the model instead)"
+            )
+
+
+def _is_in(injection: Injection, name: str) -> bool:
+    return any(name.startswith(f"{module}.") for module in injection.saved_modules)
+
+
+def _planned(
+    model: nn.Module,
+    injection: Injection,
+    merge_method: str | None,
+    op: str,
+    data: Any,
+    refine_steps: int,
+    progressbar: bool,
+) -> _C.MergePlan:
+    applied = injection.applied
+    if applied is None:
+        prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
+        return make_plan(injection, merge_method, op, use_affine=False)
+    method = applied.merge_method or "default"
+    if applied.plan is None:
+        raise ValueError(
+            f"[{op}] the adapter of a merged model is exported by its plan, which a copy has not; "
+            "got a copy of a merged model (export the model that was merged)"
+        )
+    if merge_method not in (None, applied.merge_method) or data is not None:
+        raise ValueError(
+            f"[{op}] a merged model is exported as it was merged, by {method!r}; got "
+            f"{merge_method!r} or data (unmerge it first)"
+        )
+    if any(layer.bias is not None for layer in applied.plan.layers):
+        raise ValueError(
+            f"[{op}] plain LoRA holds no bias; got a model merged by an affine fit (unmerge it: the "
+            "linear fit is exported then)"
+        )
+    return applied.plan
+
+
+def _short_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the names' last parts where they mean exactly these modules, else the full names."""
+    short = sorted({name.rsplit(".", 1)[-1] for name in names})
+    meant = {key for key, _ in model.named_modules() if matches_names(short, key)}
+    return short if meant == set(names) else sorted(names)
+
+
+def lora_config(
+    rank: int, targets: list[str], modules_to_save: list[str], fan_in_fan_out: bool
+) -> dict[str, Any]:
+    """Return the options of a plain LoRA whose scale is 1."""
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
+        "modules_to_save": modules_to_save or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def lora_card(res_mode: str, plan: _C.MergePlan, base: str | None) -> str:
+    """Return the README of an exported folder."""
+    rules = ", ".join(sorted({layer.rule for layer in plan.layers}))
+    head = f"---\nlibrary_name: peft\n{base_line(base)}tags: [lora, reslora]\n---\n"
+    return (
+        f"{head}\n# LoRA adapter\n\nExported by reslora from a ResLoRA adapter (shortcut "
+        f"`{res_mode}`, merged by {rules}). Scaling is folded into the factors.\n"
+    )
+
+
+def export_folder(
+    adapter: PathLike,
+    directory: PathLike,
+    merge_method: str | None = None,
+    *,
+    rank: int | None = None,
+    tolerance: float = TOLERANCE,
+) -> tuple[int, float]:
+    """Write a saved adapter as a plain LoRA, from its files alone.
+
+    Args:
+        adapter: folder that `save_pretrained` wrote.
+        directory: the folder to write.
+        merge_method: as in `merge`; `weight` needs base weights and is refused here.
+        rank: as in `export_lora`.
+        tolerance: as in `export_lora`.
+
+    Returns:
+        The rank of the file and the largest relative error of the reduction.
+    """
+    folder = Path(adapter)
+    read, config = read_adapter(folder)
+    plan = plan_of(read, config, folder, merge_method, {}, use_affine=False)
+    layers, error = reduced(plan.layers, rank, tolerance)
+    R, pairs = padded(layers)
+    values = json.loads(read.config_json)
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    for key, tensor in heads_of(read).items():
+        tensors[f"base_model.model.{key}"] = tensor
+    transposed = set(values.get("fan_in_fan_out") or ())
+    base = values.get("base_model_name_or_path")
+    options = lora_config(
+        R,
+        sorted(pairs),
+        config.modules_to_save or [],
+        bool(transposed) and all(key in transposed for key, _ in read.chains),
+    ) | {"base_model_name_or_path": base, "task_type": values.get("task_type")}
+    write_lora(make_folder(directory), tensors, options, lora_card(config.res_mode, plan, base))
+    return R, error

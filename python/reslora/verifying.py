@@ -1,0 +1,82 @@
+"""Comparing a merged folder with base and adapter, unmerged, on a text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .checkpoint import PathLike, load
+from .model_folder import model_folder
+from .reporting import kl_sum
+
+BLOCK, BLOCKS = 256, 32
+
+
+@dataclass
+class Comparison:
+    """Losses in nats per token, and KL(unmerged || merged), on the same tokens."""
+
+    tokens: int
+    loss_base: float
+    loss_unmerged: float
+    loss_merged: float
+    kl: float
+    top1_agreement: float
+
+    def __str__(self) -> str:
+        """Return a sentence for people."""
+        return (
+            f"on {self.tokens:,} tokens: loss {self.loss_unmerged:.4f} unmerged, "
+            f"{self.loss_merged:.4f} merged, {self.loss_base:.4f} without adapter; KL "
+            f"{self.kl:.3e}, same prediction for {100 * self.top1_agreement:.2f} %"
+        )
+
+
+@torch.no_grad()
+def verify_folder(
+    base: PathLike, adapter: PathLike, merged: PathLike, text: PathLike
+) -> Comparison:
+    """Compare on at most 32 blocks of 256 tokens of a text file; needs transformers.
+
+    Raises:
+        ValueError: for a file without enough text.
+        ImportError: without transformers.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise ImportError("--verify needs transformers: pip install transformers") from None
+    folder = model_folder(base)
+    words = Path(text).read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(folder)(words)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(f"[verify] FILE must hold text of at least 2 tokens; got {len(ids)}")
+    length = min(BLOCK, len(ids))
+    count = min(BLOCKS, len(ids) // length)
+    blocks = torch.tensor(ids[: count * length]).view(count, length)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    after = AutoModelForCausalLM.from_pretrained(merged).eval()
+    losses = [0.0, 0.0, 0.0]
+    divergence = same = 0.0
+    reference = [_logits(plain, block) for block in blocks]
+    adapted = load(plain, adapter).eval()
+    for block, before in zip(blocks, reference, strict=True):
+        unmerged, own = _logits(adapted, block), _logits(after, block)
+        for i, logits in enumerate((before, unmerged, own)):
+            losses[i] += float(cross_entropy(logits[:-1], block[1:], reduction="sum"))
+        divergence += float(kl_sum(unmerged, own))
+        same += float((unmerged.argmax(-1) == own.argmax(-1)).sum())
+    targets, rows = count * (length - 1), count * length
+    means = [value / targets for value in losses]
+    if not all(math.isfinite(value) for value in (*means, divergence)):
+        raise ValueError(f"[verify] losses must be finite; got {means} (base, unmerged, merged)")
+    return Comparison(rows, *means, divergence / rows, same / rows)
+
+
+def _logits(model: torch.nn.Module, block: Tensor) -> Tensor:
+    return model(input_ids=block[None]).logits[0].float()
