@@ -46,7 +46,7 @@ class Settings:
     steps: int = 200
     lr: float = 2e-3
     calibration_batches: int = 32
-    refine_steps: int = 300
+    refine_steps: int = 200
     finish_at: float = 0.7
 
 
@@ -131,7 +131,7 @@ def loss_of(task: Task, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 def evaluate(
     model: nn.Module, task: Task, reference: list[torch.Tensor] | None = None
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """Return loss, accuracy and, beside reference logits, KL and top-1 agreement; and the logits."""
+    """Return loss, accuracy and, beside reference logits, KL and agreement; and the logits."""
     model.eval()
     loss = hits = divergence = same = 0.0
     count = rows = 0
@@ -222,7 +222,9 @@ def run_cell(task: Task, method: str, seed: int, settings: Settings) -> dict[str
     else:
         record["rules"] = remove_shortcut(model, task, seed, settings)
         fresh = task.training(7000 + seed)
-        reslora.finish(other.model, [inputs(b) for b in islice(fresh, settings.calibration_batches)])
+        reslora.finish(
+            other.model, [inputs(b) for b in islice(fresh, settings.calibration_batches)]
+        )
         other.run(settings.steps)
         record["rules"]["finish"] = evaluate(other.model, task, reference)[0]
     record["seconds"] = time.monotonic() - start

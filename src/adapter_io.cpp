@@ -14,7 +14,7 @@
 #include "detail/json.h"
 #include "detail/safetensors.h"
 #include "detail/sha256.h"
-#include "detail/tensor_types.h"
+#include "internal/tensor_types.h"
 
 namespace reslora {
 namespace {
@@ -69,7 +69,8 @@ TensorFile read_file(const std::string& path,
   file.metadata = std::move(header.metadata);
   if (check) check(file.metadata);
   for (const detail::TensorEntry& entry : header.tensors) {
-    const auto options = at::TensorOptions().dtype(detail::scalar_type(entry.dtype)).device(at::kCPU);
+    const auto options =
+        at::TensorOptions().dtype(detail::scalar_type(entry.dtype)).device(at::kCPU);
     at::Tensor tensor = at::empty(entry.shape, options);
     input.read(tensor.mutable_data_ptr(), entry.size());
     if (entry.dtype == detail::Dtype::kBool) check_bools(entry.name, tensor);

@@ -12,8 +12,8 @@
 #include <utility>
 
 #include "detail/check.h"
-#include "detail/precision.h"
-#include "detail/regression.h"
+#include "internal/precision.h"
+#include "internal/regression.h"
 
 namespace reslora {
 namespace {
@@ -63,9 +63,7 @@ void add_columns_(const Tensor& sum, const Tensor& rows) {
   sum.add_(rows.sum(at::IntArrayRef{0}, /*keepdim=*/false, at::kDouble).to(sum.device()));
 }
 
-double square_sum(const Tensor& rows) {
-  return rows.to(at::kDouble).square().sum().item<double>();
-}
+double square_sum(const Tensor& rows) { return rows.to(at::kDouble).square().sum().item<double>(); }
 
 /// [..., columns] -> [T, columns] in fp32 (fp64 for fp64) without the rows that `mask` leaves out.
 Tensor as_rows(const Tensor& tensor, const std::optional<Tensor>& mask) {
@@ -196,10 +194,11 @@ void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const T
     slot.is_deferred = true;
     return;
   }
-  RESLORA_CHECK(slot.owns_input ? !is_shared : slot.input == (is_shared ? state.last_input : nullptr),
-                "[calibrate] layers that read one tensor must do so in every forward; got layer {} "
-                "with another partner than in its first forward: calibrate on batches of one kind",
-                layer.name);
+  RESLORA_CHECK(
+      slot.owns_input ? !is_shared : slot.input == (is_shared ? state.last_input : nullptr),
+      "[calibrate] layers that read one tensor must do so in every forward; got layer {} "
+      "with another partner than in its first forward: calibrate on batches of one kind",
+      layer.name);
   const Tensor rows = as_rows(x, mask);
   if (!is_shared) {
     state.last_x = x;
@@ -241,8 +240,8 @@ bool FitCollector::finish_pass() {
       }
       state.views[c].layers[n].fit = state.fit(slot, chain, position);
       if (state.options.keep_sums && !slot.input->file) {
-        slot.kept = {slot.input->xx, slot.vx, slot.input->x_sum, slot.v_sum, slot.vv,
-                     slot.input->rows};
+        slot.kept = {slot.input->xx, slot.vx, slot.input->x_sum,
+                     slot.v_sum,     slot.vv, slot.input->rows};
       }
       slot.is_done = true;
       slot.vx = slot.ux = slot.v_sum = Tensor();

@@ -1,4 +1,5 @@
-// Plans a merge, applies it to the weights and takes it back. The rules are in detail/merge_rules.
+// Plans a merge, applies it to the weights and takes it back. The rules are in
+// internal/merge_rules.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <reslora/merge.h>
@@ -8,9 +9,9 @@
 #include <utility>
 
 #include "detail/check.h"
-#include "detail/merge_rules.h"
-#include "detail/merged_weight.h"
-#include "detail/precision.h"
+#include "internal/merge_rules.h"
+#include "internal/merged_weight.h"
+#include "internal/precision.h"
 
 namespace reslora {
 namespace {
@@ -150,12 +151,12 @@ void MergePlan::revert(const std::vector<Tensor>& weights, const std::vector<Ten
                 live.size(), live_biases.size(), layers_.size());
   const auto check = [&](const Tensor& now, const Tensor& then, size_t i) {
     if (!then.defined()) return;
-    RESLORA_CHECK(now.defined() && now.scalar_type() == then.scalar_type() &&
-                      now.sizes() == then.sizes(),
-                  "[merge] a merged weight must keep its dtype and shape until it is reverted; got "
-                  "{} for {} (layer {}): cast the model back first, or load the base model again",
-                  now.defined() ? c10::toString(now.scalar_type()) : "none",
-                  c10::toString(then.scalar_type()), layers_[i].name);
+    RESLORA_CHECK(
+        now.defined() && now.scalar_type() == then.scalar_type() && now.sizes() == then.sizes(),
+        "[merge] a merged weight must keep its dtype and shape until it is reverted; got "
+        "{} for {} (layer {}): cast the model back first, or load the base model again",
+        now.defined() ? c10::toString(now.scalar_type()) : "none",
+        c10::toString(then.scalar_type()), layers_[i].name);
   };
   for (size_t i = 0; i < originals_.size(); ++i) {
     check(live[i], originals_[i].first, i);

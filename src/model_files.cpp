@@ -14,9 +14,9 @@
 #include <utility>
 
 #include "detail/check.h"
-#include "detail/precision.h"
 #include "detail/safetensors.h"
-#include "detail/tensor_types.h"
+#include "internal/precision.h"
+#include "internal/tensor_types.h"
 
 namespace reslora {
 
@@ -42,8 +42,8 @@ struct ModelFiles::Map {
     header = detail::read_header(file);
     size = file.size();
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    void* at = descriptor < 0 ? MAP_FAILED
-                              : ::mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor, 0);
+    void* at =
+        descriptor < 0 ? MAP_FAILED : ::mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor, 0);
     const int error = errno;
     if (descriptor >= 0) ::close(descriptor);
     if (at == MAP_FAILED) {
@@ -113,7 +113,8 @@ Tensor ModelFiles::tensor(const std::string& name) const {
   const auto options = at::TensorOptions().dtype(detail::scalar_type(place->entry.dtype));
   // from_blob wants a pointer to what may be written; the pages are read-only.
   auto* data = const_cast<unsigned char*>(place->bytes());
-  return at::from_blob(data, place->entry.shape, [place](void*) {}, options);
+  return at::from_blob(
+      data, place->entry.shape, [place](void*) {}, options);
 }
 
 namespace {
@@ -191,11 +192,11 @@ void check_edit(const std::string& name, const Tensor& source, const TensorEdit&
           shown(name), c10::str(at::IntArrayRef(wanted)), shown(layer.name),
           c10::str(source.sizes()));
   const auto dtype = source.scalar_type();
-  require(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
-              dtype == at::kBFloat16,
-          "tensor {} must be F64, F32, F16 or BF16 to be merged into; got {}: merge into the "
-          "original, unquantised files",
-          shown(name), c10::toString(dtype));
+  require(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+      "tensor {} must be F64, F32, F16 or BF16 to be merged into; got {}: merge into the "
+      "original, unquantised files",
+      shown(name), c10::toString(dtype));
   require(!edit.is_bias || layer.bias.defined(), "layer {} adds no bias", shown(layer.name));
 }
 

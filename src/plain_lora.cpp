@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "detail/check.h"
-#include "detail/precision.h"
+#include "internal/precision.h"
 
 namespace reslora {
 
@@ -32,8 +32,10 @@ ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double
   // left[k]: what is lost, squared, when the k largest are kept.
   const at::Tensor left = squares.sum() - squares.cumsum(0);
   const double total = squares.sum().item<double>();
-  RESLORA_CHECK(std::isfinite(total), "[export] factors must be finite; got NaN or infinity "
-                "(layer {})", layer.name);
+  RESLORA_CHECK(std::isfinite(total),
+                "[export] factors must be finite; got NaN or infinity "
+                "(layer {})",
+                layer.name);
   int64_t rank = 1;
   while (rank < std::min<int64_t>(max_rank, values.size(0)) &&
          left[rank - 1].item<double>() > tolerance * tolerance * total) {
@@ -44,7 +46,8 @@ ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double
   ReducedFactors reduced;
   reduced.layer = layer;
   reduced.layer.B = (at::mm(q_b, u.narrow(1, 0, rank)) * root).to(layer.B.scalar_type());
-  reduced.layer.A = (root.unsqueeze(1) * at::mm(vh.narrow(0, 0, rank), q_a.t())).to(layer.A.scalar_type());
+  reduced.layer.A =
+      (root.unsqueeze(1) * at::mm(vh.narrow(0, 0, rank), q_a.t())).to(layer.A.scalar_type());
   reduced.error = total > 0 ? std::sqrt(lost / total) : 0;
   return reduced;
 }

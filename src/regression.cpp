@@ -1,6 +1,6 @@
 // Solving for A' from sums, by Cholesky where they are matrices and by conjugate gradients where
 // the rows lie in a file; see regression.h.
-#include "detail/regression.h"
+#include "internal/regression.h"
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "detail/check.h"
-#include "detail/precision.h"
+#include "internal/precision.h"
 
 namespace reslora {
 namespace {

@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "detail/json.h"
-#include "detail/tensor_types.h"
+#include "internal/tensor_types.h"
 
 namespace reslora {
 namespace {
@@ -47,7 +47,8 @@ class Contents {
     const auto found = tensors_.find(key);
     require(found != tensors_.end(), "tensor {} must be there; got none", shown(key));
     Tensor tensor = found->second;
-    for (size_t i = 0; i < sizes.size() && tensor.dim() == static_cast<int64_t>(sizes.size()); ++i) {
+    for (size_t i = 0; i < sizes.size() && tensor.dim() == static_cast<int64_t>(sizes.size());
+         ++i) {
       if (sizes[i] < 0) sizes[i] = tensor.size(static_cast<int64_t>(i));
     }
     require(tensor.sizes() == at::IntArrayRef(sizes) && tensor.scalar_type() == dtype,
@@ -61,7 +62,8 @@ class Contents {
   std::vector<double> take_numbers(const std::string& key, int64_t count) {
     const Tensor tensor = take(key, at::kDouble, {count});
     const auto* data = tensor.const_data_ptr<double>();
-    const bool is_finite = std::all_of(data, data + count, [](double v) { return std::isfinite(v); });
+    const bool is_finite =
+        std::all_of(data, data + count, [](double v) { return std::isfinite(v); });
     require(is_finite, "the numbers of {} must be finite; got NaN or infinity", shown(key));
     return {data, data + count};
   }
@@ -160,8 +162,8 @@ void save_statistics(const std::string& path, const std::string& adapter_sum,
       put(file.tensors, name + ".affine_A", fit.affine_A);
       put(file.tensors, name + ".offset", fit.offset);
       file.tensors[name + ".fit"] =
-          numbers({fit.alpha_star, fit.residual, fit.affine_residual,
-                   static_cast<double>(fit.rows), static_cast<double>(fit.refine_steps)});
+          numbers({fit.alpha_star, fit.residual, fit.affine_residual, static_cast<double>(fit.rows),
+                   static_cast<double>(fit.refine_steps)});
     }
     if (!own.sums) continue;
     const FitSums& sums = *own.sums;

@@ -86,7 +86,7 @@ def deliver(
 def _merge_and_export(
     model: torch.nn.Module, rule: str, context: Context, folder: Path
 ) -> tuple[dict[str, object], torch.Tensor]:
-    report = reslora.merge(model, rule, batch={"input_ids": context.batch.to(context.device)})
+    report = reslora.merge(model, rule, verify={"input_ids": context.batch})
     merged = context.logits(model)
     row: dict[str, object] = {
         "rule": rule,

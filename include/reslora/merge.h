@@ -87,8 +87,8 @@ class RESLORA_API MergePlan {
   void restore();
 
   std::vector<LayerMerge> layers_;
-  std::vector<at::Tensor> weights_;  // parallel to layers_
-  std::vector<at::Tensor> biases_;   // parallel to layers_
+  std::vector<at::Tensor> weights_;                           // parallel to layers_
+  std::vector<at::Tensor> biases_;                            // parallel to layers_
   std::vector<std::pair<at::Tensor, at::Tensor>> originals_;  // CPU copies, as layers_ once applied
   bool fell_back_to_weight_ = false;
   bool is_applied_ = false;

@@ -1,7 +1,8 @@
 // Merging on disk: the safetensors files of a model, read where they lie and written changed.
 //
-//   reslora::ModelFiles base({"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"});
-//   auto weight = base.tensor("model.layers.0.self_attn.q_proj.weight");  // a view, nothing is read
+//   reslora::ModelFiles base({"model-00001-of-00002.safetensors",
+//   "model-00002-of-00002.safetensors"}); auto weight =
+//   base.tensor("model.layers.0.self_attn.q_proj.weight");  // a view, nothing is read
 //   ... plan with such views (MergePlan) ...
 //   base.write("out/model-00001-of-00002.safetensors", names, {{key, {&layer}}}, {});
 //
@@ -32,7 +33,7 @@ struct TensorEdit {
 };
 
 struct WriteOptions {
-  std::optional<at::ScalarType> dtype;         // of floating tensors; default: as they are
+  std::optional<at::ScalarType> dtype;  // of floating tensors; default: as they are
   std::map<std::string, std::string> metadata = {};
   std::function<void(int64_t)> progress = {};  // called with the bytes written so far
 };

@@ -12,9 +12,8 @@
 //   chain.collect(&collector, 0);
 //   do {
 //     for (const auto& batch : batches) { model->forward(batch); collector.end_batch(); }
-//   } while (collector.finish_pass());  // true: memory held only some layers, run the batches again
-//   chain.collect(nullptr, 0);
-//   reslora::MergePlan plan(collector.views(), "lsq");
+//   } while (collector.finish_pass());  // true: memory held only some layers, run the batches
+//   again chain.collect(nullptr, 0); reslora::MergePlan plan(collector.views(), "lsq");
 //
 // Sums are fp32 GEMMs over at most 4096 rows, added up in fp64 (fp64 throughout for fp64 rows), and
 // are solved in fp64 by Cholesky. Layers that merge exactly are left out. Not thread safe.
@@ -33,8 +32,8 @@
 namespace reslora {
 
 struct FitOptions {
-  double ridge = 1e-4;   // lambda over the mean diagonal of sum x x^T; > 0
-  bool affine = false;   // also fit an offset, for layers that have a bias
+  double ridge = 1e-4;                       // lambda over the mean diagonal of sum x x^T; > 0
+  bool affine = false;                       // also fit an offset, for layers that have a bias
   int64_t max_cov_bytes = int64_t{4} << 30;  // of sums held at once; solving takes one more matrix
   bool keep_sums = false;                    // keep what a later solve_fit needs
 };
@@ -57,10 +56,10 @@ RESLORA_API Fit solve_fit(const FitSums& sums, const at::Tensor& A, const FitOpt
 
 /// What collecting took, for reports.
 struct FitCost {
-  int64_t passes = 0;           // over the calibration batches
-  int64_t peak_bytes = 0;       // of sums at once
-  int64_t row_file_bytes = 0;   // rows written to a temporary file (layers above max_cov_bytes)
-  int64_t solver_steps = 0;     // reads of such a file by the iterative solver
+  int64_t passes = 0;          // over the calibration batches
+  int64_t peak_bytes = 0;      // of sums at once
+  int64_t row_file_bytes = 0;  // rows written to a temporary file (layers above max_cov_bytes)
+  int64_t solver_steps = 0;    // reads of such a file by the iterative solver
 };
 
 class RESLORA_API FitCollector {

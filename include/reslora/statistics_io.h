@@ -1,7 +1,7 @@
 // What a later merge needs besides the adapter: norm windows, fits and, on request, covariances.
 //
-//   reslora::save_statistics("adapter_statistics.safetensors", sum, {{"layers.1.q", {norms, fit, {}}}});
-//   auto statistics = reslora::load_statistics("adapter_statistics.safetensors", sum);
+//   reslora::save_statistics("adapter_statistics.safetensors", sum, {{"layers.1.q", {norms, fit,
+//   {}}}}); auto statistics = reslora::load_statistics("adapter_statistics.safetensors", sum);
 //
 // A safetensors file beside the adapter's, bound to it by the checksum of its A and B
 // (tensors_sum): statistics of another adapter, or of the same one before more training, are

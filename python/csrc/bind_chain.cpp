@@ -111,8 +111,8 @@ void bind_config(py::module_& m) {
   m.def(
       "config_defaults", [] { return dict_from(ResLoraConfig()); },
       "Return the C++ options with their defaults.");
-  m.def("scaling_of", &scaling_of, py::arg("lora_alpha"), py::arg("r"),
-        py::arg("use_rslora"), "Return lora_alpha / r, or lora_alpha / sqrt(r).");
+  m.def("scaling_of", &scaling_of, py::arg("lora_alpha"), py::arg("r"), py::arg("use_rslora"),
+        "Return lora_alpha / r, or lora_alpha / sqrt(r).");
   m.def(
       "window_mean",
       [](const Tensor& norms, const Tensor& count, const std::string& which) {
@@ -150,8 +150,7 @@ void bind_chain(py::module_& m) {
       .def(py::init(&make_chain), py::arg("config"), py::arg("layers"))
       .def("__len__", &Chain::size)
       .def_property_readonly("size", &Chain::size)
-      .def_property_readonly("shortcut",
-                             [](const Chain& c) { return shortcut_name(c.shortcut()); })
+      .def_property_readonly("shortcut", [](const Chain& c) { return shortcut_name(c.shortcut()); })
       .def_property_readonly("config", [](const Chain& c) { return dict_from(c.config()); })
       .def_property_readonly("layers", &layers_of)
       .def(

@@ -1,6 +1,5 @@
 // Safetensors files and adapters.
 #include <reslora/adapter_io.h>
-#include <torch/csrc/Exceptions.h>
 
 #include <filesystem>
 #include <map>
@@ -9,7 +8,23 @@
 
 namespace reslora::python {
 
-void bind_files(py::module_& m) {
+namespace {
+
+/// Keeps the library's warnings, to be given as Python's without a place in our sources.
+class Warnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { sentences_.push_back(warning.msg()); }
+  void raise() const {
+    for (const std::string& sentence : sentences_) {
+      if (PyErr_WarnEx(PyExc_UserWarning, sentence.c_str(), 2) < 0) throw py::error_already_set();
+    }
+  }
+
+ private:
+  std::vector<std::string> sentences_;
+};
+
+void bind_tensors(py::module_& m) {
   using Tensors = std::map<std::string, Tensor>;
   using Metadata = std::map<std::string, std::string>;
   using Path = std::filesystem::path;
@@ -29,6 +44,11 @@ void bind_files(py::module_& m) {
       "Write a safetensors file atomically.");
   m.def("tensors_sum", &tensors_sum, py::arg("tensors"), NoGil(),
         "Return the SHA-256 of tensors by name.");
+}
+
+void bind_adapter(py::module_& m) {
+  using Tensors = std::map<std::string, Tensor>;
+  using Path = std::filesystem::path;
   py::class_<AdapterFile>(m, "AdapterFile", "An unmerged ResLoRA adapter.")
       .def_readonly("config_json", &AdapterFile::config_json)
       .def_property_readonly("chains",
@@ -54,11 +74,23 @@ void bind_files(py::module_& m) {
   m.def(
       "load_adapter",
       [](const Path& path) {
-        torch::PyWarningHandler warnings;  // a warning becomes one of Python's when this ends
-        const py::gil_scoped_release no_gil;
-        return load_adapter(path.string());
+        Warnings warnings;
+        AdapterFile adapter = [&] {
+          const py::gil_scoped_release no_gil;
+          const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+          return load_adapter(path.string());
+        }();
+        warnings.raise();
+        return adapter;
       },
       py::arg("path"), "Read and check an adapter.");
+}
+
+}  // namespace
+
+void bind_files(py::module_& m) {
+  bind_tensors(m);
+  bind_adapter(m);
 }
 
 }  // namespace reslora::python

@@ -1,5 +1,6 @@
 // Plans, fits and what is calibrated.
 #include <reslora/merge.h>
+#include <reslora/merge_errors.h>
 #include <reslora/regression.h>
 #include <reslora/statistics_io.h>
 
@@ -47,8 +48,8 @@ FitOptions options_from(double ridge, bool affine, int64_t max_cov_bytes, bool k
 Fit fit_from(const Tensor& A, const MaybeTensor& B, const MaybeTensor& affine_A,
              const MaybeTensor& offset, double alpha_star, double residual, double affine_residual,
              int64_t rows, int64_t refine_steps) {
-  return {A,          or_undefined(B), or_undefined(affine_A), or_undefined(offset),
-          alpha_star, residual,        affine_residual,        rows,
+  return {A,           or_undefined(B), or_undefined(affine_A), or_undefined(offset),
+          alpha_star,  residual,        affine_residual,        rows,
           refine_steps};
 }
 
@@ -59,10 +60,10 @@ FitSums sums_from(const Tensor& xx, const Tensor& vx, const Tensor& x_sum, const
 
 void bind_fit(py::module_& m) {
   py::class_<Fit>(m, "Fit", "A plain LoRA that stands for a linked layer.")
-      .def(py::init(&fit_from), py::arg("A"), py::arg("B") = std::nullopt, py::arg("affine_A") = std::nullopt,
-           py::arg("offset") = std::nullopt, py::arg("alpha_star") = 0.0,
-           py::arg("residual") = 0.0, py::arg("affine_residual") = 0.0, py::arg("rows") = 0,
-           py::arg("refine_steps") = 0)
+      .def(py::init(&fit_from), py::arg("A"), py::arg("B") = std::nullopt,
+           py::arg("affine_A") = std::nullopt, py::arg("offset") = std::nullopt,
+           py::arg("alpha_star") = 0.0, py::arg("residual") = 0.0, py::arg("affine_residual") = 0.0,
+           py::arg("rows") = 0, py::arg("refine_steps") = 0)
       .def_readonly("A", &Fit::A)
       .def_property_readonly("B", [](const Fit& fit) { return or_none(fit.B); })
       .def_property_readonly("affine_A", [](const Fit& fit) { return or_none(fit.affine_A); })
@@ -83,9 +84,12 @@ void bind_fit(py::module_& m) {
                             s[3].cast<MaybeTensor>(), s[4].cast<double>(), s[5].cast<double>(),
                             s[6].cast<double>(), s[7].cast<int64_t>(), s[8].cast<int64_t>());
           }));
+}
+
+void bind_sums(py::module_& m) {
   py::class_<FitSums>(m, "FitSums", "What a fit is solved from, fp64.")
-      .def(py::init(&sums_from), py::arg("xx"), py::arg("vx"), py::arg("x_sum"), py::arg("v_sum"), py::arg("vv"),
-           py::arg("rows"))
+      .def(py::init(&sums_from), py::arg("xx"), py::arg("vx"), py::arg("x_sum"), py::arg("v_sum"),
+           py::arg("vv"), py::arg("rows"))
       .def_readonly("xx", &FitSums::xx)
       .def_readonly("vx", &FitSums::vx)
       .def_readonly("x_sum", &FitSums::x_sum)
@@ -202,6 +206,32 @@ void bind_plan(py::module_& m) {
           },
           py::arg("weights") = std::vector<MaybeTensor>(),
           py::arg("biases") = std::vector<MaybeTensor>(), NoGil());
+}
+
+void bind_errors(py::module_& m) {
+  m.def(
+      "layer_errors",
+      [](const LayerMerge& planned, const Tensor& x, const Tensor& s, const Tensor& y,
+         const std::vector<Tensor>& B, const std::vector<double>& scaling,
+         const MaybeTensor& weight, const MaybeTensor& mask) {
+        const LayerErrors e =
+            layer_errors(planned, x, s, y, B, scaling, or_undefined(weight), mask);
+        return std::tuple(e.method, e.rounding, e.both, e.whole);
+      },
+      py::arg("planned"), py::arg("x"), py::arg("s"), py::arg("y"), py::arg("B"),
+      py::arg("scaling"), py::arg("weight"), py::arg("mask"), NoGil(),
+      "Return squared norms: of the method's error, of rounding, of both, of y.");
+  m.def(
+      "merged_forward",
+      [](const LayerMerge& planned, const Tensor& x, const Tensor& weight,
+         const MaybeTensor& bias) {
+        return merged_forward(planned, x, weight, or_undefined(bias));
+      },
+      py::arg("planned"), py::arg("x"), py::arg("weight"), py::arg("bias"), NoGil(),
+      "Return y of the merged layer.");
+}
+
+void bind_pairs(py::module_& m) {
   m.def(
       "moved",
       [](LayerMerge layer, const std::string& device) {
@@ -228,9 +258,12 @@ void bind_plan(py::module_& m) {
 
 void bind_merge(py::module_& m) {
   bind_fit(m);
+  bind_sums(m);
   bind_collector(m);
   bind_statistics(m);
   bind_plan(m);
+  bind_pairs(m);
+  bind_errors(m);
 }
 
 }  // namespace reslora::python

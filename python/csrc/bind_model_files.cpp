@@ -26,13 +26,14 @@ void bind_model_files(py::module_& m) {
           "write",
           [](const ModelFiles& files, const std::string& path,
              const std::vector<std::string>& names, const std::map<std::string, TensorEdit>& edits,
-             std::optional<at::ScalarType> dtype, const std::map<std::string, std::string>& metadata,
+             std::optional<at::ScalarType> dtype,
+             const std::map<std::string, std::string>& metadata,
              const std::function<void(int64_t)>& progress) {
             files.write(path, names, edits, {dtype, metadata, progress});
           },
           py::arg("path"), py::arg("names"), py::arg("edits"), py::arg("dtype") = std::nullopt,
-          py::arg("metadata") = std::map<std::string, std::string>(),
-          py::arg("progress") = nullptr, NoGil());
+          py::arg("metadata") = std::map<std::string, std::string>(), py::arg("progress") = nullptr,
+          NoGil());
 }
 
 }  // namespace reslora::python

@@ -1,4 +1,5 @@
-// reslora._C: the C++ functions that Python calls, and nothing else; pybind11 is in this folder only.
+// reslora._C: the C++ functions that Python calls, and nothing else; pybind11 is in this folder
+// only.
 //
 // Errors: a c10::Error becomes the Python exception of the same name, with its one sentence and
 // without the C++ backtrace. Long calls release the GIL; `progress` takes it back by itself.

@@ -5,12 +5,17 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LayerTuple = tuple[str, int, int, int, float]
 """Name, in_features, out_features, r, scaling."""
-ViewTuple = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]
-"""Weight [out, in], A [r, in], B [out, r], norms [2, N], count [1]."""
+ViewTuple = tuple[
+    Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, "Fit | None"
+]
+"""Weight [out, in], A [r, in], B [out, r], norms [2, N], count [1], bias [out], fit."""
+StatisticsTuple = tuple[Tensor | None, Tensor | None, "Fit | None", "FitSums | None"]
+"""Norms [2, N], count [1], fit, and what it was solved from."""
 BlockTuple = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
 """W [out, in], bias [out], A [r, in], B [out, r], scaling."""
 
@@ -73,8 +78,108 @@ class Chain:
     def merges_exactly(self, n: int) -> bool:
         """Return whether merging layer n is exact."""
 
+class Fit:
+    """A plain LoRA that stands for a linked layer: y = W x + bias + scaling B A x."""
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor | None = None,
+        affine_A: Tensor | None = None,
+        offset: Tensor | None = None,
+        alpha_star: float = 0.0,
+        residual: float = 0.0,
+        affine_residual: float = 0.0,
+        rows: int = 0,
+        refine_steps: int = 0,
+    ) -> None: ...
+    @property
+    def A(self) -> Tensor: ...  # noqa: N802
+    @property
+    def B(self) -> Tensor | None: ...  # noqa: N802
+    @property
+    def affine_A(self) -> Tensor | None: ...  # noqa: N802
+    @property
+    def offset(self) -> Tensor | None: ...
+    @property
+    def alpha_star(self) -> float: ...
+    @property
+    def residual(self) -> float: ...
+    @property
+    def affine_residual(self) -> float: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def refine_steps(self) -> int: ...
+
+class FitSums:
+    """What a fit is solved from, fp64: xx [in, in], vx [r, in], x_sum [in], v_sum [r]."""
+
+    def __init__(
+        self, xx: Tensor, vx: Tensor, x_sum: Tensor, v_sum: Tensor, vv: float, rows: int
+    ) -> None: ...
+    @property
+    def xx(self) -> Tensor: ...
+    @property
+    def vx(self) -> Tensor: ...
+    @property
+    def x_sum(self) -> Tensor: ...
+    @property
+    def v_sum(self) -> Tensor: ...
+    @property
+    def vv(self) -> float: ...
+    @property
+    def rows(self) -> int: ...
+
+def solve_fit(sums: FitSums, A: Tensor, ridge: float, affine: bool, name: str) -> Fit:
+    """Solve for A' from sums; `name` is the layer's, for messages."""
+
+class FitCost:
+    """What collecting took."""
+
+    @property
+    def passes(self) -> int: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    @property
+    def row_file_bytes(self) -> int: ...
+    @property
+    def solver_steps(self) -> int: ...
+
+class FitCollector:
+    """Sums over calibration batches, and their fits."""
+
+    def __init__(
+        self,
+        chains: Sequence[tuple[Chain, Sequence[ViewTuple]]],
+        ridge: float,
+        affine: bool,
+        max_cov_bytes: int,
+        keep_sums: bool,
+    ) -> None: ...
+    def add(
+        self, chain: int, position: int, x: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> None:
+        """Add the rows of one call: x [..., in], v [..., r], mask with an element for each row."""
+    def end_batch(self) -> None:
+        """Forget the last x."""
+    def finish_pass(self) -> bool:
+        """Solve what was collected; tell whether the batches must be run again."""
+    def fit(self, chain: int, position: int) -> Fit | None: ...
+    def sums(self, chain: int, position: int) -> FitSums | None: ...
+    @property
+    def cost(self) -> FitCost: ...
+
+def save_statistics(
+    path: str | os.PathLike[str], adapter_sum: str, statistics: dict[str, StatisticsTuple]
+) -> None:
+    """Write statistics by layer atomically."""
+
+def load_statistics(path: str | os.PathLike[str], adapter_sum: str) -> dict[str, StatisticsTuple]:
+    """Read statistics; those of another adapter are refused."""
+
 class LayerMerge:
-    """What was decided for one layer: W* = W + B A."""
+    """What was decided for one layer: W* = W + B A, bias* = bias + `bias`."""
 
     @property
     def name(self) -> str: ...
@@ -86,12 +191,19 @@ class LayerMerge:
     def A(self) -> Tensor: ...  # noqa: N802
     @property
     def B(self) -> Tensor: ...  # noqa: N802
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def residual(self) -> float | None: ...
 
 class MergePlan:
     """Plan, apply and revert a merge. Computes every alpha* before any weight is written."""
 
     def __init__(
-        self, chains: Sequence[tuple[Chain, Sequence[ViewTuple]]], merge_method: str
+        self,
+        chains: Sequence[tuple[Chain, Sequence[ViewTuple]]],
+        merge_method: str,
+        use_affine: bool = True,
     ) -> None: ...
     @property
     def layers(self) -> list[LayerMerge]: ...
@@ -106,11 +218,71 @@ class MergePlan:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Write W* into every weight; an exception restores what was written."""
-    def revert(self) -> None:
-        """Restore the exact bits that `apply` replaced."""
+    def revert(
+        self, weights: Sequence[Tensor | None] = ..., biases: Sequence[Tensor | None] = ...
+    ) -> None:
+        """Restore the exact bits that `apply` replaced, in the plan's tensors or in these."""
 
 def padded_factors(layer: LayerMerge, R: int) -> tuple[Tensor, Tensor]:
     """Pad a planned pair with zeros to A [R, in], B [out, R]."""
+
+def reduced_factors(layer: LayerMerge, max_rank: int, tolerance: float) -> tuple[LayerMerge, float]:
+    """Reduce a pair to the smallest rank within a tolerance; also return the relative error."""
+
+def merged_weight(weight: Tensor, layer: LayerMerge) -> Tensor:
+    """Return W + B A in fp32 (fp64 for fp64)."""
+
+def layer_errors(
+    planned: LayerMerge,
+    x: Tensor,
+    s: Tensor,
+    y: Tensor,
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    weight: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[float, float, float, float]:
+    """Return squared norms: of the method's error, of rounding, of both, of y."""
+
+def merged_forward(planned: LayerMerge, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y of the merged layer, as `apply` would leave it."""
+
+def moved(layer: LayerMerge, device: str) -> LayerMerge:
+    """Return a planned pair on another device."""
+
+class TensorEdit:
+    """What happens to one tensor on its way to the output."""
+
+    def __init__(
+        self,
+        layer: LayerMerge | None = None,
+        is_transposed: bool = False,
+        is_bias: bool = False,
+        replacement: Tensor | None = None,
+    ) -> None: ...
+    @property
+    def replacement(self) -> Tensor | None: ...
+
+class ModelFiles:
+    """The safetensors files of a model, mapped."""
+
+    def __init__(self, paths: Sequence[str]) -> None: ...
+    @property
+    def names(self) -> list[str]: ...
+    def path_of(self, name: str) -> str: ...
+    def metadata_of(self, path: str) -> dict[str, str]: ...
+    def tensor(self, name: str) -> Tensor:
+        """Return a view of the file; it must not be written to."""
+    def write(
+        self,
+        path: str,
+        names: Sequence[str],
+        edits: dict[str, TensorEdit],
+        dtype: torch.dtype | None = None,
+        metadata: dict[str, str] = ...,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Write some tensors to a new file, atomically, edits applied."""
 
 class AdapterFile:
     """An unmerged ResLoRA adapter, as read from a file."""
@@ -129,6 +301,9 @@ def save_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str] = ...
 ) -> None:
     """Write a safetensors file atomically."""
+
+def tensors_sum(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors by name: names, dtypes, shapes and bytes."""
 
 def save_adapter(
     path: str | os.PathLike[str],

@@ -82,29 +82,22 @@ def calibrate(
 
     Args:
         model: an adapted model; it is run in eval mode and without gradients.
-        data: batches. They are read again where `max_cov_bytes` asks for more than one pass. None:
-            solve again from kept covariances; []: forget all fits.
+        data: batches. None: solve again from kept covariances; []: forget all fits.
         ridge: lambda over the mean diagonal of sum xx^T.
         affine: also fit an offset where the base layer has a bias; merging then changes the bias.
             Exports of plain LoRA and `finish` use the linear fit all the same.
-        max_cov_bytes: limit of the sums held at once. Each distinct input of in features takes
-            8 in^2 bytes (q, k and v share one); layers above the limit together are fitted in groups
-            over repeated passes, a layer that alone is above it by rows in a temporary file and an
-            iterative solve. Solving takes two more matrices of the largest layer.
-        keep_covariances: keep the sums, for `save_pretrained(statistics="covariances")` and for
-            solving again with another ridge.
+        max_cov_bytes: limit of the sums held at once, 8 in^2 bytes for each distinct x (q, k and v
+            share one). Above it layers are fitted in groups over repeated passes; one that alone is
+            above it, by rows in a temporary file and an iterative solve. Solving takes two more
+            matrices of the largest layer.
+        keep_covariances: keep the sums, to save them and to solve again with another ridge.
         progressbar: show a bar for each pass (needs tqdm).
 
-    Returns:
-        Residuals by layer, rows, passes, bytes and seconds.
-
     Raises:
-        ValueError: for a padded batch without attention mask, a layer that no batch reaches,
-            activations that are not finite, data that cannot be read twice where it must be. Fits
-            from before then stay.
+        ValueError: for padding without a mask, a layer that no batch reaches, activations that are
+            not finite, data that cannot be read twice where it must be. Earlier fits stay then.
 
-    Cost: a forward of the model and T in (in + 2r) multiplications for each distinct x, in^3/3 to
-    solve a layer.
+    Cost: forwards, T in (in + 2r) multiplications for each distinct x, in^3/3 to solve a layer.
     """
     injection = injection_of(model, "calibrate")
     if injection.applied is not None:

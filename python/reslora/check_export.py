@@ -61,7 +61,9 @@ def check_export(directory: PathLike) -> list[Finding]:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         kind = config.get("peft_type")
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"[check-export] {config_path} must be a JSON object; got {error}") from None
+        raise ValueError(
+            f"[check-export] {config_path} must be a JSON object; got {error}"
+        ) from None
     if kind == "RESLORA":
         sentence = "this is an unmerged ResLoRA adapter; write a plain LoRA with export-lora"
         return [Finding(reader, sentence) for reader in READERS]
@@ -72,52 +74,77 @@ def check_export(directory: PathLike) -> list[Finding]:
 
 
 def _check_peft_folder(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[Finding]:
+    ranks = sorted({t.shape[0] for key, t in tensors.items() if key.endswith(SUFFIXES[0])})
+    found = _check_peft(config, tensors, ranks)
+    for reader in ("vLLM", "llama.cpp"):
+        found += [Finding(reader, sentence) for sentence in _served_refusals(config, tensors)]
+    if config.get("modules_to_save"):
+        found.append(
+            Finding(
+                "vLLM", f"modules_to_save {config['modules_to_save']} is refused; merge instead"
+            )
+        )
+    if config.get("use_rslora"):
+        found.append(Finding("llama.cpp", "use_rslora is ignored: the scale would be alpha / r"))
+    if len(ranks) > 1:
+        found.append(
+            Finding("llama.cpp", f"ranks differ ({ranks}): so would the scale, alpha / rank")
+        )
+    found += _check_vllm_rank(max(ranks, default=0))
+    if config.get("fan_in_fan_out"):
+        sentence = "bases of Conv1D (GPT-2) are not among its LoRA models: check that yours is"
+        found.append(Finding("vLLM", sentence, is_fatal=False))
+    if not config.get("base_model_name_or_path"):
+        sentence = "base_model_name_or_path is missing: pass --base"
+        found.append(Finding("llama.cpp", sentence, is_fatal=False))
+    sentence = (
+        f"it reads {DIFFUSERS_NAME} with a component's name before each key; write it with "
+        "export_diffusers"
+    )
+    return [*found, Finding("diffusers", sentence)]
+
+
+def _check_peft(
+    config: dict[str, Any], tensors: dict[str, Tensor], ranks: list[int]
+) -> list[Finding]:
+    found = []
     r = config.get("r")
-    ranks = {t.shape[0] for key, t in tensors.items() if key.endswith(SUFFIXES[0])}
-    others = sorted(key for key in tensors if not key.endswith(SUFFIXES))
-    found: list[Finding] = []
-
-    def note(reader: str, sentence: str, is_fatal: bool = True) -> None:
-        found.append(Finding(reader, sentence, is_fatal))
-
-    patterned = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-    if ranks - {r} and not config.get("rank_pattern"):
-        note("PEFT", f"r is {r}, but the file has pairs of rank {sorted(ranks)}")
+    if set(ranks) - {r} and not config.get("rank_pattern"):
+        found.append(Finding("PEFT", f"r is {r}, but the file has pairs of rank {ranks}"))
     unpaired = [k for k in tensors if k.endswith(SUFFIXES[0]) and _partner(k) not in tensors]
     if unpaired:
-        note("PEFT", f"{unpaired[0]} has no lora_B")
-    for reader in ("vLLM", "llama.cpp"):
-        for key in patterned:
-            note(reader, f"{key} is not read: layers would get another scale than in PEFT")
-        if config.get("use_dora"):
-            note(reader, "DoRA is not read")
-        if others:
-            note(reader, f"tensors that are no LoRA are refused: {others[0]}, {len(others)} in all")
-        if config.get("bias", "none") != "none":
-            note(reader, "trained biases are not read")
-    if config.get("modules_to_save"):
-        note("vLLM", f"modules_to_save {config['modules_to_save']} is refused; merge instead")
-    if config.get("use_rslora"):
-        note("llama.cpp", "use_rslora is ignored: the scale would be alpha / r")
-    if len(ranks) > 1:
-        note("llama.cpp", f"ranks differ ({sorted(ranks)}): the scale alpha / rank would differ too")
-    largest = max(ranks, default=0)
-    if largest > VLLM_RANKS[-1]:
-        note("vLLM", f"rank {largest} is above its largest, {VLLM_RANKS[-1]}: export with rank=")
-    elif largest > VLLM_DEFAULT_RANK:
-        needed = next(rank for rank in VLLM_RANKS if rank >= largest)
-        note("vLLM", f"rank {largest} needs --max-lora-rank {needed}", is_fatal=False)
+        found.append(Finding("PEFT", f"{unpaired[0]} has no lora_B"))
     if not config.get("base_model_name_or_path"):
-        note("llama.cpp", "base_model_name_or_path is missing: pass --base", is_fatal=False)
-        note("PEFT", "base_model_name_or_path is missing: AutoPeftModel cannot find the base", False)
-    if config.get("fan_in_fan_out"):
-        note("vLLM", "fan_in_fan_out (Conv1D bases) is not read: check that the model is served")
-    note(
-        "diffusers",
-        f"it reads {DIFFUSERS_NAME} with a component's name before each key; write it with "
-        "export_diffusers",
-    )
+        sentence = "base_model_name_or_path is missing: AutoPeftModel cannot find the base"
+        found.append(Finding("PEFT", sentence, is_fatal=False))
     return found
+
+
+def _served_refusals(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
+    """Return what neither vLLM nor llama.cpp reads."""
+    sentences = [
+        f"{key} is not read: layers would get another scale than in PEFT"
+        for key in ("rank_pattern", "alpha_pattern")
+        if config.get(key)
+    ]
+    if config.get("use_dora"):
+        sentences.append("DoRA is not read")
+    if config.get("bias", "none") != "none":
+        sentences.append("trained biases are not read")
+    others = sorted(key for key in tensors if not key.endswith(SUFFIXES))
+    if others:
+        sentences.append(f"tensors that are no LoRA are refused: {others[0]}, {len(others)} in all")
+    return sentences
+
+
+def _check_vllm_rank(largest: int) -> list[Finding]:
+    if largest > VLLM_RANKS[-1]:
+        sentence = f"rank {largest} is above its largest, {VLLM_RANKS[-1]}: export with a rank"
+        return [Finding("vLLM", sentence)]
+    if largest > VLLM_DEFAULT_RANK:
+        needed = next(rank for rank in VLLM_RANKS if rank >= largest)
+        return [Finding("vLLM", f"rank {largest} needs --max-lora-rank {needed}", is_fatal=False)]
+    return []
 
 
 def _partner(key: str) -> str:

@@ -148,6 +148,7 @@ def _give_statistics(injection: Injection, statistics: Statistics) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[_C.AdapterFile, ResLoraConfig]:
+    """Read an adapter's folder; its two files must agree."""
     path = folder / WEIGHTS_NAME
     config_path = folder / CONFIG_NAME
     for needed in (config_path, path):
@@ -266,6 +267,7 @@ def _own_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
 
 
 def make_folder(directory: PathLike) -> Path:
+    """Return a folder, made where there was none."""
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"[save] the place to write must be a folder; got the file {folder}")
@@ -279,6 +281,7 @@ def make_folder(directory: PathLike) -> Path:
 
 
 def base_name(model: nn.Module, given: str | None) -> str | None:
+    """Return the name of a model's base as it is known to transformers, unless one is given."""
     if given is not None:
         return given
     config = getattr(model, "config", None)
@@ -296,4 +299,5 @@ def _card(injection: Injection, base: str | None) -> str:
 
 
 def base_line(base: str | None) -> str:
+    """Return the line of a model card that names the base."""
     return f"base_model: {base}\n" if base else ""

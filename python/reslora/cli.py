@@ -98,13 +98,19 @@ def _add_export(commands: Any) -> None:
     command.add_argument("output", metavar="OUT", help="folder to make")
     command.add_argument("--method", choices=METHODS, help="merge rule (default: the best at hand)")
     size = command.add_mutually_exclusive_group()
-    size.add_argument("--rank", type=int, metavar="R", help="reduce every pair to at most this rank")
+    size.add_argument(
+        "--rank", type=int, metavar="R", help="reduce every pair to at most this rank"
+    )
     size.add_argument("--exact", action="store_true", help="keep the full rank (the default)")
 
 
 def _add_readers(commands: Any) -> None:
     command = _command(
-        commands, "inspect", run_inspect, "say what a file or folder holds", "reslora inspect adapter"
+        commands,
+        "inspect",
+        run_inspect,
+        "say what a file or folder holds",
+        "reslora inspect adapter",
     )
     command.add_argument("path", metavar="PATH")
     command = _command(

@@ -118,7 +118,7 @@ class ResLoraConfig:
     finish_at: float | None = field(
         default=None,
         metadata=_help(
-            "Share of the training steps after which a trainer callback calls `finish`; None: never."
+            "Share of the training steps at which a trainer callback calls `finish`; None: never."
         ),
     )
     finished_from: str | None = field(
@@ -212,7 +212,7 @@ class ResLoraConfig:
             return cls.from_json(content.decode("utf-8"), os.fspath(path))
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"[config] {os.fspath(path)} must be UTF-8; got {error.reason} at byte {error.start}"
+                f"[config] {os.fspath(path)} must be UTF-8; got {error.reason} at {error.start}"
             ) from None
 
 

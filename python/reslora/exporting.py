@@ -5,9 +5,9 @@ Example::
     export_lora(model, "lora")  # PEFT's format, also read by vLLM and llama.cpp's converter
     export_diffusers(pipeline.unet, "lora", "unet")  # read by load_lora_weights
 
-The shortcuts are merged away by the same rules as in `merge`. Scaling and alpha* are folded into the
-factors, all padded with zeros to one rank R with lora_alpha = r = R: every reader applies the factor
-1, whether it takes alpha per file, per layer or not at all.
+The shortcuts are merged away by the same rules as in `merge`. Scaling and alpha* are folded into
+the factors, all padded with zeros to one rank R with lora_alpha = r = R: every reader applies the
+factor 1, whether it takes alpha per file, per layer or not at all.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def export_lora(
         model: an adapted model, merged or not.
         directory: the folder to write.
         merge_method: as in `merge`; of a merged model it is the method it was merged by.
-        rank: reduce every pair to at most this rank by QR and SVD, to the smallest that keeps
-            `tolerance` (for `bs`, whose pairs have rank (m+1)r). None: no reduction.
+        rank: reduce every pair (of `bs`: of rank (m+1)r) to at most this rank by QR and SVD, to
+            the smallest that keeps `tolerance`. None: no reduction.
         tolerance: relative error |BA - reduced| / |BA| below which a rank is small enough.
-        data: calibration batches for `lsq`, as in `merge`.
+        data: calibration batches for `lsq`, as in `merge`; so `refine_steps`.
         refine_steps: as in `merge`.
         base_model_name_or_path: for adapter_config.json; by default the model's own.
         task_type: for adapter_config.json, such as "CAUSAL_LM".
@@ -79,10 +79,7 @@ def export_lora(
     _refuse_tied(model, injection)
     layers, error = reduced(plan.layers, rank, tolerance)
     R, pairs = padded(layers)
-    tensors: dict[str, Tensor] = {}
-    for name, (A, B) in pairs.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    tensors = peft_tensors(pairs)
     for key, tensor in saved_tensors(model, injection).items():
         tensors[f"base_model.model.{key}"] = tensor.detach()
     base = base_name(model, base_model_name_or_path)
@@ -92,7 +89,9 @@ def export_lora(
         injection.saved_modules,
         all(is_conv1d(layer.base_layer) for layer in injection.layers),
     ) | {"base_model_name_or_path": base, "task_type": task_type}
-    write_lora(make_folder(directory), tensors, config, lora_card(injection.config.res_mode, plan, base))
+    write_lora(
+        make_folder(directory), tensors, config, lora_card(injection.config.res_mode, plan, base)
+    )
     return error
 
 
@@ -172,6 +171,15 @@ def padded(layers: list[_C.LayerMerge]) -> tuple[int, dict[str, tuple[Tensor, Te
     return R, {layer.name: _C.padded_factors(layer, R) for layer in layers}
 
 
+def peft_tensors(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return pairs under PEFT's names."""
+    tensors = {}
+    for name, (A, B) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    return tensors
+
+
 def write_lora(folder: Any, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
     """Write a folder in PEFT's format."""
     _C.save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
@@ -221,8 +229,8 @@ def _planned(
         )
     if any(layer.bias is not None for layer in applied.plan.layers):
         raise ValueError(
-            f"[{op}] plain LoRA holds no bias; got a model merged by an affine fit (unmerge it: the "
-            "linear fit is exported then)"
+            f"[{op}] plain LoRA holds no bias; got a model merged by an affine fit (unmerge it: "
+            "the linear fit is exported then)"
         )
     return applied.plan
 
@@ -291,10 +299,7 @@ def export_folder(
     layers, error = reduced(plan.layers, rank, tolerance)
     R, pairs = padded(layers)
     values = json.loads(read.config_json)
-    tensors: dict[str, Tensor] = {}
-    for name, (A, B) in pairs.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    tensors = peft_tensors(pairs)
     for key, tensor in heads_of(read).items():
         tensors[f"base_model.model.{key}"] = tensor
     transposed = set(values.get("fan_in_fan_out") or ())

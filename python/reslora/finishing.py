@@ -42,10 +42,10 @@ def finish(
     """Convert every layer to plain LoRA in place, by `lsq`, and drop the links.
 
     Parameters stay the same objects, so the optimizer goes on. The layer's step size under Adam is
-    kept: A holds A'/c and the scaling becomes c s, with c = 1 + alpha* of the fit (about 2 for `is`,
-    whose B saw x_n + x_{n-1}). A step of A then moves the output as far as before, and so does a
-    step of B, since what enters it times c is what entered it before. Adam's averages are left
-    alone: their scale is still right. For `none` and `bs` nothing happens: they merge exactly.
+    kept: A holds A'/c and the scaling becomes c s, with c = 1 + alpha* of the fit (about 2 for
+    `is`, whose B saw x_n + x_{n-1}). A step of A then moves the output as far as before, and so
+    does a step of B, since what enters it times c is what entered it before. Adam's averages are
+    left alone: their scale is still right. For `none` and `bs` nothing happens: they merge exactly.
 
     Args:
         model: an adapted model in the middle of its training.
@@ -55,8 +55,8 @@ def finish(
         progressbar: show a bar (needs tqdm).
 
     Returns:
-        The calibration that was used. `model`'s config has res_mode "none" afterwards, and says what
-        it was in `finished_from`.
+        The calibration that was used. The model's config has res_mode "none" afterwards, and says
+        what it was in `finished_from`.
 
     Raises:
         ValueError: for a merged model, or where calibration fails; nothing is then changed.

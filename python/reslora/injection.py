@@ -76,8 +76,8 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
     """
     if not isinstance(config, ResLoraConfig):
         raise ValueError(
-            f"[inject] config must be a ResLoraConfig; got {type(config).__name__} (a dict is read by "
-            "ResLoraConfig.from_dict)"
+            f"[inject] config must be a ResLoraConfig; got {type(config).__name__} (a dict is read "
+            "by ResLoraConfig.from_dict)"
         )
     config = copy.deepcopy(config)
     config.validate()

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from . import _C
+from .base_files import weight_files
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, read_adapter, read_statistics
-from .model_folder import weight_files
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Inspection:
         for chain in self.chains:
             lines.append(
                 f"  {chain['name']}: {chain['layers']} layers, {chain['shape']}, r {chain['r']}, "
-                f"scaling {chain['scaling']}, |BA| {chain['delta']}"
+                f"scaling {chain['scaling']}, |B| {chain['norm_B']}"
             )
         lines += [f"warning: {sentence}" for sentence in self.warnings]
         return "\n".join(lines)
@@ -125,19 +125,15 @@ def _inspect_adapter(folder: Path) -> Inspection:
 def _describe(
     name: str, layers: list[tuple[str, int, int, int, float]], tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    deltas = []
-    for layer, _, _, _, scaling in layers:
-        A, B = (tensors[f"{layer}.reslora_{x}.weight"].double() for x in "AB")
-        # |BA|_F from the r x r products, without the product itself.
-        square = float(((B.T @ B) * (A @ A.T)).sum())
-        deltas.append(abs(scaling) * math.sqrt(max(square, 0.0)))
+    sizes = [float(tensors[f"{n}.reslora_B.weight"].double().square().sum()) for n, *_ in layers]
+    norms = [math.sqrt(size) for size in sizes]
     return {
         "name": name,
         "layers": len(layers),
         "shape": _range({f"{i} -> {o}" for _, i, o, _, _ in layers}),
         "r": _range({str(r) for *_, r, _ in layers}),
         "scaling": _range({f"{s:g}" for *_, s in layers}),
-        "delta": f"{min(deltas):.3g} to {max(deltas):.3g}",
+        "norm_B": f"{min(norms):.3g} to {max(norms):.3g}",
     }
 
 

@@ -7,7 +7,7 @@ Example::
     unmerge(model)  # the exact bits come back
     model = merge_and_unload(model)  # the plain base model with merged weights
 
-What is computed (alpha*, fits, factors, W*) is decided by the C++ plan; this file walks the modules.
+What is computed (alpha*, fits, factors, W*) is decided by the C++ plan; this file walks modules.
 Everything is decided, and where asked for measured, before the first weight is written.
 """
 
@@ -198,8 +198,8 @@ def prepare(
         return
     if method not in ("", "lsq"):
         raise ValueError(
-            f"[{op}] data serves the rule 'lsq'; got merge_method {method!r} (leave data out, or use "
-            "'lsq')"
+            f"[{op}] data serves the rule 'lsq'; got merge_method {method!r} (leave data out, or "
+            "use 'lsq')"
         )
     if all(chain.merges_exactly for chain in injection.chains):
         return
@@ -223,8 +223,8 @@ def _refuse_error(op: str, report: MergeReport, max_error: float | None) -> None
         return
     raise ValueError(
         f"[{op}] the relative output error on verify must be at most max_error {max_error:g}; got "
-        f"{'none' if error is None else format(error, '.3g')} by {report.rule} (nothing was merged: "
-        "give calibration data, refine_steps, or a higher limit)"
+        f"{'none' if error is None else format(error, '.3g')} by {report.rule} (nothing was "
+        "merged: give calibration data, refine_steps, or a higher limit)"
     )
 
 

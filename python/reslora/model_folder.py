@@ -15,11 +15,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,21 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .base_files import (
+    STEMS,
+    WEIGHT_FILES,
+    base_folder,
+    file_keys,
+    find_name,
+    transposed_layers,
+    weight_files,
+    weight_views,
+)
 from .checkpoint import PathLike, read_adapter, read_statistics
 from .config import ResLoraConfig
 from .console import bar
 from .planning import View
 
-STEMS = ("model", "diffusion_pytorch_model")
-WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5",
-                ".msgpack", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")  # fmt: skip
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -82,38 +89,32 @@ def merge_folder(
         adapter: folder that `save_pretrained` wrote.
         output: folder to make; it must not exist, or be empty.
         merge_method: as in `merge`; `lsq` needs fits that were saved with `statistics=True`.
-        dtype: cast floating tensors to this ("bfloat16", ...); default: as in the files.
+        dtype: cast floating tensors to this ("bfloat16", ...).
         shard_size: largest size of a file in bytes; default: the files of the base.
         device: where B A is computed.
         progressbar: show a bar of bytes.
 
     Raises:
         ValueError: for an adapter of another model, quantised weights, a rule that cannot serve.
-        OSError: where the disk is full or files cannot be read.
-        Nothing is left under `output` then.
-
-    Cost: reads and writes every byte once; memory for a few rows of the largest tensor.
+        OSError: where the disk is full or files cannot be read. Nothing is left then.
     """
-    source, target = model_folder(base), Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"[merge] OUT must be a folder to make; got {target}, which is there")
+    source, target = base_folder(base), Path(output)
+    _check_target(target)
     shards = weight_files(source)
     files = _C.ModelFiles([os.fspath(path) for path in shards])
     read, config = read_adapter(Path(adapter))
-    keys = file_keys(files.names, read)
-    transposed = _transposed(read)
-    weights = _weights(files, keys, read, transposed)
+    keys, transposed = file_keys(files.names, read), transposed_layers(read)
+    weights = weight_views(files, keys, read, transposed)
     plan = plan_of(read, config, Path(adapter), merge_method, weights)
     report = FolderReport(
         os.fspath(target),
         {layer.name: layer.rule for layer in plan.layers},
         fell_back_to_weight=plan.fell_back_to_weight,
     )
-    edits = _edits(files, plan, keys, transposed, device)
-    for name, tensor in heads_of(read).items():
-        key = _find(files.names, name) or name
-        edits[key] = _C.TensorEdit(replacement=tensor)
-        report.replaced.append(key)
+    edits = _edits(plan, keys, transposed, device)
+    heads = {find_name(files.names, n) or n: tensor for n, tensor in heads_of(read).items()}
+    edits |= {key: _C.TensorEdit(replacement=tensor) for key, tensor in heads.items()}
+    report.replaced = list(heads)
     groups = _groups(files, shards, edits, shard_size, dtype)
     _check_space(target, groups, files, edits, dtype)
     with _unfinished(target) as folder:
@@ -122,112 +123,11 @@ def merge_folder(
     return report
 
 
-# ---- Reading ----------------------------------------------------------------------------------
-
-
-def model_folder(base: PathLike) -> Path:
-    """Return a folder, or the local copy of a model of the Hub (downloaded where it is not)."""
-    path = Path(base)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", os.fspath(base)):
-        raise ValueError(f"[merge] BASE must be a folder or a name of the Hub; got {base}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(
-            f"[merge] BASE must be a folder; got {base} (for names of the Hub install "
-            "huggingface_hub)"
-        ) from None
-    try:
-        return Path(snapshot_download(os.fspath(base)))
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"[merge] BASE must be a folder or a name of the Hub that can be had; got {base} "
-            f"({first})"
-        ) from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder, in order."""
-    for stem in STEMS:
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            return _indexed(index)
-        single = folder / f"{stem}.safetensors"
-        if single.is_file():
-            return [single]
-    others = sorted(p.name for p in folder.iterdir() if p.name.endswith(WEIGHT_FILES))
-    raise ValueError(
-        f"[merge] BASE must hold model.safetensors or an index of shards; got {folder} with "
-        f"{', '.join(others[:3]) or 'no weights'} (save it with safe_serialization=True first)"
-    )
-
-
-def _indexed(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"[merge] {index} must be an index with a weight_map; got {error!r}") from None
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or any("/" in name for name in names):
-        raise ValueError(f"[merge] {index} must name files beside it; got {(missing or names)[0]}")
-    return [index.parent / name for name in names]
-
-
-def _find(names: list[str], wanted: str) -> str | None:
-    """Return the name in a file that a model's name stands for, whatever prefix either has."""
-    if wanted in names:
-        return wanted
-    near = [n for n in names if n.endswith("." + wanted) or wanted.endswith("." + n)]
-    return near[0] if len(near) == 1 else None
-
-
-def file_keys(names: list[str], adapter: _C.AdapterFile) -> dict[str, str]:
-    """Return the file's name for the weight of every adapted layer."""
-    by_suffix = {}
-    for _, layers in adapter.chains:
-        for name, *_ in layers:
-            key = _find(names, f"{name}.weight")
-            if key is None:
-                raise ValueError(
-                    f"[merge] the base must hold the weight of every adapted layer; got none for "
-                    f"{name} among {len(names)} tensors such as {min(names)}: is this the base of "
-                    "the adapter?"
-                )
-            by_suffix[name] = key
-    return by_suffix
-
-
-def _transposed(adapter: _C.AdapterFile) -> set[str]:
-    """Return the layers whose file holds W^T."""
-    chains = set(json.loads(adapter.config_json).get("fan_in_fan_out") or ())
-    return {name for key, layers in adapter.chains if key in chains for name, *_ in layers}
-
-
-def _weights(
-    files: _C.ModelFiles, keys: dict[str, str], adapter: _C.AdapterFile, transposed: set[str]
-) -> dict[str, Tensor]:
-    """Return views of the base weights [out, in]; shapes are checked against the adapter."""
-    weights = {}
-    for _, layers in adapter.chains:
-        for name, inputs, outputs, _, _ in layers:
-            stored = files.tensor(keys[name])
-            weight = stored.t() if name in transposed and stored.dim() == 2 else stored
-            if list(weight.shape) != [outputs, inputs]:
-                raise ValueError(
-                    f"[merge] the base must fit the adapter; got {list(stored.shape)} for "
-                    f"{keys[name]}, where layer {name} is {inputs} -> {outputs}"
-                )
-            if not weight.is_floating_point() or weight.element_size() == 1:
-                raise ValueError(
-                    f"[merge] the base must hold F64, F32, F16 or BF16; got {weight.dtype} for "
-                    f"{keys[name]}: merge into the original, unquantised files"
-                )
-            weights[name] = weight
-    return weights
+def _check_target(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"[merge] OUT must be a folder to make; got {target}, which is there")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"[merge] the folder of OUT must exist; got {target.absolute().parent}")
 
 
 def plan_of(
@@ -263,7 +163,6 @@ def heads_of(adapter: _C.AdapterFile) -> dict[str, Tensor]:
 
 
 def _edits(
-    files: _C.ModelFiles,
     plan: _C.MergePlan,
     keys: dict[str, str],
     transposed: set[str],
@@ -322,8 +221,6 @@ def _check_space(
     target: Path, groups: dict[str, list[str]], files: _C.ModelFiles, edits: Any, dtype: str | None
 ) -> None:
     parent = target.absolute().parent
-    if not parent.is_dir():
-        raise ValueError(f"[merge] the folder of OUT must exist; got {parent}")
     needed = sum(_size(files, name, edits, dtype) for names in groups.values() for name in names)
     free = shutil.disk_usage(parent).free
     if needed > free:
@@ -344,7 +241,9 @@ def _unfinished(target: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"[merge] one merge may write {target} at a time; got another") from None
+            raise ValueError(
+                f"[merge] one merge may write {target} at a time; got another"
+            ) from None
         try:
             for left in folder.iterdir():  # of a merge that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -382,6 +281,10 @@ def _copy_rest(source: Path, folder: Path, dtype: str | None) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
+def _show(shown: Any, start: int, written: int) -> None:
+    shown.update(start + written - shown.n)
+
+
 def _write(
     files: _C.ModelFiles,
     groups: dict[str, list[str]],
@@ -403,7 +306,7 @@ def _write(
                 {name: edits[name] for name in names if name in edits},
                 None if dtype is None else DTYPES[dtype],
                 {"format": "pt"},
-                lambda written, start=start: shown.update(start + written - shown.n) and None,
+                partial(_show, shown, start),
             )
             done += sum(sizes[name] for name in names)
     if len(groups) > 1:

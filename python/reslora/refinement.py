@@ -12,6 +12,7 @@ stood in for by its plain LoRA, so the only new memory is A', B', their gradient
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,8 @@ from .planning import Calibrated, adapter_sum, make_plan
 from .reporting import kl_sum, plain_lora, standing_in
 from .utils import injection_of
 
-LR = 1e-3
+LR = 5e-4
+WARM_UP = 0.1  # share of the steps: the first ones of Adam are as large as any
 
 
 @dataclass
@@ -46,8 +48,8 @@ class Refinement:
     def __str__(self) -> str:
         """Return a sentence for people."""
         return (
-            f"refined: held-out {self.kind} {self.loss_before:.3e} -> {self.loss_after:.3e} at step "
-            f"{self.best_step}, {self.seconds:.1f} s"
+            f"refined: held-out {self.kind} {self.loss_before:.3e} -> {self.loss_after:.3e} at "
+            f"step {self.best_step}, {self.seconds:.1f} s"
         )
 
 
@@ -62,9 +64,9 @@ def refine(
 ) -> Refinement:
     """Train the fits' A' and B' towards the trained model's outputs; the adapter is unchanged.
 
-    Minimises KL(trained || plain LoRA) of the logits (of other outputs the squared error) with AdamW
-    and a cosine schedule, starting from the fits of `calibrate`, and keeps the best on batches that
-    are not trained on.
+    Minimises KL(trained || plain LoRA) of the logits (of other outputs the squared error) with
+    AdamW, a warm-up and a cosine, starting from the fits of `calibrate`, and keeps the best on
+    batches that are not trained on.
 
     Args:
         model: an adapted model with fits at hand. It is run in eval mode, without dropout.
@@ -84,11 +86,7 @@ def refine(
     injection = injection_of(model, "refine")
     if injection.applied is not None:
         raise ValueError("[refine] the model must not be merged; got a merged one (unmerge it)")
-    for name, value in (("steps", steps), ("held_out", held_out)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"[refine] {name} must be a whole number of at least 1; got {value!r}")
-    if not lr > 0:
-        raise ValueError(f"[refine] lr must be greater than 0; got {lr!r}")
+    _check_options(steps, lr, held_out)
     start = time.monotonic()
     if all(chain.merges_exactly for chain in injection.chains):
         return Refinement()
@@ -101,14 +99,16 @@ def refine(
     student.restore_best()
     injection.calibrated = student.fits(injection, result.best_step)
     result.seconds = time.monotonic() - start
-    if stream.repeats:
-        warnings.warn(
-            f"[refine] {steps} steps took more batches than the {stream.count} given, which were "
-            f"repeated {stream.repeats} times; where the loader shuffles, the held-out ones were "
-            "trained on too",
-            stacklevel=2,
-        )
+    stream.warn_repeats(steps)
     return result
+
+
+def _check_options(steps: int, lr: float, held_out: int) -> None:
+    for name, value in (("steps", steps), ("held_out", held_out)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"[refine] {name} must be a whole number of at least 1; got {value!r}")
+    if not lr > 0:
+        raise ValueError(f"[refine] lr must be greater than 0; got {lr!r}")
 
 
 class _Stream:
@@ -151,6 +151,16 @@ class _Stream:
     def __iter__(self) -> Iterator[Any]:
         yield self.first
         yield from self.training
+
+    def warn_repeats(self, steps: int) -> None:
+        """Warn where batches were trained on more than once."""
+        if self.repeats:
+            warnings.warn(
+                f"[refine] {steps} steps took more batches than the {self.count} given, which were "
+                f"repeated {self.repeats} times; where the loader shuffles, the held-out ones were "
+                "trained on too",
+                stacklevel=3,
+            )
 
 
 class _Student:
@@ -215,8 +225,8 @@ class _Student:
 def _train(
     model: nn.Module, student: _Student, stream: _Stream, steps: int, lr: float, shown: Any
 ) -> Refinement:
-    optimizer = torch.optim.AdamW(student.parameters, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.AdamW(student.parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     loss, kind = _held_out_loss(model, student, stream)
     result = Refinement(loss, loss, 0, [(0, loss)], kind)
     every = max(1, steps // 20)
@@ -239,6 +249,14 @@ def _train(
             shown.set_postfix({kind: f"{loss:.3e}"}, refresh=False)
         shown.update(1)
     return result
+
+
+def _rate(step: int, steps: int) -> float:
+    """Return the share of the learning rate: a linear warm-up, then half a cosine."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def _held_out_loss(model: nn.Module, student: _Student, stream: _Stream) -> tuple[float, str]:

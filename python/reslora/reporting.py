@@ -18,18 +18,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import log_softmax
 
 from . import _C, ops
 from .batches import as_batches, call, evaluating, main_output, masks_of, moved, row_mask
 from .console import progress
 from .injection import Injection
 from .layer import ResLoraLinear, base_weight
-from .planning import chosen_method, make_plan
+from .planning import make_plan
 from .utils import injection_of
 
 
@@ -60,10 +61,20 @@ class MergeReport:
     top1_agreement: float | None = None  # share of rows with the same largest logit
     rows: int = 0  # that kl and top1_agreement were taken on
 
+    def add_rows(self, wanted: Tensor, merged: Tensor) -> None:
+        """Take more logits [rows, classes] into `kl` and `top1_agreement`."""
+        same = float((wanted.argmax(-1) == merged.argmax(-1)).sum())
+        before, self.rows = self.rows, self.rows + len(wanted)
+        if self.rows:
+            self.kl = ((self.kl or 0.0) * before + float(kl_sum(wanted, merged))) / self.rows
+            self.top1_agreement = ((self.top1_agreement or 0.0) * before + same) / self.rows
+
     def __str__(self) -> str:
         """Return a table with a line for each layer, and the model's figures."""
         width = max([len(layer.name) for layer in self.layers], default=5)
-        head = f"{'layer':<{width}}  {'rule':<8}  {'method':<8}  {'rounding':<8}  {'both':<8}  alpha*"
+        head = (
+            f"{'layer':<{width}}  {'rule':<8}  {'method':<8}  {'rounding':<8}  {'both':<8}  alpha*"
+        )
         lines = [head]
         for layer in self.layers:
             alphas = ", ".join(f"{a:.4f}" for a in layer.alpha_star) or "-"
@@ -122,19 +133,28 @@ def describe(plan: _C.MergePlan) -> MergeReport:
     return MergeReport(layers, rule, plan.fell_back_to_weight)
 
 
-class Norms:
-    """Root of a sum of squares, over any number of tensors."""
+class Squares:
+    """Squared norms summed over calls: of the method's error, of rounding, of both, of y."""
 
     def __init__(self) -> None:
-        self.square = 0.0
+        self.method = self.rounding = self.both = self.whole = 0.0
 
-    def add(self, tensor: Tensor) -> None:
-        """Add a tensor's elements."""
-        self.square += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    def add(self, squares: tuple[float, float, float, float]) -> None:
+        """Add the figures of one call."""
+        method, rounding, both, whole = squares
+        self.method += method
+        self.rounding += rounding
+        self.both += both
+        self.whole += whole
 
-    def over(self, whole: Norms) -> float:
-        """Return this over another."""
-        return math.sqrt(self.square / max(whole.square, sys.float_info.min))
+    def fill_in(self, entry: LayerReport | MergeReport, has_weights: bool) -> None:
+        """Write relative errors into a report; without any call they stay None."""
+        if self.whole == 0 and self.both == 0:
+            return
+        whole = max(self.whole, sys.float_info.min)
+        entry.method_error = math.sqrt(self.method / whole)
+        entry.output_error = math.sqrt(self.both / whole)
+        entry.rounding_error = math.sqrt(self.rounding / whole) if has_weights else None
 
 
 def measure(
@@ -147,44 +167,29 @@ def measure(
 ) -> None:
     """Fill in every error of `report`."""
     planned = list(zip(injection.layers, plan.layers, strict=True))
-    layer_norms = {layer.name: [Norms() for _ in range(4)] for layer in injection.layers}
-    model_norms = [Norms() for _ in range(4)]
-    divergence = agreement = 0.0
+    by_layer = {layer.name: Squares() for layer in injection.layers}
+    whole = Squares()
     has_weights = all(base_weight(layer.base_layer) is not None for layer in injection.layers)
     with evaluating(model), torch.no_grad():
         for batch in progress(as_batches(batches, "merge_report"), "measuring", progressbar):
             batch = moved(batch, model)
             masks = masks_of(model, batch, "merge_report")
-            with _comparing(planned, plan, layer_norms, masks):
-                outputs, is_logits = _rows(call(model, batch), masks)
+            with _comparing(planned, by_layer, masks):
+                wanted, is_logits = _rows(call(model, batch), masks)
             with standing_in(planned, _pair_stand_in):
                 ruled, _ = _rows(call(model, batch), masks)
             merged = ruled
             if has_weights:
                 with standing_in(planned, _merged_stand_in):
                     merged, _ = _rows(call(model, batch), masks)
-            pairs = (ruled - outputs, merged - ruled, merged - outputs, outputs)
-            for norms, tensor in zip(model_norms, pairs, strict=True):
-                norms.add(tensor)
+            pairs = (ruled - wanted, merged - ruled, merged - wanted, wanted)
+            method, rounding, both, size = (float(t.double().square().sum()) for t in pairs)
+            whole.add((method, rounding, both, size))
             if is_logits:
-                divergence += float(kl_sum(outputs, merged))
-                agreement += float((outputs.argmax(-1) == merged.argmax(-1)).sum())
-                report.rows += len(outputs)
-    _fill_in(report, model_norms, has_weights)
+                report.add_rows(wanted, merged)
+    whole.fill_in(report, has_weights)
     for entry in report.layers:
-        _fill_in(entry, layer_norms[entry.name], has_weights)
-    if report.rows:
-        report.kl = divergence / report.rows
-        report.top1_agreement = agreement / report.rows
-
-
-def _fill_in(entry: LayerReport | MergeReport, norms: list[Norms], has_weights: bool) -> None:
-    method, rounding, both, whole = norms
-    if whole.square == 0 and both.square == 0:
-        return
-    entry.method_error = method.over(whole)
-    entry.output_error = both.over(whole)
-    entry.rounding_error = rounding.over(whole) if has_weights else None
+        by_layer[entry.name].fill_in(entry, has_weights)
 
 
 def _rows(output: Any, masks: list[Tensor]) -> tuple[Tensor, bool]:
@@ -240,60 +245,29 @@ def plain_lora(
 def _merged_stand_in(layer: ResLoraLinear, planned: Any) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         weight = base_weight(layer.base_layer)
-        assert weight is not None
+        assert weight is not None  # measure() looks before
         bias: Tensor | None = getattr(layer.base_layer, "bias", None)
-        if planned.bias is not None and bias is not None:
-            bias = (bias.to(planned.bias.dtype) + planned.bias).to(bias.dtype)
-        return linear(x, _C.merged_weight(weight.detach(), planned).to(weight.dtype), bias)
+        return _C.merged_forward(planned, x, weight, bias)
 
     return run
 
 
 @contextmanager
 def _comparing(
-    planned: Planned,
-    plan: _C.MergePlan,
-    norms: dict[str, list[Norms]],
-    masks: list[Tensor],
+    planned: Planned, squares: dict[str, Squares], masks: list[Tensor]
 ) -> Iterator[None]:
     """Compare every call of every layer, rows of padding left out, with its planned pair."""
+
+    def compare(layer: ResLoraLinear, entry: Any, x: Tensor, s: Tensor, y: Tensor) -> None:
+        wiring = layer.wiring
+        B = [layer.chain.layers[j].reslora_B for j in wiring.b]
+        weight, mask = base_weight(layer.base_layer), row_mask(masks, x.shape[:-1])
+        squares[layer.name].add(_C.layer_errors(entry, x, s, y, B, wiring.scaling, weight, mask))
+
     try:
         for layer, entry in planned:
-            layer.observer = _comparer(layer, entry, norms[layer.name], masks)
+            layer.observer = partial(compare, layer, entry)
         yield
     finally:
         for layer, _ in planned:
             layer.observer = None
-
-
-def _comparer(
-    layer: ResLoraLinear, planned: Any, norms: list[Norms], masks: list[Tensor]
-) -> Callable[[Tensor, Tensor, Tensor], None]:
-    method, rounding, both, whole = norms
-    layers, wiring = layer.chain.layers, layer.wiring
-
-    def compare(x: Tensor, s: Tensor, y: Tensor) -> None:
-        mask = row_mask(masks, x.shape[:-1])
-        dtype = planned.A.dtype
-        keep = slice(None) if mask is None else mask.to(x.device)
-        rows, s_rows, y_rows = (t.reshape(-1, t.shape[-1])[keep].to(dtype) for t in (x, s, y))
-        # The base product is the same on both sides: only the low-rank terms are compared.
-        B = torch.cat(
-            [layers[j].reslora_B.detach().to(rows) * c for j, c in zip(wiring.b, wiring.scaling, strict=True)],
-            dim=1,
-        )
-        error = rows @ planned.A.to(rows).T @ planned.B.to(rows).T - s_rows @ B.T
-        if planned.bias is not None:
-            error = error + planned.bias.to(rows)
-        method.add(error)
-        whole.add(y_rows)
-        weight = base_weight(layer.base_layer)
-        if weight is None:
-            return both.add(error)
-        exact = _C.merged_weight(weight.detach(), planned)
-        lost = rows @ (exact.to(weight.dtype).to(dtype) - exact.to(dtype)).T
-        rounding.add(lost)
-        both.add(error + lost)
-        return None
-
-    return compare

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .base_files import base_folder
 from .checkpoint import PathLike, load
-from .model_folder import model_folder
 from .reporting import kl_sum
 
 BLOCK, BLOCKS = 256, 32
@@ -51,7 +51,7 @@ def verify_folder(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
         raise ImportError("--verify needs transformers: pip install transformers") from None
-    folder = model_folder(base)
+    folder = base_folder(base)
     words = Path(text).read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(folder)(words)["input_ids"]
     if len(ids) < 2:
@@ -75,7 +75,8 @@ def verify_folder(
     means = [value / targets for value in losses]
     if not all(math.isfinite(value) for value in (*means, divergence)):
         raise ValueError(f"[verify] losses must be finite; got {means} (base, unmerged, merged)")
-    return Comparison(rows, *means, divergence / rows, same / rows)
+    loss_base, loss_unmerged, loss_merged = means
+    return Comparison(rows, loss_base, loss_unmerged, loss_merged, divergence / rows, same / rows)
 
 
 def _logits(model: torch.nn.Module, block: Tensor) -> Tensor:

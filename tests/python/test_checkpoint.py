@@ -99,7 +99,7 @@ def test_a_merged_model_saves_its_unmerged_adapter(tmp_path):
 def test_an_adapter_of_zeros_warns(tmp_path):
     model = inject(Net(), ResLoraConfig(target_modules=["lin"]))
     save_pretrained(model, tmp_path)
-    with pytest.warns(UserWarning, match=r"every B of .* is zero"):
+    with pytest.warns(UserWarning, match="every B is zero"):
         load(Net(), tmp_path)
 
 

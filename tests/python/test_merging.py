@@ -136,7 +136,7 @@ def test_merged_weights_are_those_of_the_formulas(res_mode, pre_num, rule):
 def test_the_best_rule_for_what_is_at_hand():
     rules = [entry.rule for entry in merge(with_norms(adapted())).layers]
     assert rules == ["exact", "input", "input", "input"]
-    with pytest.warns(UserWarning, match="rule 'weight' is used: train with norm_window > 0"):
+    with pytest.warns(UserWarning, match="rule 'weight' is used: pass data="):
         report = merge(adapted())
     assert report.fell_back_to_weight and report.layers[1].rule == "weight"
     report = merge(with_norms(adapted(merge_method="weight")))
@@ -152,7 +152,7 @@ def test_a_report_tells_the_errors_of_layers_and_model():
     handle.remove()
     unmerged = torch.atanh(want)
     model.train()
-    report = merge(model, batch={"x": x})
+    report = merge(model, verify={"x": x})
     assert model.training and model.layers[0].lin.base_layer.training
     factors = model.layers[1].lin
     alpha = report.layers[1].alpha_star
@@ -171,7 +171,7 @@ def test_a_report_tells_the_errors_of_layers_and_model():
 def test_a_batch_in_any_form(kind):
     model, ids = adapted(tiny_llama(2), 0.2, target_modules=["q_proj"], res_mode="bs"), tokens()
     batch = {"dict": {"input_ids": ids}, "tuple": (ids,), "tensor": ids}[kind]
-    report = merge(model, batch=batch)
+    report = merge(model, verify=batch)
     assert report.output_error < 1e-5 and all(e.output_error < 1e-5 for e in report.layers)
 
 
@@ -179,7 +179,7 @@ def test_a_batch_that_the_model_refuses_leaves_it_unmerged():
     model = with_norms(adapted())
     before = weights(model)
     with pytest.raises(ValueError, match="in_features"):
-        merge(model, batch=torch.ones(2, 5, **DOUBLE))
+        merge(model, verify=torch.ones(2, 5, **DOUBLE))
     assert same(weights(model), before) and not model.layers[0].lin.is_merged
     assert not model.layers[0].lin._forward_hooks
     merge(model)
@@ -215,7 +215,7 @@ def test_merge_and_unload_of_a_merged_model():
     model = with_norms(adapted())
     merge(model, "weight")
     want = model(x_of())
-    with pytest.raises(ValueError, match="the model is merged by 'weight'; got 'input'"):
+    with pytest.raises(ValueError, match="the model is merged by 'weight'; got merge_method 'input'"):
         merge_and_unload(model, "input")
     assert torch.equal(merge_and_unload(model)(x_of()), want)
 

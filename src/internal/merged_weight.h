@@ -6,8 +6,8 @@
 
 namespace reslora::detail {
 
-/// Throws c10::ValueError for a weight that cannot take a sum: absent, quantised, sharded, of another
-/// shape. `purpose` says who asks.
+/// Throws c10::ValueError for a weight that cannot take a sum: absent, quantised, sharded, of
+/// another shape. `purpose` says who asks.
 void check_weight(const at::Tensor& weight, const LayerMerge& layer, const char* purpose);
 
 /// W + B A in fp32 (fp64 for an fp64 weight), on the weight's device.

@@ -1,6 +1,6 @@
 // What each merge rule makes of a chain; see merge_rules.h. Planning reads adapters and norms; only
 // the rule `weight` reads base weights, one matrix at a time.
-#include "detail/merge_rules.h"
+#include "internal/merge_rules.h"
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "detail/check.h"
-#include "detail/merged_weight.h"
+#include "internal/merged_weight.h"
 
 namespace reslora::detail {
 namespace {
@@ -105,12 +105,12 @@ LayerMerge summed_merge(const ChainView& view, int64_t n, MergeRule rule,
   Tensor A = view.layers[n].A.to(options, /*non_blocking=*/false, /*copy=*/true);
   for (size_t k = 0; k < reached.size(); ++k) {
     const LayerShape& other = view.chain.layer(reached[k]);
-    RESLORA_CHECK(other.in_features == shape.in_features,
-                  "[merge] rule '{}' adds A of layer {} to A of layer {}, which needs equal "
-                  "in_features; got {} and {}: give calibration batches (data=) for 'lsq', or train with "
-                  "norm_window > 0 for 'input'",
-                  merge_rule_name(rule), other.name, shape.name, other.in_features,
-                  shape.in_features);
+    RESLORA_CHECK(
+        other.in_features == shape.in_features,
+        "[merge] rule '{}' adds A of layer {} to A of layer {}, which needs equal "
+        "in_features; got {} and {}: give calibration batches (data=) for 'lsq', or train with "
+        "norm_window > 0 for 'input'",
+        merge_rule_name(rule), other.name, shape.name, other.in_features, shape.in_features);
     A.add_(view.layers[reached[k]].A.to(options), alpha_star[k]);
   }
   return {shape.name, rule, std::move(alpha_star), A, view.layers[n].B.to(options) * shape.scaling};
@@ -127,8 +127,10 @@ LayerMerge fitted_merge(const ChainView& view, int64_t n, bool use_affine) {
   check_adapter(A, "A of the fit", shape.r, shape.in_features, shape.name);
   check_adapter(B, "B of the fit", shape.out_features, shape.r, shape.name);
   const at::TensorOptions options = factor_options(view, n, {n});
-  LayerMerge merged{shape.name, fit.refine_steps > 0 ? MergeRule::kRefined : MergeRule::kLsq,
-                    {}, A.to(options, /*non_blocking=*/false, /*copy=*/true),
+  LayerMerge merged{shape.name,
+                    fit.refine_steps > 0 ? MergeRule::kRefined : MergeRule::kLsq,
+                    {},
+                    A.to(options, /*non_blocking=*/false, /*copy=*/true),
                     B.to(options) * shape.scaling};
   if (is_affine) merged.bias = at::mv(merged.B, fit.offset.to(options));
   if (fit.rows > 0) merged.residual = is_affine ? fit.affine_residual : fit.residual;

@@ -1,5 +1,5 @@
 // Merged weights and what is asked of them; see merged_weight.h.
-#include "detail/merged_weight.h"
+#include "internal/merged_weight.h"
 
 #include <ATen/Functions.h>
 

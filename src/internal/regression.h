@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "detail/row_file.h"
+#include "internal/row_file.h"
 
 namespace reslora::detail {
 

@@ -13,8 +13,8 @@ namespace reslora::detail {
 void check_view(const ChainView& view);
 
 /// The one place that decides which rule serves chains when the user names none (empty
-/// `merge_method`): `lsq` where every layer that needs it has a fit, else `input` where every norm is
-/// there, else `weight`. Layers that merge exactly do so under every rule.
+/// `merge_method`): `lsq` where every layer that needs it has a fit, else `input` where every norm
+/// is there, else `weight`. Layers that merge exactly do so under every rule.
 MergeRule choose_rule(const std::vector<ChainView>& chains, const std::string& merge_method);
 
 /// The pair of every layer of one chain. `use_affine`: take the affine form of a fit where there is

@@ -1,15 +1,15 @@
 // Rows in a temporary file; see row_file.h.
-#include "detail/row_file.h"
+#include "internal/row_file.h"
 
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <string>
 #include <system_error>
-#include <unistd.h>
 
 namespace reslora::detail {
 namespace {
@@ -23,8 +23,10 @@ std::FILE* open_temporary() {
   const char* folder = std::getenv("TMPDIR");
   std::string path = std::string(folder && *folder ? folder : "/tmp") + "/reslora-rows-XXXXXX";
   const int descriptor = mkstemp(path.data());
-  TORCH_CHECK(descriptor >= 0, "[calibrate] a temporary file is needed for a layer above "
-              "max_cov_bytes, and ", path, " cannot be made: ", reason(),
+  TORCH_CHECK(descriptor >= 0,
+              "[calibrate] a temporary file is needed for a layer above "
+              "max_cov_bytes, and ",
+              path, " cannot be made: ", reason(),
               "; set TMPDIR to another folder, or raise max_cov_bytes");
   unlink(path.c_str());
   return fdopen(descriptor, "w+b");

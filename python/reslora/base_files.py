@@ -1,0 +1,124 @@
+"""The files of a base model: where they are, and which of their tensors an adapter changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from . import _C
+from .checkpoint import PathLike
+
+STEMS = ("model", "diffusion_pytorch_model")
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5",
+                ".msgpack", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")  # fmt: skip
+
+
+def base_folder(base: PathLike) -> Path:
+    """Return a folder, or the local copy of a model of the Hub (downloaded where it is not)."""
+    path = Path(base)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", os.fspath(base)):
+        raise ValueError(f"[merge] BASE must be a folder or a name of the Hub; got {base}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(
+            f"[merge] BASE must be a folder; got {base} (for names of the Hub install "
+            "huggingface_hub)"
+        ) from None
+    try:
+        return Path(snapshot_download(os.fspath(base)))
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"[merge] BASE must be a folder or a name of the Hub that can be had; got {base} "
+            f"({first})"
+        ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder, in order."""
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return _indexed(index)
+        single = folder / f"{stem}.safetensors"
+        if single.is_file():
+            return [single]
+    others = sorted(p.name for p in folder.iterdir() if p.name.endswith(WEIGHT_FILES))
+    raise ValueError(
+        f"[merge] BASE must hold model.safetensors or an index of shards; got {folder} with "
+        f"{', '.join(others[:3]) or 'no weights'} (save it with safe_serialization=True first)"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"[merge] {index} must be an index with a weight_map; got {error!r}"
+        ) from None
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or any("/" in name for name in names):
+        raise ValueError(f"[merge] {index} must name files beside it; got {(missing or names)[0]}")
+    return [index.parent / name for name in names]
+
+
+def find_name(names: list[str], wanted: str) -> str | None:
+    """Return the name in a file that a model's name stands for, whatever prefix either has."""
+    if wanted in names:
+        return wanted
+    near = [n for n in names if n.endswith("." + wanted) or wanted.endswith("." + n)]
+    return near[0] if len(near) == 1 else None
+
+
+def file_keys(names: list[str], adapter: _C.AdapterFile) -> dict[str, str]:
+    """Return the file's name for the weight of every adapted layer."""
+    by_suffix = {}
+    for _, layers in adapter.chains:
+        for name, *_ in layers:
+            key = find_name(names, f"{name}.weight")
+            if key is None:
+                raise ValueError(
+                    f"[merge] the base must hold the weight of every adapted layer; got none for "
+                    f"{name} among {len(names)} tensors such as {min(names)}: is this the base of "
+                    "the adapter?"
+                )
+            by_suffix[name] = key
+    return by_suffix
+
+
+def transposed_layers(adapter: _C.AdapterFile) -> set[str]:
+    """Return the layers whose file holds W^T."""
+    chains = set(json.loads(adapter.config_json).get("fan_in_fan_out") or ())
+    return {name for key, layers in adapter.chains if key in chains for name, *_ in layers}
+
+
+def weight_views(
+    files: _C.ModelFiles, keys: dict[str, str], adapter: _C.AdapterFile, transposed: set[str]
+) -> dict[str, Tensor]:
+    """Return views of the base weights [out, in]; shapes are checked against the adapter."""
+    weights = {}
+    for _, layers in adapter.chains:
+        for name, inputs, outputs, _, _ in layers:
+            stored = files.tensor(keys[name])
+            weight = stored.t() if name in transposed and stored.dim() == 2 else stored
+            if list(weight.shape) != [outputs, inputs]:
+                raise ValueError(
+                    f"[merge] the base must fit the adapter; got {list(stored.shape)} for "
+                    f"{keys[name]}, where layer {name} is {inputs} -> {outputs}"
+                )
+            if not weight.is_floating_point() or weight.element_size() == 1:
+                raise ValueError(
+                    f"[merge] the base must hold F64, F32, F16 or BF16; got {weight.dtype} for "
+                    f"{keys[name]}: merge into the original, unquantised files"
+                )
+            weights[name] = weight
+    return weights
