@@ -29,6 +29,7 @@ if _torch_minor != _build_info.TORCH_MINOR:
 
 from . import _C  # noqa: E402, F401  (loads libreslora, which registers the ops)
 from .calibration import Calibration, calibrate  # noqa: E402
+from . import plots  # noqa: E402
 from .checkpoint import load, save_pretrained  # noqa: E402
 from .config import ResLoraConfig  # noqa: E402
 from .exporting import export_diffusers, export_lora  # noqa: E402
@@ -62,6 +63,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "merge_report",
+    "plots",
     "print_links",
     "print_trainable_parameters",
     "refine",

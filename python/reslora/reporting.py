@@ -168,7 +168,7 @@ def measure(
     """Fill in every error of `report`."""
     planned = list(zip(injection.layers, plan.layers, strict=True))
     by_layer = {layer.name: Squares() for layer in injection.layers}
-    whole = Squares()
+    whole, count = Squares(), 0
     has_weights = all(base_weight(layer.base_layer) is not None for layer in injection.layers)
     with evaluating(model), torch.no_grad():
         for batch in progress(as_batches(batches, "merge_report"), "measuring", progressbar):
@@ -187,6 +187,9 @@ def measure(
             whole.add((method, rounding, both, size))
             if is_logits:
                 report.add_rows(wanted, merged)
+            count += 1
+    if count == 0:
+        raise ValueError("[merge_report] batches must hold a batch; got none")
     whole.fill_in(report, has_weights)
     for entry in report.layers:
         by_layer[entry.name].fill_in(entry, has_weights)

@@ -1,0 +1,343 @@
+"""calibrate: the fit against NumPy, padding, memory limits, what is refused, what it leaves alone."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from models import LINKED, Net, adapted, randomize, tiny_bert, tiny_llama, tokens, trained
+from torch import nn
+
+from reslora import ResLoraConfig, calibrate, inject, merge, merge_report, unmerge
+from reslora.utils import injection_of
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def rows(count=40, seed=0, width=6):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), **DOUBLE)
+
+
+def fits(model):
+    return injection_of(model, "test").calibrated.fits
+
+
+def seen(model, batches):
+    """What every layer reads and what enters its B, by hooks and taps written out."""
+    xs = {layer.name: [] for layer in injection_of(model, "test").layers}
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args: xs[m.name].append(args[0].detach()))
+        for layer in injection_of(model, "test").layers
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for handle in handles:
+        handle.remove()
+    xs = {name: torch.cat(parts) for name, parts in xs.items()}
+    vs = {}
+    for chain in injection_of(model, "test").chains:
+        for n, layer in enumerate(chain.layers):
+            v = xs[layer.name] @ layer.reslora_A.T
+            for j in chain.links.reached(n):
+                A = layer.reslora_A if chain.links.shortcut == "is" else chain.layers[j].reslora_A
+                v = v + xs[chain.layers[j].name] @ A.T
+            vs[layer.name] = v.detach()
+    return xs, vs
+
+
+def solved(x, v, A, ridge, affine=False):
+    """The normal equations in NumPy; affine by one more column that the ridge leaves alone."""
+    x, v, A = (t.detach().numpy() for t in (x, v, A))
+    center = x.mean(0) if affine else np.zeros(x.shape[1])
+    mean = v.mean(0) if affine else np.zeros(v.shape[1])
+    x, v = x - center, v - mean
+    gram = x.T @ x
+    penalty = ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
+    fitted = np.linalg.solve(gram + penalty, x.T @ v + penalty @ A.T).T
+    return fitted, mean - fitted @ center
+
+
+@pytest.mark.parametrize(("res_mode", "pre_num"), LINKED)
+@pytest.mark.parametrize("ridge", [1e-6, 0.3])
+def test_the_fit_is_the_solution_of_the_normal_equations(res_mode, pre_num, ridge):
+    model = adapted(res_mode=res_mode, pre_num=pre_num)
+    batches = [rows(seed=1), rows(seed=2)]
+    result = calibrate(model, batches, ridge=ridge)
+    x, v = seen(model, batches)
+    assert set(fits(model)) == set(result.residuals) == {f"layers.{n}.lin" for n in (1, 2, 3)}
+    for n in (1, 2, 3):
+        layer = model.layers[n].lin
+        fit = fits(model)[layer.name]
+        want, _ = solved(x[layer.name], v[layer.name], layer.reslora_A, ridge)
+        np.testing.assert_allclose(fit.A.numpy(), want, rtol=1e-9, atol=1e-11)
+        error = v[layer.name] - x[layer.name] @ fit.A.T
+        relative = (error.square().sum() / v[layer.name].square().sum()).sqrt()
+        assert fit.residual == pytest.approx(relative.item(), rel=1e-6)
+        assert fit.rows == result.rows == 80
+
+
+def test_an_affine_fit_has_an_offset_where_there_is_a_bias():
+    model = adapted(res_mode="is")
+    batches = [rows() + 2]
+    calibrate(model, batches, ridge=1e-3, affine=True)
+    x, v = seen(model, batches)
+    fit = fits(model)["layers.2.lin"]
+    layer = model.layers[2].lin
+    want, offset = solved(x[layer.name], v[layer.name], layer.reslora_A, 1e-3, affine=True)
+    np.testing.assert_allclose(fit.affine_A.numpy(), want, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(fit.offset.numpy(), offset, rtol=1e-8, atol=1e-10)
+    assert fit.affine_residual < fit.residual
+
+
+def test_an_affine_merge_changes_the_bias_and_gives_it_back():
+    model = adapted(res_mode="is")
+    batches = [rows() + 2]
+    want = model(batches[0])
+    state = copy.deepcopy(model.state_dict())
+    calibrate(model, batches, ridge=1e-6)
+    linear = merge_report(model, batches).output_error
+    calibrate(model, batches, ridge=1e-6, affine=True)
+    report = merge(model, verify=batches)
+    assert report.output_error < linear
+    assert not torch.equal(state["layers.2.lin.base_layer.bias"], model.layers[2].lin.bias)
+    got = (model(batches[0]) - want).square().sum().sqrt() / want.square().sum().sqrt()
+    assert report.output_error == pytest.approx(got.item(), rel=1e-6)
+    unmerge(model)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_an_affine_fit_without_any_bias_is_refused():
+    model = adapted(Net(bias=False).double(), res_mode="is")
+    with pytest.raises(ValueError, match="affine needs layers with a bias"):
+        calibrate(model, [rows()], affine=True)
+
+
+# ---- padding
+
+
+def padded_llama():
+    model = adapted(
+        tiny_llama(pad_token_id=0).double(), 0.2, target_modules="all-linear", res_mode="is"
+    )
+    ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[0, 6:], mask[1, 4:] = 0, 0
+    ids[mask == 0] = 0
+    return model, ids, mask
+
+
+def test_padding_is_left_out_of_the_fit():
+    model, ids, mask = padded_llama()
+    calibrate(model, [{"input_ids": ids, "attention_mask": mask}])
+    masked = fits(model)
+    alone = [{"input_ids": ids[i : i + 1, : int(mask[i].sum())]} for i in range(3)]
+    calibrate(model, alone)
+    for name, fit in fits(model).items():
+        assert fit.rows == masked[name].rows == int(mask.sum())
+        torch.testing.assert_close(fit.A, masked[name].A, rtol=1e-6, atol=1e-8)
+
+
+def test_padding_without_a_mask_is_refused_and_earlier_fits_stay():
+    model, ids, mask = padded_llama()
+    calibrate(model, [{"input_ids": ids, "attention_mask": mask}])
+    before = fits(model)
+    with pytest.raises(ValueError, match="2 of 3 rows of input_ids that begin or end with pad_"):
+        calibrate(model, [{"input_ids": ids}])
+    assert fits(model) is before
+
+
+def test_padding_of_layers_with_other_rows_is_reported():
+    model = adapted(tiny_bert(), 0.2, target_modules=["query", "pooler.dense"], res_mode="is")
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, 4:] = 0
+    calibrate(model, [{"input_ids": tokens(), "attention_mask": mask}])
+    assert {fit.rows for fit in fits(model).values()} == {11}
+
+
+# ---- memory
+
+
+def test_layers_above_the_limit_are_fitted_in_groups_over_passes():
+    model = adapted(tiny_llama(4), 0.2, target_modules="all-linear", res_mode="ms", pre_num=2)
+    batches = [{"input_ids": tokens()} for _ in range(3)]
+    at_once = calibrate(model, batches)
+    want = fits(model)
+    in_groups = calibrate(model, batches, max_cov_bytes=at_once.peak_bytes // 3)
+    assert in_groups.passes > 2 > at_once.passes
+    assert in_groups.peak_bytes <= at_once.peak_bytes // 3
+    for name, fit in fits(model).items():
+        torch.testing.assert_close(fit.A, want[name].A)
+    with pytest.raises(ValueError, match="data that can be read once"):
+        calibrate(model, iter(batches), max_cov_bytes=at_once.peak_bytes // 3)
+
+
+def test_layers_that_read_one_tensor_share_its_covariance():
+    model = adapted(tiny_llama(2), 0.2, target_modules=["q_proj", "k_proj", "v_proj"])
+    shared = calibrate(model, [tokens()]).peak_bytes
+    # One layer of each kind is fitted: in = 16, r = 2.
+    assert shared == 8 * (16 * 17 + 3 * 2 * 17)
+
+
+def test_a_layer_alone_above_the_limit_is_fitted_from_rows_on_disk():
+    model = adapted(res_mode="is")
+    batches = [rows(200, seed) for seed in range(3)]
+    calibrate(model, batches)
+    want = fits(model)
+    result = calibrate(model, batches, max_cov_bytes=200)
+    assert result.row_file_bytes == 3 * 600 * 6 * 4 and result.solver_steps > 0
+    assert "temporary files" in str(result)
+    for name, fit in fits(model).items():
+        torch.testing.assert_close(fit.A, want[name].A, rtol=1e-4, atol=1e-5)
+        assert fit.residual == pytest.approx(want[name].residual, rel=1e-3)
+
+
+def test_kept_covariances_are_solved_again_with_another_ridge():
+    model = adapted(res_mode="is")
+    calibrate(model, [rows()], keep_covariances=True)
+    again = calibrate(model, ridge=0.5)
+    got = fits(model)["layers.3.lin"].A
+    want = calibrate(model, [rows()], ridge=0.5)
+    assert again.residuals == pytest.approx(want.residuals)
+    torch.testing.assert_close(got, fits(model)["layers.3.lin"].A)
+    with pytest.raises(ValueError, match="needs kept covariances"):
+        calibrate(model)
+
+
+# ---- what is left alone and what is refused
+
+
+@pytest.mark.parametrize("res_mode", ["none", "bs"])
+def test_layers_that_merge_exactly_are_not_fitted(res_mode):
+    model = adapted(res_mode=res_mode)
+    assert "nothing to fit" in str(calibrate(model, [rows()])) and not fits(model)
+    assert {entry.rule for entry in merge(model).layers} == {"exact"}
+
+
+def test_calibrating_leaves_mode_norms_gradients_and_links_alone():
+    model = adapted(res_mode="is", lora_dropout=0.5)
+    model(rows()).square().sum().backward()
+    layer = model.layers[2].lin
+    norms, grad = layer.norms.clone(), layer.reslora_A.grad.clone()
+    model.layers[1].eval()
+    calibrate(model, [rows()])
+    assert model.training and not model.layers[1].training
+    assert torch.equal(layer.norms, norms) and torch.equal(layer.reslora_A.grad, grad)
+    assert layer.observer is None
+
+
+def test_fits_of_a_changed_adapter_are_refused():
+    model = adapted(res_mode="is")
+    calibrate(model, [rows()])
+    with torch.no_grad():
+        model.layers[1].lin.reslora_B.add_(0.1)
+    for call in (lambda: merge(model), lambda: merge(model, "lsq"), lambda: merge_report(model, [])):
+        with pytest.raises(ValueError, match="fits made before it changed"):
+            call()
+    calibrate(model, [])
+    with pytest.warns(UserWarning, match="rule 'weight'"):
+        assert merge(model).rule == "weight"
+
+
+def test_few_rows_are_a_warning():
+    with pytest.warns(UserWarning, match="3 layers saw fewer rows than they have features"):
+        calibrate(adapted(res_mode="is"), [rows(4)])
+
+
+def test_activations_that_are_not_finite_are_refused():
+    model = adapted(res_mode="is")
+    calibrate(model, [rows()])
+    before = fits(model)
+    bad = rows()
+    bad[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"must be finite.*layers\.1\.lin"):
+        calibrate(model, [bad])
+    assert fits(model) is before
+
+
+class Skipping(Net):
+    """Leaves its last block out."""
+
+    def forward(self, x):
+        for layer in list(self.layers)[:3]:
+            x = layer(x)
+        return x
+
+
+def test_a_layer_that_no_batch_reaches_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"got none for layer layers\.3\.lin"):
+        calibrate(adapted(Skipping().double(), res_mode="is"), [rows()])
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [([], None), (iter([]), "must hold a batch"), ("text", "must be batches"), (3, "must be batches")],
+)
+def test_data_that_is_none(data, match):
+    model = adapted(res_mode="is")
+    if match is None:
+        assert not calibrate(model, data).residuals
+        return
+    with pytest.raises(ValueError, match=match):
+        calibrate(model, data)
+
+
+@pytest.mark.parametrize("ridge", [0, -1.0, float("nan"), float("inf")])
+def test_a_ridge_that_is_no_ridge_is_refused(ridge):
+    with pytest.raises(ValueError, match="ridge must be"):
+        calibrate(adapted(res_mode="is"), [rows()], ridge=ridge)
+
+
+def test_a_merged_or_plain_model_is_refused():
+    model = adapted(res_mode="none")
+    merge(model)
+    with pytest.raises(ValueError, match="must not be merged"):
+        calibrate(model, [rows()])
+    with pytest.raises(ValueError, match="must be adapted"):
+        calibrate(nn.Linear(2, 2), [rows()])
+
+
+def test_a_calibrated_model_can_be_copied_and_pickled():
+    model = adapted(res_mode="is")
+    calibrate(model, [rows()], keep_covariances=True)
+    want = merge_report(model, [rows()]).output_error
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert merge(twin, verify=[rows()]).output_error == pytest.approx(want)
+        assert twin.layers[1].lin.is_merged and not model.layers[1].lin.is_merged
+
+
+# ---- the merge that it is for
+
+
+def test_data_given_to_merge_means_lsq_and_beats_the_rules_of_the_paper():
+    model = randomize(
+        inject(tiny_llama(4), ResLoraConfig(r=2, target_modules="all-linear", res_mode="is")), 0.05
+    )
+    model.train()
+    model(tokens(4, 16))
+    batches = [tokens(8, 16) for _ in range(8)]
+    errors = {rule: merge_report(model, batches, rule).kl for rule in ("input", "weight")}
+    report = merge(model, data=batches, verify=batches)
+    assert {entry.rule for entry in report.layers} == {"exact", "lsq"} and report.rule == "lsq"
+    assert report.kl < 0.8 * min(errors.values())
+
+
+@pytest.mark.parametrize("method", ["input", "weight", "factored", "exact"])
+def test_data_for_a_rule_without_data_is_refused(method):
+    model = adapted(res_mode="is")
+    with pytest.raises(ValueError, match="data serves the rule 'lsq'"):
+        merge(model, method, data=[rows()])
+
+
+def test_lsq_without_data_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"got none for layer layers\.1\.lin"):
+        merge(adapted(res_mode="is"), "lsq")
+    with pytest.raises(ValueError, match="refine_steps needs batches"):
+        merge(adapted(res_mode="is"), refine_steps=3)
+
+
+def test_bf16_models_are_calibrated_in_fp32():
+    model = adapted(Net().to(torch.bfloat16), res_mode="is")
+    calibrate(model, [rows().to(torch.bfloat16)])
+    assert {fit.A.dtype for fit in fits(model).values()} == {torch.float32}
+    assert merge(model).layers[1].rule == "lsq" and trained(model)
