@@ -1,5 +1,6 @@
 // Mapped model files and their edited copies; see model_files.h.
 #include <ATen/Functions.h>
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/from_blob.h>
 #include <fcntl.h>
@@ -27,7 +28,8 @@ using detail::TensorEntry;
 
 namespace {
 
-constexpr int64_t kBufferBytes = int64_t{16} << 20;
+constexpr int64_t kCopyBytes = int64_t{16} << 20;
+constexpr int64_t kStripBytes = int64_t{1} << 20;  // of rows in fp32: what stays in a core's cache
 
 detail::Dtype file_type(at::ScalarType dtype) {
   return detail::entry_of("dtype", at::zeros({1}, dtype)).dtype;
@@ -128,27 +130,41 @@ class Writer {
   }
 
   void raw(const unsigned char* bytes, int64_t size) {
-    for (int64_t at = 0; at < size; at += kBufferBytes) {
-      const int64_t count = std::min(kBufferBytes, size - at);
+    for (int64_t at = 0; at < size; at += kCopyBytes) {
+      const int64_t count = std::min(kCopyBytes, size - at);
       file_.write(bytes + at, count);
       note(count);
     }
   }
 
-  /// Casts and writes `source` + `change(first row, rows)` in fp32 (fp64 for fp64), by rows.
+  /// Casts and writes `source`, changed by `change(rows in fp32, the first row)`. Threads work on
+  /// strips of rows that stay in a core's cache; what they make is written in one piece.
   void rows(const Tensor& source, at::ScalarType dtype,
-            const std::function<Tensor(int64_t, int64_t)>& change) {
+            const std::function<void(Tensor&, int64_t)>& change) {
     const Tensor matrix = source.dim() > 1 ? source.flatten(1) : source.reshape({-1, 1});
     const auto wide = source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const int64_t row_bytes = std::max<int64_t>(1, matrix.size(1) * 4);
-    const int64_t step = std::max<int64_t>(1, kBufferBytes / row_bytes);
+    const int64_t strip = std::max<int64_t>(1, kStripBytes / row_bytes);
+    const int64_t step = std::max<int64_t>(strip, kCopyBytes / row_bytes);
+    Tensor out = at::empty({std::min(step, matrix.size(0)), matrix.size(1)}, dtype);
     for (int64_t row = 0; row < matrix.size(0); row += step) {
       const int64_t count = std::min(step, matrix.size(0) - row);
-      Tensor part = matrix.narrow(0, row, count);
-      if (change) part = part.to(wide) + change(row, count).to(at::kCPU, wide);
-      part = part.to(dtype).contiguous();
-      file_.write(part.const_data_ptr(), part.nbytes());
-      note(static_cast<int64_t>(part.nbytes()));
+      const int64_t strips = (count + strip - 1) / strip;
+      at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+        const at::NoGradGuard no_grad;  // a thread of the pool has a state of its own
+        for (int64_t k = begin; k < end; ++k) {
+          const int64_t first = k * strip;
+          const int64_t some = std::min(strip, count - first);
+          Tensor part = matrix.narrow(0, row + first, some)
+                            .to(wide, /*non_blocking=*/false,
+                                /*copy=*/true);
+          if (change) change(part, row + first);
+          out.narrow(0, first, some).copy_(part);
+        }
+      });
+      const auto bytes = static_cast<int64_t>(count * matrix.size(1) * out.element_size());
+      file_.write(out.const_data_ptr(), bytes);
+      note(bytes);
     }
   }
 
@@ -165,19 +181,23 @@ class Writer {
   int64_t written_ = 0;
 };
 
-/// What a layer adds to rows [first, first + count) of its weight or bias.
-std::function<Tensor(int64_t, int64_t)> change_of(const TensorEdit& edit) {
+/// Adds what a layer adds to the rows of its weight or bias from `first` on.
+std::function<void(Tensor&, int64_t)> change_of(const TensorEdit& edit, at::ScalarType wide) {
   if (!edit.layer) return nullptr;
-  const LayerMerge layer = *edit.layer;
+  const LayerMerge& layer = *edit.layer;
   if (edit.is_bias) {
-    return [layer](int64_t first, int64_t count) {
-      return layer.bias.narrow(0, first, count).unsqueeze(1);
-    };
+    const Tensor bias = layer.bias.to(at::kCPU, wide).unsqueeze(1);
+    return [bias](Tensor& rows, int64_t first) { rows.add_(bias.narrow(0, first, rows.size(0))); };
   }
-  const Tensor left = edit.is_transposed ? layer.A.t() : layer.B;
-  const Tensor right = edit.is_transposed ? layer.B.t() : layer.A;
-  return [left, right](int64_t first, int64_t count) {
-    return at::mm(left.narrow(0, first, count), right);
+  const Tensor left = (edit.is_transposed ? layer.A.t() : layer.B).to(wide);
+  const Tensor right = (edit.is_transposed ? layer.B.t() : layer.A).to(wide);
+  return [left, right](Tensor& rows, int64_t first) {
+    const Tensor some = left.narrow(0, first, rows.size(0));
+    if (some.is_cpu()) {
+      rows.addmm_(some, right);
+    } else {
+      rows.add_(at::mm(some, right).to(at::kCPU));
+    }
   };
 }
 
@@ -239,7 +259,8 @@ void ModelFiles::write(const std::string& path, const std::vector<std::string>& 
         out.raw(static_cast<const unsigned char*>(source.const_data_ptr()),
                 static_cast<int64_t>(entry.size()));
       } else {
-        out.rows(source, dtype, change_of(edit));
+        const auto wide = source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+        out.rows(source, dtype, change_of(edit, wide));
       }
     }
     out.commit();

@@ -386,9 +386,10 @@ TEST(MergeRefuses, RulesThatCannotServe) {
   const auto plan = [](const ChainView& view, const std::string& method) {
     return [=] { MergePlan({view}, method); };
   };
-  EXPECT_TRUE(refuses(plan(view_of(blocks, "is", 1), "best"), "or 'exact'; got 'best'"));
-  EXPECT_TRUE(refuses(plan(view_of(blocks, "ms", 1), "exact"),
-                      "got a linked 'ms' layer (layer.1): use merge_method 'input' or 'weight'"));
+  EXPECT_TRUE(refuses(plan(view_of(blocks, "is", 1), "best"), "or 'factored'; got 'best'"));
+  EXPECT_TRUE(
+      refuses(plan(view_of(blocks, "ms", 1), "exact"),
+              "got a linked 'ms' layer (layer.1): use merge_method 'lsq', 'input' or 'weight'"));
   EXPECT_TRUE(refuses(plan(view_of(blocks, "is", 1, at::kDouble, false), "input"),
                       "layer layer.1 has none: train with norm_window > 0"));
   ChainView no_weights = view_of(blocks, "is", 1);
@@ -448,6 +449,108 @@ TEST(MergeRule, NamesGoBothWays) {
   for (const char* name : {"exact", "input", "weight", "factored"}) {
     EXPECT_EQ(merge_rule_name(parse_merge_rule(name)), name);
   }
+}
+
+// ---- fits
+
+/// An "is" chain whose linked layers have affine fits of random numbers.
+ChainView fitted_view(at::ScalarType dtype = at::kDouble) {
+  const std::vector<Block> blocks = random_blocks({3, 6, 4, 3, true});
+  ChainView view = view_of(blocks, "is", 1, dtype);
+  for (size_t n = 0; n < 3; ++n) {
+    view.layers[n].bias = blocks[n].bias.to(dtype, false, true);
+    if (n == 0) continue;
+    view.layers[n].fit = {random({3, 6}, 90 + n),
+                          {},
+                          random({3, 6}, 95 + n),
+                          random({3}, 99 + n),
+                          0.1,
+                          0.25,
+                          0.125,
+                          20};
+  }
+  return view;
+}
+
+TEST(MergeLsq, IsTheDefaultAndTakesTheFitWithTheLayersOwnB) {
+  for (const char* rule : {"lsq", ""}) {
+    const ChainView view = fitted_view();
+    const MergePlan plan({view}, rule, /*use_affine=*/false);
+    EXPECT_EQ(plan.layers()[0].rule, MergeRule::kExact);
+    EXPECT_EQ(plan.layers()[2].rule, MergeRule::kLsq);
+    EXPECT_FALSE(plan.layers()[0].residual.has_value());
+    EXPECT_EQ(plan.layers()[2].residual, 0.25);
+    EXPECT_FALSE(plan.layers()[2].bias.defined());
+    EXPECT_TRUE(at::equal(plan.layers()[2].A, view.layers[2].fit.A));
+    EXPECT_TRUE(all_close(plan.layers()[1].B, 0.75 * view.layers[1].B));  // scaling of layer 1
+  }
+}
+
+TEST(MergeLsq, AnAffineFitMovesTheBiasAndComesBackToTheBit) {
+  for (const auto dtype : {at::kDouble, at::kBFloat16}) {
+    const ChainView view = fitted_view(dtype);
+    const LayerView& layer = view.layers[1];
+    const at::Tensor weight = layer.weight.clone();
+    const at::Tensor bias = layer.bias.clone();
+    MergePlan plan({view}, "");
+    EXPECT_EQ(plan.layers()[1].residual, 0.125);
+    plan.apply();
+    const at::Tensor added = 0.75 * at::mm(layer.B, layer.fit.affine_A);
+    const at::Tensor offset = 0.75 * at::mv(layer.B, layer.fit.offset);
+    const double tolerance = dtype == at::kDouble ? 1e-12 : 4e-3;
+    EXPECT_TRUE(all_close(layer.weight, weight.to(at::kDouble) + added, tolerance));
+    EXPECT_TRUE(all_close(layer.bias, bias.to(at::kDouble) + offset, tolerance));
+    EXPECT_TRUE(at::equal(view.layers[0].bias, fitted_view(dtype).layers[0].bias));
+    plan.revert();
+    EXPECT_TRUE(at::equal(layer.weight, weight));
+    EXPECT_TRUE(at::equal(layer.bias, bias));
+  }
+}
+
+TEST(MergeLsq, ARefinedFitBringsItsOwnBAndNoBiasMeansNoOffset) {
+  ChainView view = fitted_view();
+  view.layers[1].fit.B = random({4, 3}, 5);
+  view.layers[1].fit.refine_steps = 4;
+  view.layers[1].bias = at::Tensor();
+  const MergePlan plan({view}, "lsq");
+  EXPECT_EQ(merge_rule_name(plan.layers()[1].rule), "refined");
+  EXPECT_TRUE(all_close(plan.layers()[1].B, 0.75 * view.layers[1].fit.B));
+  EXPECT_TRUE(at::equal(plan.layers()[1].A, view.layers[1].fit.A));
+  EXPECT_FALSE(plan.layers()[1].bias.defined());
+  EXPECT_TRUE(refuses([] { parse_merge_rule("refined"); }, "got 'refined'"));
+}
+
+TEST(MergeLsq, RefusesMissingAndMalformedFits) {
+  ChainView view = fitted_view();
+  view.layers[1].fit.affine_A = random({3, 7}, 1);
+  EXPECT_TRUE(refuses([&] { MergePlan({view}, "lsq"); }, "got [3, 7] (layer layer.1)"));
+  view.layers[1].fit = {};
+  EXPECT_TRUE(refuses([&] { MergePlan({view}, "lsq"); }, "got none for layer layer.1"));
+  EXPECT_EQ(MergePlan({view}, "").layers()[2].rule, MergeRule::kInput);
+}
+
+TEST(MergeApply, RevertsIntoTensorsThatHaveReplacedThoseOfThePlan) {
+  const ChainView view = fitted_view(at::kFloat);
+  MergePlan plan({view}, "");
+  plan.apply();
+  const std::vector<at::Tensor> merged = weights_of(view);
+  std::vector<at::Tensor> weights = weights_of(view);
+  std::vector<at::Tensor> biases;
+  for (const LayerView& layer : view.layers) biases.push_back(layer.bias.clone());
+  const at::Tensor good = weights[1];
+  weights[1] = good.to(at::kHalf);
+  EXPECT_TRUE(refuses([&] { plan.revert(weights, biases); }, "got Half for Float"));
+  EXPECT_TRUE(refuses([&] { plan.revert({good}, biases); }, "got 1 and 3 for 3 layers"));
+  weights[1] = good;
+  plan.revert(weights, biases);
+  const ChainView old = fitted_view(at::kFloat);
+  for (size_t n = 0; n < 3; ++n) {
+    EXPECT_TRUE(at::equal(weights[n], old.layers[n].weight));
+    EXPECT_TRUE(at::equal(biases[n], old.layers[n].bias));
+  }
+  EXPECT_TRUE(is_untouched(view, merged));
+  plan.apply();
+  EXPECT_TRUE(at::equal(weights[1], merged[1]));
 }
 
 }  // namespace
