@@ -1,6 +1,6 @@
 """What merging a model on disk costs beside copying it: seconds, and memory beyond `import torch`.
 
-python benchmarks/bench_file_merge.py --folder FOLDER             # files of 4 GB, made of random numbers
+python benchmarks/bench_file_merge.py --folder FOLDER             # 4 GB of random numbers
 python benchmarks/bench_file_merge.py --folder FOLDER --size 0.5  # GB; for a quick look
 
 Copying is `cp` and `sync` of the same files on the same disk; rounds are interleaved. Memory is the
@@ -173,7 +173,13 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         results = run(Path(folder), options.size, options.rounds)
-    settings = {"size": options.size, "rounds": options.rounds, "dtype": "bfloat16", "r": 8, "res_mode": "bs"}
+    settings = {
+        "size": options.size,
+        "rounds": options.rounds,
+        "dtype": "bfloat16",
+        "r": 8,
+        "res_mode": "bs",
+    }
     harness.write(options.output, question=__doc__, settings=settings, results=results)
     print(json.dumps(results, indent=1))
     return 0

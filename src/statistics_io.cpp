@@ -21,6 +21,7 @@ using detail::shown;
 constexpr const char* kFormatKey = "reslora.statistics";
 constexpr const char* kFormat = "1";
 constexpr const char* kSumKey = "reslora.adapter_sum";
+constexpr const char* kContentKey = "reslora.sha256";
 constexpr const char* kOwnersKey = "reslora.shared_xx";
 
 Tensor numbers(const std::vector<double>& values) { return at::tensor(values, at::kDouble); }
@@ -82,6 +83,8 @@ Fit take_fit(Contents& contents, const std::string& name) {
   require(dtype == at::kFloat || dtype == at::kDouble, "tensor {} must be F32 or F64; got {}",
           shown(name + ".fit_A"), c10::toString(dtype));
   fit.A = contents.take(name + ".fit_A", dtype, {-1, -1});
+  require(at::isfinite(fit.A).all().item<bool>(), "tensor {} must be finite; got NaN or infinity",
+          shown(name + ".fit_A"));
   const int64_t r = fit.A.size(0);
   const int64_t in = fit.A.size(1);
   if (contents.has(name + ".fit_B")) fit.B = contents.take(name + ".fit_B", dtype, {-1, r});
@@ -121,6 +124,8 @@ std::map<std::string, LayerStatistics> read(TensorFile file) {
     if (contents.has(name + ".norms")) {
       own.norms = NormWindow(contents.take(name + ".norms", at::kFloat, {2, -1}),
                              contents.take(name + ".norm_count", at::kLong, {1}));
+      require(own.norms.count().item<int64_t>() >= 0, "tensor {} must not be negative",
+              shown(name + ".norm_count"));
     }
     own.fit = take_fit(contents, name);
     const auto owner = owners.find(name);
@@ -178,7 +183,8 @@ void save_statistics(const std::string& path, const std::string& adapter_sum,
   file.metadata = {{"format", "pt"},
                    {kFormatKey, kFormat},
                    {kSumKey, adapter_sum},
-                   {kOwnersKey, owners_json(owners)}};
+                   {kOwnersKey, owners_json(owners)},
+                   {kContentKey, tensors_sum(file.tensors)}};
   save_tensors(path, file);
 }
 
@@ -187,15 +193,24 @@ std::map<std::string, LayerStatistics> load_statistics(const std::string& path,
   TensorFile file = load_tensors(path);
   return detail::on_file("load_statistics", path, [&] {
     const auto format = file.metadata.find(kFormatKey);
-    require(format != file.metadata.end() && file.metadata.count(kSumKey) > 0 &&
-                file.metadata.count(kOwnersKey) > 0,
-            "is no file of statistics: its metadata has no {}", kFormatKey);
+    require(format != file.metadata.end(), "is no file of statistics: its metadata has no {}",
+            kFormatKey);
+    for (const char* key : {kSumKey, kOwnersKey, kContentKey}) {
+      require(file.metadata.count(key) > 0, "the metadata must have {}; got none", key);
+    }
     require(format->second == kFormat, "statistics must be of format {}; got {}", kFormat,
             shown(format->second));
     require(file.metadata.at(kSumKey) == adapter_sum,
             "statistics must be of the adapter that they are loaded for; got those of another one: "
             "calibrate again, or leave the file out");
-    return read(std::move(file));
+    const bool is_intact = tensors_sum(file.tensors) == file.metadata.at(kContentKey);
+    std::map<std::string, LayerStatistics> statistics = read(std::move(file));
+    require(
+        is_intact,
+        "the content must have the checksum that {} gives; got another, so the file was damaged "
+        "or altered: calibrate and save again",
+        kContentKey);
+    return statistics;
   });
 }
 

@@ -27,9 +27,9 @@ if _torch_minor != _build_info.TORCH_MINOR:
         "install that torch, or build reslora again with `pip install --no-build-isolation .`"
     )
 
-from . import _C  # noqa: E402, F401  (loads libreslora, which registers the ops)
+# _C loads libreslora, which registers the ops.
+from . import _C, plots  # noqa: E402, F401
 from .calibration import Calibration, calibrate  # noqa: E402
-from . import plots  # noqa: E402
 from .checkpoint import load, save_pretrained  # noqa: E402
 from .config import ResLoraConfig  # noqa: E402
 from .exporting import export_diffusers, export_lora  # noqa: E402

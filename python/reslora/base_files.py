@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from . import _C
 from .checkpoint import PathLike
+from .config import ResLoraConfig
 
 STEMS = ("model", "diffusion_pytorch_model")
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5",
@@ -41,19 +43,29 @@ def base_folder(base: PathLike) -> Path:
         ) from None
 
 
-def weight_files(folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files of a model: one, or shards with an index."""
+
+    stem: str  # "model", or what diffusers calls it
+    paths: list[Path]
+    index: Path | None = None
+
+
+def weight_files(folder: Path) -> WeightFiles:
     """Return the safetensors files of a model folder, in order."""
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            return _indexed(index)
+            return WeightFiles(stem, _indexed(index), index)
         single = folder / f"{stem}.safetensors"
         if single.is_file():
-            return [single]
+            return WeightFiles(stem, [single])
     others = sorted(p.name for p in folder.iterdir() if p.name.endswith(WEIGHT_FILES))
     raise ValueError(
-        f"[merge] BASE must hold model.safetensors or an index of shards; got {folder} with "
-        f"{', '.join(others[:3]) or 'no weights'} (save it with safe_serialization=True first)"
+        f"[files] a model's folder must hold model.safetensors or an index of shards; got {folder} "
+        f"with {', '.join(others[:3]) or 'no weights'} (transformers writes it with "
+        "safe_serialization=True)"
     )
 
 
@@ -61,14 +73,28 @@ def _indexed(index: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        good = bool(names) and all(isinstance(name, str) and "/" not in name for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"[files] {index} must be an index whose weight_map names files beside it")
+    paths = [index.parent / name for name in names]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"[files] every file of {index.name} must be there; got no {missing[0]}")
+    return paths
+
+
+def check_index(files: _C.ModelFiles, source: WeightFiles) -> None:
+    """Refuse an index that names a tensor which its shards lack."""
+    if source.index is None:
+        return
+    weight_map = json.loads(source.index.read_text(encoding="utf-8"))["weight_map"]
+    missing = sorted(set(weight_map) - set(files.names))
+    if missing:
         raise ValueError(
-            f"[merge] {index} must be an index with a weight_map; got {error!r}"
-        ) from None
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or any("/" in name for name in names):
-        raise ValueError(f"[merge] {index} must name files beside it; got {(missing or names)[0]}")
-    return [index.parent / name for name in names]
+            f"[files] the shards must hold what {source.index.name} names; got no {missing[0]}"
+        )
 
 
 def find_name(names: list[str], wanted: str) -> str | None:
@@ -81,7 +107,7 @@ def find_name(names: list[str], wanted: str) -> str | None:
 
 def file_keys(names: list[str], adapter: _C.AdapterFile) -> dict[str, str]:
     """Return the file's name for the weight of every adapted layer."""
-    by_suffix = {}
+    by_suffix: dict[str, str] = {}
     for _, layers in adapter.chains:
         for name, *_ in layers:
             key = find_name(names, f"{name}.weight")
@@ -91,8 +117,36 @@ def file_keys(names: list[str], adapter: _C.AdapterFile) -> dict[str, str]:
                     f"{name} among {len(names)} tensors such as {min(names)}: is this the base of "
                     "the adapter?"
                 )
+            if key in by_suffix.values():
+                raise ValueError(
+                    f"[merge] every adapted layer must have a tensor of its own; got {key} for "
+                    f"{name} and another: is this the base of the adapter?"
+                )
             by_suffix[name] = key
     return by_suffix
+
+
+def bias_keys(names: list[str], keys: dict[str, str]) -> dict[str, str]:
+    """Return the file's name for the bias of every adapted layer that has one."""
+    known = set(names)
+    found = {name: f"{key.removesuffix('weight')}bias" for name, key in keys.items()}
+    return {name: key for name, key in found.items() if key in known}
+
+
+def check_chains(names: list[str], adapter: _C.AdapterFile, config: ResLoraConfig) -> None:
+    """Refuse a base with more layers of a kind than the adapter has, where it should have all."""
+    if config.layers_to_transform is not None or config.exclude_modules is not None:
+        return
+    if not isinstance(config.target_modules, list):
+        return
+    for chain, layers in adapter.chains:
+        pattern = re.escape(f"{chain}.weight").replace(r"\*", r"\d+")
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if len(found) > len(layers):
+            raise ValueError(
+                f"[merge] the base must be that of the adapter; got {len(found)} layers {chain}, "
+                f"of which the adapter has {len(layers)}"
+            )
 
 
 def transposed_layers(adapter: _C.AdapterFile) -> set[str]:

@@ -75,6 +75,9 @@ def check_export(directory: PathLike) -> list[Finding]:
 
 def _check_peft_folder(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[Finding]:
     ranks = sorted({t.shape[0] for key, t in tensors.items() if key.endswith(SUFFIXES[0])})
+    bad = [key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        return [Finding(reader, f"{bad[0]} holds NaN or infinity") for reader in READERS]
     found = _check_peft(config, tensors, ranks)
     for reader in ("vLLM", "llama.cpp"):
         found += [Finding(reader, sentence) for sentence in _served_refusals(config, tensors)]
@@ -101,7 +104,7 @@ def _check_peft_folder(config: dict[str, Any], tensors: dict[str, Tensor]) -> li
         f"it reads {DIFFUSERS_NAME} with a component's name before each key; write it with "
         "export_diffusers"
     )
-    return [*found, Finding("diffusers", sentence)]
+    return [*found, Finding("diffusers", sentence, is_fatal=False)]
 
 
 def _check_peft(
@@ -153,7 +156,11 @@ def _partner(key: str) -> str:
 
 def _check_diffusers(tensors: dict[str, Tensor]) -> list[Finding]:
     found = [
-        Finding(reader, f"it reads {WEIGHTS_NAME} and {CONFIG_NAME}; write them with export_lora")
+        Finding(
+            reader,
+            f"it reads {WEIGHTS_NAME} and {CONFIG_NAME}; write them with export_lora",
+            is_fatal=False,
+        )
         for reader in ("PEFT", "vLLM", "llama.cpp")
     ]
     components = {key.split(".", 1)[0] for key in tensors}

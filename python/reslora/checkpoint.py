@@ -177,10 +177,15 @@ def read_statistics(folder: Path, adapter: _C.AdapterFile) -> Statistics:
     factors = (".reslora_A.weight", ".reslora_B.weight")
     own = {key: tensor for key, tensor in adapter.tensors.items() if key.endswith(factors)}
     statistics = _C.load_statistics(path, _C.tensors_sum(own))
-    names = {layer[0] for _, layers in adapter.chains for layer in layers}
-    unknown = sorted(set(statistics) - names)
-    if unknown:
-        raise ValueError(f"[load] statistics must be of layers of the adapter; got {unknown[0]}")
+    shapes = {name: [r, i] for _, layers in adapter.chains for name, i, _, r, _ in layers}
+    for name, (_, _, fit, _) in statistics.items():
+        if name not in shapes:
+            raise ValueError(f"[load] statistics must be of layers of the adapter; got {name}")
+        if fit is not None and list(fit.A.shape) != shapes[name]:
+            raise ValueError(
+                f"[load] a fit must have the shape of A, {shapes[name]}; got {list(fit.A.shape)} "
+                f"for {name}"
+            )
     return statistics
 
 

@@ -124,7 +124,7 @@ def _add_readers(commands: Any) -> None:
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as 4GB, 500MiB or 1000000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
-    if not match or float(match[1]) <= 0:
+    if not match or float(match[1]) * UNITS[match[2] or ""] < 1:
         raise argparse.ArgumentTypeError(f"must be a size such as 4GB or 500MiB; got {text!r}")
     return int(float(match[1]) * UNITS[match[2] or ""])
 
@@ -137,7 +137,10 @@ def run_merge(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from .model_folder import merge_folder
+    from .verifying import read_blocks, verify_folder
 
+    # Before the work, so that a text that cannot serve costs nothing.
+    blocks = read_blocks(options.base, options.verify) if options.verify else None
     report = merge_folder(
         options.base, options.adapter, options.output, options.method, dtype=options.dtype,
         shard_size=options.shard_size, device=options.device, progressbar=sys.stderr.isatty(),
@@ -149,13 +152,11 @@ def run_merge(options: argparse.Namespace) -> int:
             stacklevel=1,
         )
     values = asdict(report)
-    if options.verify:
-        from .verifying import verify_folder
-
-        comparison = verify_folder(options.base, options.adapter, options.output, options.verify)
+    if blocks is not None:
+        comparison = verify_folder(options.base, options.adapter, options.output, blocks)
         values["verify"] = asdict(comparison)
     print(json.dumps(values, indent=2) if options.json else report)
-    if options.verify and not options.json:
+    if blocks is not None and not options.json:
         print(comparison)
     return 0
 
@@ -195,7 +196,7 @@ def run_check(options: argparse.Namespace) -> int:
         for reader in READERS:
             own = [str(finding) for finding in found if finding.reader == reader]
             print("\n".join(own) or f"{reader}: nothing known against it")
-    return int(any(finding.is_fatal and finding.reader != "diffusers" for finding in found))
+    return int(any(finding.is_fatal for finding in found))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from .checkpoint import (
     read_adapter,
     saved_tensors,
 )
+from .config import PEFT_TYPE
 from .injection import Injection
 from .layer import is_conv1d
 from .merging import prepare
@@ -181,7 +182,13 @@ def peft_tensors(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def write_lora(folder: Any, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
-    """Write a folder in PEFT's format."""
+    """Write a folder in PEFT's format; one that holds an unmerged adapter is refused."""
+    there = folder / CONFIG_NAME
+    if there.is_file() and f'"{PEFT_TYPE}"' in there.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(
+            f"[export] the folder must not hold an unmerged adapter, which would be lost; got "
+            f"{folder}"
+        )
     _C.save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(folder / "README.md", card)
@@ -295,7 +302,7 @@ def export_folder(
     """
     folder = Path(adapter)
     read, config = read_adapter(folder)
-    plan = plan_of(read, config, folder, merge_method, {}, use_affine=False)
+    plan = plan_of(read, config, folder, merge_method, {}, {})
     layers, error = reduced(plan.layers, rank, tolerance)
     R, pairs = padded(layers)
     values = json.loads(read.config_json)

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import _C
 from .base_files import weight_files
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, read_adapter, read_statistics
+from .exporting import DIFFUSERS_NAME
 
 
 @dataclass
@@ -74,7 +75,7 @@ def inspect(path: PathLike) -> Inspection:
         return _inspect_files([place], str(path))
     if (place / WEIGHTS_NAME).is_file():
         config = place / CONFIG_NAME
-        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        values = _read_config(config)
         if values.get("peft_type") == "RESLORA":
             return _inspect_adapter(place)
         found = _inspect_files([place / WEIGHTS_NAME], str(path))
@@ -82,7 +83,30 @@ def inspect(path: PathLike) -> Inspection:
         keys = ("r", "lora_alpha", "target_modules", "base_model_name_or_path")
         found.options = {key: values[key] for key in keys if key in values}
         return found
-    return _inspect_files(weight_files(place), str(path))
+    if (place / DIFFUSERS_NAME).is_file():
+        found = _inspect_files([place / DIFFUSERS_NAME], str(path))
+        found.kind = "plain LoRA (diffusers)"
+        return found
+    try:
+        paths = weight_files(place).paths
+    except ValueError:
+        raise ValueError(
+            f"[inspect] PATH must be a safetensors file, or the folder of an adapter or a model; "
+            f"got {place}"
+        ) from None
+    return _inspect_files(paths, str(path))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"[inspect] {path} must be JSON; got {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"[inspect] {path} must be a JSON object; got {type(values).__name__}")
+    return values
 
 
 def _inspect_files(paths: list[Path], shown: str) -> Inspection:

@@ -26,6 +26,7 @@ from .console import bar
 from .injection import Injection
 from .layer import base_weight
 from .planning import chosen_method, make_plan
+from .quantized import dense_layers
 from .refinement import refine
 from .reporting import MergeReport, describe, measure
 from .utils import injection_of, mixed_links
@@ -46,20 +47,23 @@ class Applied:
         return {**self.__dict__, "plan": None}
 
 
-def _check_weights(model: nn.Module, injection: Injection, op: str) -> None:
+def _check_weights(
+    model: nn.Module, injection: Injection, op: str, dense: dict[str, nn.Linear]
+) -> None:
     """Refuse weights that cannot be written, before anything is."""
     for layer in injection.layers:
-        weight = base_weight(layer.base_layer)
+        weight = base_weight(dense.get(layer.name, layer.base_layer))
         if weight is None or weight.is_meta:
             kind = "an offloaded weight" if weight is not None else type(layer.base_layer).__name__
             raise ValueError(
                 f"[{op}] the base of each layer must hold a plain weight; got {kind} (layer "
-                f"{layer.name}); export_lora(model, folder) needs none"
+                f"{layer.name}); merge_and_unload(model, dequantize=True) merges into dequantised "
+                "weights, `reslora merge` into the original files, export_lora needs none"
             )
         if layer.is_disabled:
             raise ValueError(f"[{op}] adapters must be enabled; got {layer.name} disabled")
     owners: dict[int, str] = {}
-    adapted = {id(layer.base_layer.weight) for layer in injection.layers}
+    adapted = {id(getattr(layer.base_layer, "weight", None)) for layer in injection.layers}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = owners.setdefault(id(parameter), name)
         if id(parameter) in adapted and other != name and not _is_same_module(model, other, name):
@@ -111,7 +115,7 @@ def merge(
     """
     return _merge(
         model, merge_method, "merge", data, refine_steps, verify, max_error, safe_merge,
-        progressbar, True,
+        progressbar, True, {},
     )  # fmt: skip
 
 
@@ -124,21 +128,28 @@ def merge_and_unload(
     verify: Any = None,
     max_error: float | None = None,
     safe_merge: bool = False,
+    dequantize: bool = False,
     progressbar: bool = False,
 ) -> nn.Module:
     """Merge, then remove every trace of reslora; the arguments are those of `merge`.
 
     The model is changed in place and returned: its modules are those from before `inject`, with
     merged weights. No originals are kept: where `max_error` or a rule refuses, the model is as it
-    was, adapters and all.
+    was, adapters and all. With `dequantize`, quantised base layers become dense `nn.Linear`s: the
+    adapter is merged into the dequantised weights (not those of the original files; see
+    `reslora.quantized`).
     """
     injection = injection_of(model, "merge_and_unload")
     applied = injection.applied
     if applied is None:
+        dense = dense_layers(injection, "merge_and_unload") if dequantize else {}
         _merge(
             model, merge_method, "merge_and_unload", data, refine_steps, verify, max_error,
-            safe_merge, progressbar, False,
+            safe_merge, progressbar, False, dense,
         )  # fmt: skip
+        for layer in injection.layers:
+            if layer.name in dense:
+                layer.base_layer = dense[layer.name]
     elif merge_method not in (None, applied.merge_method) or data is not None or verify is not None:
         raise ValueError(
             f"[merge_and_unload] the model is merged by {applied.merge_method or 'default'!r}; got "
@@ -159,14 +170,16 @@ def _merge(
     safe_merge: bool,
     progressbar: bool,
     keep_originals: bool,
+    dense: dict[str, nn.Linear],
 ) -> MergeReport:
     injection = injection_of(model, op)
     if injection.applied is not None:
         raise ValueError(f"[{op}] adapters must not be merged yet; got a merged model (unmerge it)")
     _check_limits(op, verify, max_error)
-    _check_weights(model, injection, op)
+    _check_weights(model, injection, op, dense)
     prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
-    plan = make_plan(injection, merge_method, op)
+    weights = {name: layer.weight for name, layer in dense.items()}
+    plan = make_plan(injection, merge_method, op, weights=weights)
     _warn_mixed(model, op)
     report = describe(plan)
     if verify is not None:

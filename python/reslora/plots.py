@@ -36,7 +36,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def merge_errors(report: MergeReport, kind: str = "output_error") -> Figure:
-    """Return a heat map of the layers' relative errors: one row for each index, one column a target.
+    """Return a heat map of the layers' relative errors, layer index by target.
 
     Args:
         report: of `merge_report`, or of `merge` with `verify`.

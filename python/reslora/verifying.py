@@ -37,28 +37,40 @@ class Comparison:
         )
 
 
-@torch.no_grad()
-def verify_folder(
-    base: PathLike, adapter: PathLike, merged: PathLike, text: PathLike
-) -> Comparison:
-    """Compare on at most 32 blocks of 256 tokens of a text file; needs transformers.
+def read_blocks(base: PathLike, text: PathLike) -> Tensor:
+    """Return at most 32 blocks of at most 256 tokens of a text file; needs transformers.
 
     Raises:
         ValueError: for a file without enough text.
         ImportError: without transformers.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
     except ImportError:
         raise ImportError("--verify needs transformers: pip install transformers") from None
     folder = base_folder(base)
-    words = Path(text).read_text(encoding="utf-8")
+    try:
+        words = Path(text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[verify] FILE must be UTF-8 text; got {text} ({error})") from None
     ids = AutoTokenizer.from_pretrained(folder)(words)["input_ids"]
     if len(ids) < 2:
         raise ValueError(f"[verify] FILE must hold text of at least 2 tokens; got {len(ids)}")
-    length = min(BLOCK, len(ids))
+    longest = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or BLOCK
+    length = min(BLOCK, longest, len(ids))
     count = min(BLOCKS, len(ids) // length)
-    blocks = torch.tensor(ids[: count * length]).view(count, length)
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+@torch.no_grad()
+def verify_folder(
+    base: PathLike, adapter: PathLike, merged: PathLike, blocks: Tensor
+) -> Comparison:
+    """Compare on blocks of tokens [blocks, length]; needs transformers."""
+    from transformers import AutoModelForCausalLM
+
+    folder = base_folder(base)
+    count, length = blocks.shape
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     after = AutoModelForCausalLM.from_pretrained(merged).eval()
     losses = [0.0, 0.0, 0.0]

@@ -1,4 +1,4 @@
-"""calibrate: the fit against NumPy, padding, memory limits, what is refused, what it leaves alone."""
+"""calibrate: the fit against NumPy, padding, memory limits, refusals, what it leaves alone."""
 
 import copy
 import pickle
@@ -231,7 +231,11 @@ def test_fits_of_a_changed_adapter_are_refused():
     calibrate(model, [rows()])
     with torch.no_grad():
         model.layers[1].lin.reslora_B.add_(0.1)
-    for call in (lambda: merge(model), lambda: merge(model, "lsq"), lambda: merge_report(model, [])):
+    for call in (
+        lambda: merge(model),
+        lambda: merge(model, "lsq"),
+        lambda: merge_report(model, []),
+    ):
         with pytest.raises(ValueError, match="fits made before it changed"):
             call()
     calibrate(model, [])
@@ -271,7 +275,12 @@ def test_a_layer_that_no_batch_reaches_is_refused_by_name():
 
 @pytest.mark.parametrize(
     ("data", "match"),
-    [([], None), (iter([]), "must hold a batch"), ("text", "must be batches"), (3, "must be batches")],
+    [
+        ([], None),
+        (iter([]), "must hold a batch"),
+        ("text", "must be batches"),
+        (3, "must be batches"),
+    ],
 )
 def test_data_that_is_none(data, match):
     model = adapted(res_mode="is")

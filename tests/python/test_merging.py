@@ -215,7 +215,9 @@ def test_merge_and_unload_of_a_merged_model():
     model = with_norms(adapted())
     merge(model, "weight")
     want = model(x_of())
-    with pytest.raises(ValueError, match="the model is merged by 'weight'; got merge_method 'input'"):
+    with pytest.raises(
+        ValueError, match="the model is merged by 'weight'; got merge_method 'input'"
+    ):
         merge_and_unload(model, "input")
     assert torch.equal(merge_and_unload(model)(x_of()), want)
 

@@ -1,4 +1,4 @@
-"""refine: distillation lowers the held-out loss, touches nothing else, and refuses what cannot be."""
+"""refine: distillation lowers the held-out loss, touches nothing else, refuses what cannot be."""
 
 import copy
 

@@ -95,7 +95,9 @@ def test_padding_is_left_out_of_a_report():
 def test_models_of_other_kinds_are_measured(make):
     targets = ["c_attn", "c_proj"] if make is tiny_gpt2 else ["query", "value"]
     model = adapted(make(), 0.3, target_modules=targets, res_mode="is")
-    report = merge_report(model, {"input_ids": tokens(), "attention_mask": torch.ones(2, 7)}, "weight")
+    report = merge_report(
+        model, {"input_ids": tokens(), "attention_mask": torch.ones(2, 7)}, "weight"
+    )
     assert report.output_error > 0 and len(report.layers) == len(find_layers(model))
     assert report.rows == (14 if make is tiny_gpt2 else 2)
 
@@ -180,7 +182,11 @@ def test_plots_show_every_layer_and_rule():
     reports["lsq"] = merge_report(model, batches)
     heat = plots.merge_errors(reports["lsq"]).axes[0]
     shown = heat.images[0].get_array()
-    assert shown.shape == (3, 2) and [t.get_text() for t in heat.get_yticklabels()] == ["0", "1", "2"]
+    assert shown.shape == (3, 2) and [t.get_text() for t in heat.get_yticklabels()] == [
+        "0",
+        "1",
+        "2",
+    ]
     entry = next(e for e in reports["lsq"].layers if e.name.endswith("2.mlp.down_proj"))
     assert shown[2, 1] == pytest.approx(entry.output_error)
     axes = plots.errors_by_rule(reports).axes[0]
