@@ -42,6 +42,7 @@ struct Slot {
   Tensor ux;     // [r, in], sum A x x^T; only beside a file
   Tensor v_sum;  // [r]
   double vv = 0;
+  int64_t rows = 0;
   std::optional<FitSums> kept;
 };
 
@@ -69,7 +70,7 @@ double square_sum(const Tensor& rows) { return rows.to(at::kDouble).square().sum
 Tensor as_rows(const Tensor& tensor, const std::optional<Tensor>& mask) {
   const auto dtype = tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor rows = tensor.detach().reshape({-1, tensor.size(-1)}).to(dtype);
-  return mask ? rows.index({mask->reshape({-1}).to(rows.device())}) : rows;
+  return mask ? rows.index({mask->reshape({-1}).to(rows.device(), at::kBool)}) : rows;
 }
 
 }  // namespace
@@ -136,6 +137,10 @@ Fit FitCollector::State::fit(const Slot& slot, int64_t c, int64_t n) {
   const Tensor& A = views[c].layers[n].A;
   const std::string& name = shape(c, n).name;
   Input& input = *slot.input;
+  RESLORA_CHECK(slot.rows == input.rows,
+                "[calibrate] layers that read one tensor must do so in every forward; got layer {} "
+                "with {} rows of {}: calibrate on batches of one kind",
+                name, slot.rows, input.rows);
   if (input.file) {
     int64_t steps = 0;
     const detail::RowSums sums{slot.vx, slot.ux, input.diagonal, slot.vv, input.rows};
@@ -214,6 +219,7 @@ void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const T
   }
   add_columns_(slot.v_sum, targets);
   slot.vv += square_sum(targets);
+  slot.rows += targets.size(0);
 }
 
 void FitCollector::end_batch() {

@@ -18,7 +18,7 @@ double square_sum(const Tensor& tensor) {
 /// [..., columns] -> [T, columns] without the rows that `mask` leaves out.
 Tensor as_rows(const Tensor& tensor, const Tensor& like, const std::optional<Tensor>& mask) {
   const Tensor rows = tensor.detach().reshape({-1, tensor.size(-1)}).to(like.scalar_type());
-  return mask ? rows.index({mask->reshape({-1}).to(rows.device())}) : rows;
+  return mask ? rows.index({mask->reshape({-1}).to(rows.device(), at::kBool)}) : rows;
 }
 
 }  // namespace

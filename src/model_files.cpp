@@ -225,6 +225,10 @@ void check_edit(const std::string& name, const Tensor& source, const TensorEdit&
 void ModelFiles::write(const std::string& path, const std::vector<std::string>& names,
                        const std::map<std::string, TensorEdit>& edits,
                        const WriteOptions& options) const {
+  RESLORA_CHECK(!options.dtype || *options.dtype == at::kFloat || *options.dtype == at::kDouble ||
+                    *options.dtype == at::kHalf || *options.dtype == at::kBFloat16,
+                "[merge_files] dtype must be float32, float64, float16 or bfloat16; got {}",
+                c10::toString(*options.dtype));
   const detail::FullPrecision guard;
   detail::on_file("merge_files", path, [&] {
     detail::Header header;
@@ -237,6 +241,8 @@ void ModelFiles::write(const std::string& path, const std::vector<std::string>& 
     };
     for (const std::string& name : names) {
       const TensorEdit& edit = edit_of(name);
+      if (edit.replacement)
+        detail::entry_of(name, *edit.replacement);  // refuses what files cannot hold
       const Tensor source = edit.replacement ? detail::file_order(*edit.replacement) : tensor(name);
       check_edit(name, source, edit);
       TensorEntry entry;

@@ -3,7 +3,9 @@
 #include <ATen/TensorOperators.h>
 #include <reslora/merge.h>
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "detail/check.h"
 #include "internal/precision.h"
@@ -24,24 +26,27 @@ ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double
   RESLORA_CHECK(std::isfinite(tolerance) && tolerance >= 0 && tolerance < 1,
                 "[export] tolerance must lie in [0, 1); got {} (layer {})", tolerance, layer.name);
   const detail::FullPrecision guard;
+  RESLORA_CHECK(
+      at::isfinite(layer.A).all().item<bool>() && at::isfinite(layer.B).all().item<bool>(),
+      "[export] factors must be finite; got NaN or infinity (layer {})", layer.name);
   // B A = Qb (Rb Ra^T) Qa^T: the singular values are those of the small core.
   const auto [q_b, r_b] = at::linalg_qr(layer.B.to(at::kDouble));
   const auto [q_a, r_a] = at::linalg_qr(layer.A.to(at::kDouble).t());
   const auto [u, values, vh] = at::linalg_svd(at::mm(r_b, r_a.t()), /*full_matrices=*/false);
-  const at::Tensor squares = values.square();
-  // left[k]: what is lost, squared, when the k largest are kept.
-  const at::Tensor left = squares.sum() - squares.cumsum(0);
-  const double total = squares.sum().item<double>();
-  RESLORA_CHECK(std::isfinite(total),
-                "[export] factors must be finite; got NaN or infinity "
-                "(layer {})",
-                layer.name);
+  // left[k]: what is lost, squared, when the k largest are kept; summed from the small end, since
+  // the difference of two large sums would lose it.
+  const at::Tensor squares = values.square().to(at::kCPU).contiguous();
+  std::vector<double> left(squares.size(0) + 1, 0.0);
+  for (int64_t k = squares.size(0) - 1; k >= 0; --k) {
+    left[k] = left[k + 1] + squares.const_data_ptr<double>()[k];
+  }
+  const double total = left[0];
   int64_t rank = 1;
-  while (rank < std::min<int64_t>(max_rank, values.size(0)) &&
-         left[rank - 1].item<double>() > tolerance * tolerance * total) {
+  while (rank < std::min<int64_t>(max_rank, squares.size(0)) &&
+         left[rank] > tolerance * tolerance * total) {
     ++rank;
   }
-  const double lost = std::max(0.0, left[rank - 1].item<double>());
+  const double lost = left[rank];
   const at::Tensor root = values.narrow(0, 0, rank).sqrt();
   ReducedFactors reduced;
   reduced.layer = layer;

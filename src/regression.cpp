@@ -62,7 +62,7 @@ Solved solve(Tensor xx, const Tensor& vx, double vv, const Tensor& A, double rid
                 "[calibrate] activations must be finite; got NaN or infinity (layer {}): check the "
                 "batches and the adapter",
                 name);
-  if (lambda <= 0) return {A.clone(), 0};  // x was 0 throughout
+  if (lambda <= 0) return {A.clone(), residual_of(vv, vx, A, A, 0)};  // x was 0 throughout
   diagonal.add_(lambda);
   const auto [factor, info] = at::linalg_cholesky_ex(xx);
   RESLORA_CHECK(info.item<int>() == 0,
@@ -85,6 +85,20 @@ Fit solve_fit(const FitSums& sums, const Tensor& A, const FitOptions& options,
               const std::string& name) {
   const detail::FullPrecision guard;
   check_sums(sums, A, options, name);
+  const auto check = [&](const char* role, const Tensor& sum, std::vector<int64_t> sizes) {
+    RESLORA_CHECK(sum.defined() && sum.sizes() == at::IntArrayRef(sizes),
+                  "[calibrate] {} must be [{}]; got [{}] (layer {})", role, fmt::join(sizes, ", "),
+                  fmt::join(sum.defined() ? sum.sizes() : at::IntArrayRef(), ", "), name);
+    RESLORA_CHECK(std::isfinite(sum_of(sum)),
+                  "[calibrate] activations must be finite; got NaN or infinity (layer {}): check "
+                  "the batches and the adapter",
+                  name);
+  };
+  check("xx", sums.xx, {A.size(1), A.size(1)});
+  if (options.affine) {
+    check("x_sum", sums.x_sum, {A.size(1)});
+    check("v_sum", sums.v_sum, {A.size(0)});
+  }
   const Tensor own = A.detach().to(sums.vx.options());
   Fit fit;
   fit.rows = sums.rows;

@@ -8,6 +8,7 @@
 #include <set>
 #include <utility>
 
+#include "detail/check.h"
 #include "detail/json.h"
 #include "internal/tensor_types.h"
 
@@ -26,8 +27,9 @@ constexpr const char* kOwnersKey = "reslora.shared_xx";
 
 Tensor numbers(const std::vector<double>& values) { return at::tensor(values, at::kDouble); }
 
-void put(std::map<std::string, Tensor>& tensors, const std::string& key, const Tensor& tensor) {
-  if (tensor.defined()) tensors[key] = tensor;
+void put(std::map<std::string, Tensor>& tensors, const std::string& key, const Tensor& tensor,
+         at::ScalarType dtype) {
+  if (tensor.defined()) tensors[key] = tensor.to(dtype);
 }
 
 std::string owners_json(const std::map<std::string, std::string>& owners) {
@@ -76,6 +78,13 @@ class Contents {
   std::map<std::string, Tensor> tensors_;
 };
 
+/// A count that a file holds as a number.
+int64_t count_of(double value, const std::string& key) {
+  require(value >= 0 && value < 9e15 && value == std::floor(value),
+          "counts in {} must be whole numbers of at least 0; got {}", shown(key), value);
+  return static_cast<int64_t>(value);
+}
+
 Fit take_fit(Contents& contents, const std::string& name) {
   Fit fit;
   if (!contents.has(name + ".fit_A")) return fit;
@@ -96,8 +105,8 @@ Fit take_fit(Contents& contents, const std::string& name) {
   fit.alpha_star = values[0];
   fit.residual = values[1];
   fit.affine_residual = values[2];
-  fit.rows = static_cast<int64_t>(values[3]);
-  fit.refine_steps = static_cast<int64_t>(values[4]);
+  fit.rows = count_of(values[3], name + ".fit");
+  fit.refine_steps = count_of(values[4], name + ".fit");
   return fit;
 }
 
@@ -116,6 +125,8 @@ std::map<std::string, LayerStatistics> read(TensorFile file) {
   Contents contents(std::move(file.tensors));
   std::map<std::string, Tensor> xx;
   for (const auto& [layer, owner] : owners) {
+    require(layers.count(layer) > 0, "{} must name layers of the file; got {}", kOwnersKey,
+            shown(layer));
     if (xx.count(owner) == 0) xx[owner] = contents.take(owner + ".xx", at::kDouble, {-1, -1});
   }
   std::map<std::string, LayerStatistics> statistics;
@@ -140,7 +151,7 @@ std::map<std::string, LayerStatistics> read(TensorFile file) {
     sums.v_sum = contents.take(name + ".v_sum", at::kDouble, {sums.vx.size(0)});
     const std::vector<double> values = contents.take_numbers(name + ".sums", 2);
     sums.vv = values[0];
-    sums.rows = static_cast<int64_t>(values[1]);
+    sums.rows = count_of(values[1], name + ".sums");
     own.sums = sums;
   }
   require(contents.rest().empty(), "statistics must hold known tensors only; got {}",
@@ -162,16 +173,23 @@ void save_statistics(const std::string& path, const std::string& adapter_sum,
     }
     const Fit& fit = own.fit;
     if (fit.A.defined()) {
-      put(file.tensors, name + ".fit_A", fit.A);
-      put(file.tensors, name + ".fit_B", fit.B);
-      put(file.tensors, name + ".affine_A", fit.affine_A);
-      put(file.tensors, name + ".offset", fit.offset);
+      // One dtype for all, as it is read.
+      const auto dtype = fit.A.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      put(file.tensors, name + ".fit_A", fit.A, dtype);
+      put(file.tensors, name + ".fit_B", fit.B, dtype);
+      if (fit.affine_A.defined() && fit.offset.defined()) {
+        put(file.tensors, name + ".affine_A", fit.affine_A, dtype);
+        put(file.tensors, name + ".offset", fit.offset, dtype);
+      }
       file.tensors[name + ".fit"] =
           numbers({fit.alpha_star, fit.residual, fit.affine_residual, static_cast<double>(fit.rows),
                    static_cast<double>(fit.refine_steps)});
     }
     if (!own.sums) continue;
     const FitSums& sums = *own.sums;
+    RESLORA_CHECK(
+        sums.xx.defined() && sums.vx.defined() && sums.x_sum.defined() && sums.v_sum.defined(),
+        "[save_statistics] sums must hold xx, vx, x_sum and v_sum; got less (layer {})", name);
     const auto [owner, is_new] = owner_of.emplace(sums.xx.const_data_ptr(), name);
     owners[name] = owner->second;
     if (is_new) file.tensors[name + ".xx"] = sums.xx;

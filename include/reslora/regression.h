@@ -4,9 +4,9 @@
 //   A'_n = argmin  sum |v_n - A' x_n|^2 + lambda |A' - A_n|^2
 //        = A_n + (sum v x^T - A_n sum x x^T) (sum x x^T + lambda I)^-1
 //
-// lambda is `ridge` times the mean diagonal of sum x x^T. The rank stays r and B is untouched; what
-// remains is the part of the taps that is no linear function of x_n. The paper's alpha* is the
-// special case A' = (1 + alpha*) A_n.
+// lambda is `ridge` times the mean diagonal of sum x x^T (of centred x in the affine form). The
+// rank stays r and B is untouched; what remains is the part of the taps that is no linear function
+// of x_n. The paper's alpha* is the special case A' = (1 + alpha*) A_n.
 //
 //   reslora::FitCollector collector({chain.view()});
 //   chain.collect(&collector, 0);
@@ -32,8 +32,8 @@
 namespace reslora {
 
 struct FitOptions {
-  double ridge = 1e-4;                       // lambda over the mean diagonal of sum x x^T; > 0
-  bool affine = false;                       // also fit an offset, for layers that have a bias
+  double ridge = 1e-4;  // lambda over the mean diagonal of sum x x^T; > 0
+  bool affine = false;  // also fit an offset, for layers with a bias that fit into max_cov_bytes
   int64_t max_cov_bytes = int64_t{4} << 30;  // of sums held at once; solving takes one more matrix
   bool keep_sums = false;                    // keep what a later solve_fit needs
 };
