@@ -1,4 +1,4 @@
-"""Writes the benchmark table of the README from results/*.json, so that no figure is typed by hand.
+"""Writes the README's tables of figures from results/, so that no figure is typed by hand.
 
 python benchmarks/readme_table.py           # rewrites the part between the two marks
 python benchmarks/readme_table.py --check   # exit code 1 where the README says something else
@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import merge_summary
+
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 FILES = ["layer_2048x768.json", "layer_128x384.json"]
 ROWS = ["peft", "naive is", "naive bs", "naive ms"] + [
     f"reslora {mode}" for mode in ("none", "is", "bs", "ms")
@@ -26,8 +27,8 @@ def cell(results: dict[str, Any], name: str) -> str:
     return f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})"
 
 
-def table() -> str:
-    """Return the text between the marks."""
+def speed_table() -> str:
+    """Return what bench_layer.py measured."""
     runs = [json.loads((HERE / "results" / name).read_text()) for name in FILES]
     dropouts = runs[0]["settings"]["dropout"]
     columns = [(run, p) for run in runs for p in dropouts]
@@ -50,12 +51,40 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def file_merge_sentence() -> str:
+    """Return what bench_file_merge.py measured."""
+    run = json.loads((HERE / "results" / "file_merge.json").read_text())
+    results, settings = run["results"], run["settings"]
+    ratio = results["times"]["merge"]["ratio"]
+    return (
+        f"`reslora merge` on {results['bytes'] / 1e9:.1f} GB of {settings['dtype']} (r "
+        f"{settings['r']}, {settings['res_mode']}) took {ratio['median']:.1f} "
+        f"({ratio['p5']:.1f}-{ratio['p95']:.1f}) times what `cp` and `sync` of the same files took, "
+        f"with {results['anonymous_bytes'] / 1e6:.0f} MB of memory beyond `import torch`."
+    )
+
+
+SECTIONS = {
+    "benchmarks": speed_table,
+    "merging": merge_summary.table,
+    "file merge": file_merge_sentence,
+}
+
+
+def filled(text: str) -> str:
+    """Return the README's text with every section written anew."""
+    for name, make in SECTIONS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, rest = text.split(begin)
+        _, tail = rest.split(end)
+        text = f"{head}{begin}\n{make()}\n{end}{tail}"
+    return text
+
+
 def main(arguments: list[str]) -> int:
     """Rewrite or check the README."""
     text = README.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    wanted = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+    wanted = filled(text)
     if arguments == ["--check"]:
         return int(text != wanted)
     README.write_text(wanted)

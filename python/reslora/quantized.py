@@ -3,8 +3,8 @@
 A quantised weight cannot take a sum: it is dequantised, the adapter is added to what comes out,
 and the layer stays dense. What is merged into are therefore the *dequantised* weights, which differ
 from those of the original files by the quantisation error; an adapter that was trained on the
-quantised model fits them. To merge into the original files instead, use `merge_folder`, which is `reslora
-merge`.
+quantised model fits them. To merge into the original files instead, use `merge_folder` (the command
+`reslora merge`).
 
 Known are weights with a `dequantize` method (torchao) and the 4-bit and 8-bit layers of
 bitsandbytes.
