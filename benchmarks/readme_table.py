@@ -59,7 +59,7 @@ def file_merge_sentence() -> str:
     return (
         f"`reslora merge` on {results['bytes'] / 1e9:.1f} GB of {settings['dtype']} (r "
         f"{settings['r']}, {settings['res_mode']}) took {ratio['median']:.1f} "
-        f"({ratio['p5']:.1f}-{ratio['p95']:.1f}) times what `cp` and `sync` of the same files took, "
+        f"({ratio['p5']:.1f}-{ratio['p95']:.1f}) times as long as `cp` and `sync`, "
         f"with {results['anonymous_bytes'] / 1e6:.0f} MB of memory beyond `import torch`."
     )
 
