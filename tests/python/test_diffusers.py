@@ -128,7 +128,7 @@ def test_a_peft_folder_means_the_same_by_the_rules_of_gguf(tmp_path, make, res_m
         "use_rslora": True,
     }
     base = make()
-    model = adapted(copy.deepcopy(base), 0.3, target_modules=targets, res_mode=res_mode, **options)
+    model = adapted(copy.deepcopy(base), 0.3, res_mode=res_mode, **options)
     export_lora(model, tmp_path, rule, base_model_name_or_path="some/base")
     merge(model, rule)
     config, deltas = gguf_pairs(tmp_path)
