@@ -123,6 +123,7 @@ def gguf_pairs(folder):
 def test_a_peft_folder_means_the_same_by_the_rules_of_gguf(tmp_path, make, res_mode, rule):
     targets = ["q_proj", "down_proj"] if make is tiny_llama else ["c_attn"]
     options = {
+        "target_modules": targets,
         "rank_pattern": {targets[0]: 3},
         "alpha_pattern": {targets[0]: 7},
         "use_rslora": True,
