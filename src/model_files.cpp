@@ -9,13 +9,16 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <future>
 #include <set>
 #include <system_error>
 #include <utility>
 
 #include "detail/check.h"
 #include "detail/safetensors.h"
+#include "internal/merged_weight.h"
 #include "internal/precision.h"
 #include "internal/tensor_types.h"
 
@@ -121,6 +124,22 @@ Tensor ModelFiles::tensor(const std::string& name) const {
 
 namespace {
 
+/// out = cast(source + change), where `source` is rows from `first` on. Threads work on strips of
+/// rows that stay in a core's cache.
+void sum_strips(const Tensor& source, int64_t first, int64_t strip, at::ScalarType wide,
+                const std::function<void(Tensor&, int64_t)>& change, const Tensor& out) {
+  const int64_t rows = source.size(0);
+  at::parallel_for(0, (rows + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
+    const at::NoGradGuard no_grad;  // a thread of the pool has a state of its own
+    for (int64_t row = begin * strip; row < std::min(end * strip, rows); row += strip) {
+      const int64_t count = std::min(strip, rows - row);
+      Tensor part = source.narrow(0, row, count).to(wide, /*non_blocking=*/false, /*copy=*/true);
+      if (change) change(part, first + row);
+      out.narrow(0, row, count).copy_(part);
+    }
+  });
+}
+
 /// Writes tensors one after the other, by rows.
 class Writer {
  public:
@@ -137,35 +156,34 @@ class Writer {
     }
   }
 
-  /// Casts and writes `source`, changed by `change(rows in fp32, the first row)`. Threads work on
-  /// strips of rows that stay in a core's cache; what they make is written in one piece.
-  void rows(const Tensor& source, at::ScalarType dtype,
+  /// Casts and writes `source`, changed by `change(rows in fp32, the first row)`: what one buffer
+  /// holds is written while the next is computed.
+  void rows(const std::string& name, const Tensor& source, at::ScalarType dtype,
             const std::function<void(Tensor&, int64_t)>& change) {
     const Tensor matrix = source.dim() > 1 ? source.flatten(1) : source.reshape({-1, 1});
     const auto wide = source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const int64_t row_bytes = std::max<int64_t>(1, matrix.size(1) * 4);
     const int64_t strip = std::max<int64_t>(1, kStripBytes / row_bytes);
     const int64_t step = std::max<int64_t>(strip, kCopyBytes / row_bytes);
-    Tensor out = at::empty({std::min(step, matrix.size(0)), matrix.size(1)}, dtype);
-    for (int64_t row = 0; row < matrix.size(0); row += step) {
+    const int64_t most = std::min(step, matrix.size(0));
+    std::array<Tensor, 2> buffers;
+    for (Tensor& buffer : buffers) buffer = at::empty({most, matrix.size(1)}, dtype);
+    std::future<void> writing;  // of the other buffer; ends before `buffers` do
+    for (int64_t row = 0, turn = 0; row < matrix.size(0); row += step, turn ^= 1) {
       const int64_t count = std::min(step, matrix.size(0) - row);
-      const int64_t strips = (count + strip - 1) / strip;
-      at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
-        const at::NoGradGuard no_grad;  // a thread of the pool has a state of its own
-        for (int64_t k = begin; k < end; ++k) {
-          const int64_t first = k * strip;
-          const int64_t some = std::min(strip, count - first);
-          Tensor part = matrix.narrow(0, row + first, some)
-                            .to(wide, /*non_blocking=*/false,
-                                /*copy=*/true);
-          if (change) change(part, row + first);
-          out.narrow(0, first, some).copy_(part);
-        }
-      });
-      const auto bytes = static_cast<int64_t>(count * matrix.size(1) * out.element_size());
-      file_.write(out.const_data_ptr(), bytes);
-      note(bytes);
+      const Tensor out = buffers[turn].narrow(0, 0, count);
+      sum_strips(matrix.narrow(0, row, count), row, strip, wide, change, out);
+      require(
+          dtype != at::kHalf || detail::is_finite(out),
+          "tensor {} must be finite and fit into F16 (at most 65504); got NaN or infinity: take "
+          "bfloat16",
+          shown(name));
+      if (writing.valid()) writing.get();
+      writing = std::async(std::launch::async,
+                           [this, out] { file_.write(out.const_data_ptr(), out.nbytes()); });
+      note(static_cast<int64_t>(out.nbytes()));
     }
+    if (writing.valid()) writing.get();
   }
 
   void commit() { file_.commit(); }
@@ -266,7 +284,7 @@ void ModelFiles::write(const std::string& path, const std::vector<std::string>& 
                 static_cast<int64_t>(entry.size()));
       } else {
         const auto wide = source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        out.rows(source, dtype, change_of(edit, wide));
+        out.rows(entry.name, source, dtype, change_of(edit, wide));
       }
     }
     out.commit();

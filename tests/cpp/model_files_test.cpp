@@ -392,6 +392,13 @@ TEST_F(ModelFilesTest, RefuseADtypeThatIsNotFloating) {
   EXPECT_TRUE(refuses_write({"w"}, {}, "dtype", options));
 }
 
+TEST_F(ModelFilesTest, RefuseWhatBecomesInfiniteInHalfPrecision) {
+  put("in", {{{"w", at::full({4, 3}, 1e5)}}, {}});
+  WriteOptions options;
+  options.dtype = at::kHalf;
+  EXPECT_TRUE(refuses_write({"w"}, {}, "tensor 'w' must be finite and fit into F16", options));
+}
+
 TEST_F(ModelFilesTest, AnOldFileSurvivesARefusedWrite) {
   const ModelFiles base({put("in", {{{"w", at::ones({4, 3})}}, {}})});
   put_bytes("out", "old");

@@ -124,7 +124,7 @@ def random_chain(mode, m, layers=5, features=4, r=2, seed=0, first_block="double
 def views(W, A, B, norms):
     count = torch.tensor([7])
     return [
-        (tensor(w), tensor(a), tensor(b), torch.from_numpy(f), count)
+        (tensor(w), tensor(a), tensor(b), torch.from_numpy(f), count, None, None)
         for w, a, b, f in zip(W, A, B, norms, strict=True)
     ]
 
@@ -291,8 +291,8 @@ def test_plan_follows_a_parameter_that_requires_grad_and_a_transposed_view():
     parameter = torch.nn.Parameter(tensor(W[0]))
     stored = torch.nn.Parameter(tensor(W[1]).t().contiguous())
     tensors = [
-        (parameter, torch.nn.Parameter(tensor(A[0])), torch.nn.Parameter(tensor(B[0])), None, None),
-        (stored.t(), tensor(A[1]), tensor(B[1]), None, None),
+        (parameter, *(torch.nn.Parameter(tensor(x[0])) for x in (A, B)), None, None, None, None),
+        (stored.t(), tensor(A[1]), tensor(B[1]), None, None, None, None),
     ]
     _C.MergePlan([(chain, tensors)], "exact").apply()
     assert parameter.requires_grad and parameter.is_leaf
