@@ -23,9 +23,11 @@ import reslora
 RULES = {
     "none": ["exact"],
     "bs": ["exact"],
-    "is": ["input", "weight"],
-    "ms": ["input", "weight", "factored"],
+    "is": ["lsq", "input", "weight"],
+    "ms": ["lsq", "input", "weight", "factored"],
 }
+# Batches of training text that the rule `lsq` is fitted on.
+CALIBRATION_BATCHES = 16
 # Largest relative difference of logits between two evaluations of the same fp32 weights.
 TOLERANCE = 1e-5
 
@@ -37,6 +39,7 @@ class Context:
     load_model: Callable[[str], torch.nn.Module]
     base_name: str
     tokenizer: object
+    train: torch.Tensor
     held_out: torch.Tensor
     batch_size: int
     device: str
@@ -44,6 +47,13 @@ class Context:
     def load_base(self) -> torch.nn.Module:
         """Return the base model, untouched."""
         return self.load_model(self.base_name)
+
+    @property
+    def calibration(self) -> list[dict[str, torch.Tensor]]:
+        """Return training batches, evenly spread."""
+        count = CALIBRATION_BATCHES * self.batch_size
+        rows = self.train[:: max(1, len(self.train) // count)][:count]
+        return [{"input_ids": part} for part in rows.split(self.batch_size)]
 
     @property
     def batch(self) -> torch.Tensor:
@@ -74,7 +84,7 @@ def deliver(
         rows.append(row)
         merged = logits if merged is None else merged
     first = RULES[method.res_mode][0]
-    base = reslora.merge_and_unload(model, first)
+    base = reslora.merge_and_unload(model, first)  # lsq: the fits are at hand
     base.save_pretrained(folder / "merged")
     context.tokenizer.save_pretrained(folder / "merged")
     reloaded = context.logits(context.load_model(str(folder / "merged")))
@@ -86,7 +96,8 @@ def deliver(
 def _merge_and_export(
     model: torch.nn.Module, rule: str, context: Context, folder: Path
 ) -> tuple[dict[str, object], torch.Tensor]:
-    report = reslora.merge(model, rule, verify={"input_ids": context.batch})
+    data = context.calibration if rule == "lsq" else None
+    report = reslora.merge(model, rule, data=data, verify={"input_ids": context.batch})
     merged = context.logits(model)
     row: dict[str, object] = {
         "rule": rule,

@@ -48,6 +48,7 @@ def make_context(options: argparse.Namespace) -> tuple[delivery.Context, torch.T
         load_model=partial(models.load_model, device=options.device),
         base_name=name,
         tokenizer=tokenizer,
+        train=train,
         held_out=held_out,
         batch_size=options.batch_size,
         device=options.device,

@@ -17,9 +17,9 @@ SCRIPT = REPOSITORY / "examples" / "quickstart.sh"
 METHODS = ["none-alpha16", "none-alpha32", "is-alpha16", "bs-alpha16", "ms-alpha16"]
 RULES = {
     "none": ["exact"],
-    "is": ["input", "weight"],
+    "is": ["lsq", "input", "weight"],
     "bs": ["exact"],
-    "ms": ["input", "weight", "factored"],
+    "ms": ["lsq", "input", "weight", "factored"],
 }
 TINY = "--steps 4 --pretrain-steps 2 --eval-blocks 8 --seq-len 32 --batch-size 2".split()
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -82,14 +82,15 @@ def test_reports_every_merge_rule_with_its_alphas_and_errors(record):
         exact = result["res_mode"] in ("none", "bs")
         for row in result["merges"]:
             assert (row["merge_error"] < 1e-5) == exact
-            assert any(layer["alpha_star"] for layer in row["layers"]) != exact
+            has_alphas = any(layer["alpha_star"] for layer in row["layers"])
+            assert has_alphas == (row["rule"] in ("input", "weight", "factored"))
             if exact:
                 assert row["loss_merged"] == pytest.approx(result["loss_trained"], abs=1e-5)
 
 
 def test_files_read_back_by_peft_and_transformers_agree(record):
     rows = [row for result in record["results"] for row in result["merges"]]
-    assert len(rows) == 8
+    assert len(rows) == 10
     assert all(row["peft_difference"] <= 1e-5 for row in rows)
     differences = [row["transformers_difference"] for row in rows if "merged_folder" in row]
     assert len(differences) == 5
@@ -103,9 +104,9 @@ def test_exports_differ_between_rules_and_from_the_base(record):
     assert json.loads((folders[0] / "adapter_config.json").read_text())["peft_type"] == "LORA"
     files = [safe_open(folder / "adapter_model.safetensors", "pt") for folder in folders]
     key = next(k for k in files[0].keys() if "layers.1." in k and "lora_B" in k)
-    by_input, by_weight = (file.get_tensor(key) for file in files)
+    by_lsq, by_input, by_weight = (file.get_tensor(key) for file in files)
     assert by_input.abs().max() > 0
-    assert not by_input.equal(by_weight)
+    assert not by_input.equal(by_weight) and not by_lsq.equal(by_input)
 
 
 def test_merged_folder_is_a_whole_model(record):
