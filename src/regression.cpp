@@ -48,7 +48,7 @@ double residual_of(double vv, const Tensor& vx, const Tensor& A, const Tensor& f
 }
 
 struct Solved {
-  Tensor fitted;
+  Tensor fitted;  // undefined where xx plus ridge is not positive definite
   double residual = 0;
 };
 
@@ -65,10 +65,7 @@ Solved solve(Tensor xx, const Tensor& vx, double vv, const Tensor& A, double rid
   if (lambda <= 0) return {A.clone(), residual_of(vv, vx, A, A, 0)};  // x was 0 throughout
   diagonal.add_(lambda);
   const auto [factor, info] = at::linalg_cholesky_ex(xx);
-  RESLORA_CHECK(info.item<int>() == 0,
-                "[calibrate] the sum of x x^T plus ridge must be positive definite; got one that "
-                "is not (layer {}): raise ridge (now {})",
-                name, ridge);
+  if (info.item<int>() != 0) return {};
   const Tensor fitted = A + at::cholesky_solve(rhs.t(), factor).t();
   return {fitted, residual_of(vv, vx, A, fitted, lambda)};
 }
@@ -104,6 +101,10 @@ Fit solve_fit(const FitSums& sums, const Tensor& A, const FitOptions& options,
   fit.rows = sums.rows;
   fit.alpha_star = best_alpha(own, at::mm(own, sums.xx), sums.vx);
   const Solved linear = solve(sums.xx.clone(), sums.vx, sums.vv, own, options.ridge, name);
+  RESLORA_CHECK(linear.fitted.defined(),
+                "[calibrate] the sum of x x^T plus ridge must be positive definite; got one that "
+                "is not (layer {}): raise ridge (now {})",
+                name, options.ridge);
   const auto dtype = A.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto like = A.options().dtype(dtype).requires_grad(false);
   fit.A = linear.fitted.to(like);
@@ -116,6 +117,7 @@ Fit solve_fit(const FitSums& sums, const Tensor& A, const FitOptions& options,
   const Tensor vx = at::addr(sums.vx, sums.v_sum, x_mean, 1, -1);
   const double vv = sums.vv - sum_of(sums.v_sum * v_mean);
   const Solved affine = solve(xx, vx, vv, own, options.ridge, name);
+  if (!affine.fitted.defined()) return fit;  // x hardly varies: what is left of it is rounding
   fit.affine_A = affine.fitted.to(like);
   fit.offset = (v_mean - at::mv(affine.fitted, x_mean)).to(like);
   fit.affine_residual = sums.vv > 0 ? affine.residual * std::sqrt(std::max(0.0, vv) / sums.vv) : 0;

@@ -115,7 +115,8 @@ def file_keys(names: list[str], adapter: _C.AdapterFile) -> dict[str, str]:
                 raise ValueError(
                     f"[merge] the base must hold the weight of every adapted layer; got none for "
                     f"{name} among {len(names)} tensors such as {min(names)}: is this the base of "
-                    "the adapter?"
+                    "the adapter, or does transformers store it under other names (then merge in "
+                    "memory: load, merge_and_unload, save_pretrained)?"
                 )
             if key in by_suffix.values():
                 raise ValueError(

@@ -81,29 +81,42 @@ def masks_of(model: nn.Module, batch: Any, op: str) -> list[Tensor]:
     """Return the padding masks of a batch, bool [batch, tokens].
 
     Raises:
-        ValueError: where input_ids are padded and no attention_mask says where.
+        ValueError: where input_ids are padded and no attention_mask says where, and where the masks
+            of encoder and decoder cannot be told apart.
     """
     if not isinstance(batch, Mapping):
+        values = batch if isinstance(batch, tuple | list) else [batch]
+        _refuse_padding(model, next((v for v in values if isinstance(v, Tensor)), None), op)
         return []
-    masks = [batch[name] for name in MASKS if isinstance(batch.get(name), Tensor)]
-    masks = [mask.bool() for mask in masks if mask.dim() == 2]
-    if "attention_mask" not in batch:
-        _refuse_padding(model, batch, op)
-    if len(masks) > 1 and masks[0].shape == masks[1].shape and not torch.equal(*masks):
-        raise ValueError(
-            f"[{op}] attention_mask and decoder_attention_mask must differ in shape to tell whose "
-            f"rows are whose; got {list(masks[0].shape)} twice: pad the two sides to other lengths"
-        )
+    given = [batch[name] for name in MASKS if isinstance(batch.get(name), Tensor)]
+    masks = [mask.bool() for mask in given if mask.dim() == 2]
+    if not any(mask.dim() == 2 for mask in given):
+        _refuse_padding(model, batch.get("input_ids"), op)
+    _refuse_alike(model, batch, masks, op)
     return masks
 
 
-def _refuse_padding(model: nn.Module, batch: Mapping[str, Any], op: str) -> None:
-    tokens = batch.get("input_ids")
+def _refuse_alike(model: nn.Module, batch: Mapping[str, Any], masks: list[Tensor], op: str) -> None:
+    """Refuse an encoder and a decoder of one length whose padding differs: rows look the same."""
+    is_alike = len(masks) > 1 and masks[0].shape == masks[1].shape
+    is_ambiguous = is_alike and not torch.equal(*masks)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and len(masks) == 1:
+        target = batch.get("decoder_input_ids", batch.get("labels"))
+        has_shape = isinstance(target, Tensor) and target.shape == masks[0].shape
+        is_ambiguous = has_shape and not bool(masks[0].all())
+    if is_ambiguous:
+        raise ValueError(
+            f"[{op}] padded encoder and decoder inputs must differ in length to tell whose rows "
+            f"are whose; got {list(masks[0].shape)} for both: pad one side to another length"
+        )
+
+
+def _refuse_padding(model: nn.Module, tokens: Any, op: str) -> None:
     config = getattr(model, "config", None)
     pad = getattr(config, "pad_token_id", None)
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or not isinstance(pad, int):
         return
-    if tokens.shape[1] == 0:
+    if tokens.shape[1] == 0 or tokens.is_floating_point():
         return
     # A single token at the end that also ends a text is none.
     ends = {getattr(config, name, None) for name in ("eos_token_id", "bos_token_id")}
@@ -114,8 +127,8 @@ def _refuse_padding(model: nn.Module, batch: Mapping[str, Any], op: str) -> None
     if count:
         raise ValueError(
             f"[{op}] a padded batch must say where its padding is; got {count} of {len(tokens)} "
-            f"rows of input_ids that begin or end with pad_token_id {pad}, and no attention_mask: "
-            "add one (all ones if the tokens are meant)"
+            f"rows of input_ids that begin or end with pad_token_id {pad}, and no attention_mask "
+            "[batch, tokens]: pass a mapping with one (all ones if the tokens are meant)"
         )
 
 

@@ -27,6 +27,7 @@ from .console import progress
 from .injection import Injection
 from .layer import ResLoraLinear
 from .planning import Calibrated, adapter_sum, chain_views, needs_fit
+from .reporting import check_enabled
 from .utils import injection_of
 
 RIDGE = 1e-4
@@ -85,13 +86,13 @@ def calibrate(
         data: batches. None: solve again from kept covariances; []: forget all fits.
         ridge: lambda over the mean diagonal of sum xx^T.
         affine: also fit an offset where the base layer has a bias; merging then changes the bias.
-            Exports of plain LoRA and `finish` use the linear fit all the same.
+            Exports and `finish` use the linear fit all the same.
         max_cov_bytes: limit of the sums held at once, 8 in^2 bytes for each distinct x (q, k and v
             share one). Above it layers are fitted in groups over repeated passes; one that alone is
             above it, by rows in a temporary file and an iterative solve. Solving takes two more
             matrices of the largest layer.
         keep_covariances: keep the sums, to save them and to solve again with another ridge.
-        progressbar: show a bar for each pass (needs tqdm).
+        progressbar: show a bar for each pass.
 
     Raises:
         ValueError: for padding without a mask, a layer that no batch reaches, activations that are
@@ -102,18 +103,18 @@ def calibrate(
     injection = injection_of(model, "calibrate")
     if injection.applied is not None:
         raise ValueError("[calibrate] the model must not be merged; got a merged one (unmerge it)")
+    check_enabled(injection, "calibrate")
     start = time.monotonic()
-    if data is None:
-        result = _solve_again(injection, ridge, affine)
-    elif isinstance(data, list | tuple) and not data:
+    if isinstance(data, list | tuple) and not data:
         injection.calibrated = None
         return Calibration()
+    if data is None:
+        result = _solve_again(injection, ridge, affine)
     else:
         options = (ridge, affine, max_cov_bytes, keep_covariances)
         result = _collect(model, injection, as_batches(data, "calibrate"), options, progressbar)
     result.seconds = time.monotonic() - start
-    _warn_few_rows(injection)
-    return result
+    return _warn_few_rows(injection, result)
 
 
 def _places(injection: Injection) -> Iterator[tuple[int, int, ResLoraLinear]]:
@@ -159,7 +160,11 @@ def _collect(
 
 def _result_of(fits: dict[str, _C.Fit]) -> Calibration:
     rows = min((fit.rows for fit in fits.values()), default=0)
-    return Calibration({name: fit.residual for name, fit in fits.items()}, rows)
+    residuals = {
+        name: fit.residual if fit.offset is None else fit.affine_residual
+        for name, fit in fits.items()
+    }
+    return Calibration(residuals, rows)
 
 
 def _run_passes(
@@ -230,7 +235,14 @@ def _solve_again(injection: Injection, ridge: float, affine: bool) -> Calibratio
             "changed: pass batches"
         )
     layers = {layer.name: layer for layer in injection.layers}
-    fits = dict(calibrated.fits)
+    # What was refined is left out: it belongs to the fits that are replaced.
+    fits = {name: fit for name, fit in calibrated.fits.items() if fit.refine_steps == 0}
+    lacking = {x.name for _, _, x in _places(injection)} - set(fits) - set(calibrated.sums)
+    if lacking:
+        raise ValueError(
+            f"[calibrate] solving again needs the covariance of every layer; got none of "
+            f"{min(lacking)}: pass batches"
+        )
     for name, sums in calibrated.sums.items():
         layer = layers[name]
         has_bias = getattr(layer.base_layer, "bias", None) is not None
@@ -240,10 +252,9 @@ def _solve_again(injection: Injection, ridge: float, affine: bool) -> Calibratio
     return _result_of(fits)
 
 
-def _warn_few_rows(injection: Injection) -> None:
+def _warn_few_rows(injection: Injection, result: Calibration) -> Calibration:
     calibrated = injection.calibrated
-    if calibrated is None:
-        return
+    assert calibrated is not None  # just made
     layers = {layer.name: layer for layer in injection.layers}
     few = [n for n, fit in calibrated.fits.items() if 0 < fit.rows < layers[n].in_features]
     if few:
@@ -254,3 +265,4 @@ def _warn_few_rows(injection: Injection) -> None:
             "carries the fit; more batches make it better",
             stacklevel=3,
         )
+    return result

@@ -66,10 +66,11 @@ def save_pretrained(
     chains = [(chain.key, chain.links.layers) for chain in injection.chains]
     tensors = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
     folder = make_folder(directory)
-    (folder / STATISTICS_NAME).unlink(missing_ok=True)
     _C.save_adapter(folder / WEIGHTS_NAME, text, chains, tensors)
     if layers:
         _C.save_statistics(folder / STATISTICS_NAME, adapter_sum(injection), layers)
+    else:
+        (folder / STATISTICS_NAME).unlink(missing_ok=True)
     write_text(folder / CONFIG_NAME, text)
     write_text(folder / "README.md", _card(injection, base))
 

@@ -91,7 +91,8 @@ def _convert(injection: Injection, plan: _C.MergePlan, step: int | None) -> None
         for n, (name, inputs, outputs, r, scaling) in enumerate(chain.links.layers):
             factor = _factor(chain.links, n, fits.get(name))
             factors[name] = factor
-            doubled[name] = 2.0 if chain.links.wiring(n).is_doubled else 1.0
+            # The plan has a doubled layer's 2 in B, unless a (refined) fit took its place.
+            doubled[name] = 2.0 if chain.links.wiring(n).is_doubled and name not in fits else 1.0
             alpha = factor * scaling * (r**0.5 if config.use_rslora else r)
             alphas[f"^{re.escape(name)}"] = alpha
             shapes.append((name, inputs, outputs, r, _C.scaling_of(alpha, r, config.use_rslora)))
@@ -109,8 +110,10 @@ def _convert(injection: Injection, plan: _C.MergePlan, step: int | None) -> None
             layer.norms = layer.norm_count = None
             layer.link_use, layer.was_linked_compiled, layer.compiled_break = {}, False, ""
             factor = factors[layer.name]
-            # B is untouched by regression; in a doubled first layer the plan has the 2 in its B.
             with torch.no_grad():
+                refined = None if layer.name not in fits else fits[layer.name].B
+                if refined is not None:  # regression alone leaves B as it is
+                    layer.reslora_B.copy_(refined)
                 layer.reslora_A.copy_(planned[layer.name].A * (doubled[layer.name] / factor))
 
 

@@ -142,7 +142,7 @@ def merge_and_unload(
     injection = injection_of(model, "merge_and_unload")
     applied = injection.applied
     if applied is None:
-        dense = dense_layers(injection, "merge_and_unload") if dequantize else {}
+        dense = dense_layers(model, injection, "merge_and_unload") if dequantize else {}
         _merge(
             model, merge_method, "merge_and_unload", data, refine_steps, verify, max_error,
             safe_merge, progressbar, False, dense,
@@ -150,13 +150,20 @@ def merge_and_unload(
         for layer in injection.layers:
             if layer.name in dense:
                 layer.base_layer = dense[layer.name]
-    elif merge_method not in (None, applied.merge_method) or data is not None or verify is not None:
+    elif merge_method not in (None, applied.merge_method) or not _is_plain(
+        data, refine_steps, verify, max_error
+    ):
         raise ValueError(
             f"[merge_and_unload] the model is merged by {applied.merge_method or 'default'!r}; got "
-            f"merge_method {merge_method!r}, data or verify (unmerge it first)"
+            f"merge_method {merge_method!r}, data, refine_steps, verify or max_error (unmerge it "
+            "first)"
         )
     injection.undo()
     return model
+
+
+def _is_plain(data: Any, refine_steps: int, verify: Any, max_error: float | None) -> bool:
+    return data is None and not refine_steps and verify is None and max_error is None
 
 
 def _merge(
@@ -177,14 +184,19 @@ def _merge(
         raise ValueError(f"[{op}] adapters must not be merged yet; got a merged model (unmerge it)")
     _check_limits(op, verify, max_error)
     _check_weights(model, injection, op, dense)
-    prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
-    weights = {name: layer.weight for name, layer in dense.items()}
-    plan = make_plan(injection, merge_method, op, weights=weights)
-    _warn_mixed(model, op)
-    report = describe(plan)
-    if verify is not None:
-        measure(model, injection, plan, report, verify, progressbar)
-        _refuse_error(op, report, max_error)
+    fits = injection.calibrated
+    try:
+        prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
+        weights = {name: layer.weight for name, layer in dense.items()}
+        plan = make_plan(injection, merge_method, op, weights=weights)
+        _warn_mixed(model, op)
+        report = describe(plan)
+        if verify is not None:
+            measure(model, injection, plan, report, verify, progressbar, dense)
+            _refuse_error(op, report, max_error)
+    except BaseException:
+        injection.calibrated = fits
+        raise
     with bar(progressbar, "merging", len(report.layers)) as shown:
         plan.apply(keep_originals, safe_merge, lambda done: shown.update(done - shown.n) and None)
     for layer in injection.layers:
@@ -226,7 +238,8 @@ def _check_limits(op: str, verify: Any, max_error: float | None) -> None:
         return
     if verify is None:
         raise ValueError(f"[{op}] max_error needs batches to measure on; got verify=None")
-    if not (math.isfinite(max_error) and max_error >= 0):
+    is_number = isinstance(max_error, int | float)
+    if not (is_number and math.isfinite(max_error) and max_error >= 0):
         raise ValueError(f"[{op}] max_error must be a number of at least 0; got {max_error!r}")
 
 

@@ -20,6 +20,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from . import _C
@@ -93,6 +94,7 @@ def merge_folder(
     """
     source, target = base_folder(base), Path(output)
     _check_target(source, target)
+    _check_device(device)
     weights = weight_files(source)
     files = _C.ModelFiles([os.fspath(path) for path in weights.paths])
     check_index(files, weights)
@@ -115,8 +117,15 @@ def merge_folder(
     )
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"[merge] device must be one that torch can use; got {device!r}") from None
+
+
 def _check_target(source: Path, target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise ValueError(f"[merge] OUT must be a folder to make; got {target}, which is there")
     parent = target.absolute().parent
     if not parent.is_dir():

@@ -21,18 +21,19 @@ from .injection import Injection
 from .layer import base_weight
 
 
-def dense_layers(injection: Injection, op: str) -> dict[str, nn.Linear]:
+def dense_layers(model: nn.Module, injection: Injection, op: str) -> dict[str, nn.Linear]:
     """Return a dense twin of every layer whose base holds no plain weight, by name.
 
-    Raises:
-        ValueError: for a base that cannot be dequantised.
+    Twins have the dtype that the model computes in. Raises ValueError for a base that cannot be
+    dequantised.
     """
+    dtype = _compute_dtype(model, injection)
     found = {}
     for layer in injection.layers:
         if base_weight(layer.base_layer) is not None:
             continue
         with torch.no_grad():
-            weight = dequantized(layer.base_layer)
+            weight = dequantized(layer.base_layer, layer.in_features, dtype)
         if weight is None or list(weight.shape) != [layer.out_features, layer.in_features]:
             raise ValueError(
                 f"[{op}] dequantize knows torchao and bitsandbytes; got "
@@ -46,17 +47,21 @@ def dense_layers(injection: Injection, op: str) -> dict[str, nn.Linear]:
     return found
 
 
-def dequantized(base: nn.Module) -> Tensor | None:
+def _compute_dtype(model: nn.Module, injection: Injection) -> torch.dtype:
+    """Return the dtype of the model's own plain floating parameters."""
+    own = {id(p) for layer in injection.layers for p in (layer.reslora_A, layer.reslora_B)}
+    for parameter in model.parameters():
+        is_plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+        if is_plain and parameter.is_floating_point() and id(parameter) not in own:
+            return parameter.dtype
+    return torch.get_default_dtype()
+
+
+def dequantized(base: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor | None:
     """Return the weight [out, in] of a quantised layer as a plain tensor, None if unknown."""
     weight: Any = getattr(base, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, state).contiguous()
-    if hasattr(weight, "SCB") and weight.dtype == torch.int8:
-        scale = weight.SCB if weight.SCB is not None else getattr(base, "state").SCB  # noqa: B009
-        return (weight.data.float() * scale.float()[:, None] / 127).to(torch.float16)
+    if type(base).__module__.split(".")[0] == "bitsandbytes":
+        return _probed(base, in_features, dtype)
     if not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter):
         return None
     inner: Any = weight.data if isinstance(weight, nn.Parameter) else weight
@@ -64,4 +69,17 @@ def dequantized(base: nn.Module) -> Tensor | None:
         return None
     plain = inner.dequantize()
     is_plain = type(plain) is Tensor and plain.is_floating_point()
-    return plain.detach().clone() if is_plain else None
+    return plain.detach().to(dtype, copy=True) if is_plain else None
+
+
+def _probed(base: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Return W as the layer itself applies it, from what it makes of the unit vectors.
+
+    bitsandbytes repacks its weights for the device that they run on, and only its own forward knows
+    how to read them then.
+    """
+    weight: Any = base.weight
+    bias: Any = getattr(base, "bias", None)
+    columns = base(torch.eye(in_features, dtype=dtype, device=weight.device))
+    columns = columns if bias is None else columns - bias.to(columns.dtype)
+    return columns.t().to(dtype).contiguous()

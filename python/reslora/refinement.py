@@ -27,7 +27,7 @@ from .batches import as_batches, call, evaluating, main_output, masks_of, moved,
 from .console import bar
 from .injection import Injection
 from .planning import Calibrated, adapter_sum, make_plan
-from .reporting import kl_sum, plain_lora, standing_in
+from .reporting import check_enabled, kl_sum, plain_lora, standing_in
 from .utils import injection_of
 
 LR = 5e-4
@@ -87,6 +87,7 @@ def refine(
     if injection.applied is not None:
         raise ValueError("[refine] the model must not be merged; got a merged one (unmerge it)")
     _check_options(steps, lr, held_out)
+    check_enabled(injection, "refine")
     start = time.monotonic()
     if all(chain.merges_exactly for chain in injection.chains):
         return Refinement()
@@ -107,8 +108,10 @@ def _check_options(steps: int, lr: float, held_out: int) -> None:
     for name, value in (("steps", steps), ("held_out", held_out)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"[refine] {name} must be a whole number of at least 1; got {value!r}")
-    if not lr > 0:
-        raise ValueError(f"[refine] lr must be greater than 0; got {lr!r}")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"[refine] lr must be a number greater than 0; got {lr!r}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("[refine] gradients must be possible; got a call in inference_mode")
 
 
 class _Stream:
@@ -233,6 +236,7 @@ def _train(
     for step, batch in zip(range(1, steps + 1), stream, strict=False):
         total, rows, _ = _loss(model, student, batch)
         # Not backward(): modules_to_save train too, and their gradients are the user's.
+        _check_finite(total, "a batch to train on")
         gradients = torch.autograd.grad(total / max(rows, 1), student.parameters, allow_unused=True)
         for parameter, gradient in zip(student.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -262,7 +266,17 @@ def _rate(step: int, steps: int) -> float:
 def _held_out_loss(model: nn.Module, student: _Student, stream: _Stream) -> tuple[float, str]:
     with torch.no_grad():
         parts = [_loss(model, student, batch) for batch in stream.held_out]
+    for total, _, _ in parts:
+        _check_finite(total, "a held-out batch")
     return sum(float(t) for t, _, _ in parts) / max(sum(r for _, r, _ in parts), 1), parts[0][2]
+
+
+def _check_finite(total: Tensor, where: str) -> None:
+    if not math.isfinite(float(total)):
+        raise ValueError(
+            f"[refine] the loss must be finite; got {float(total)} on {where} (fits are as before: "
+            "check the batches, or lower lr)"
+        )
 
 
 def _loss(model: nn.Module, student: _Student, batch: Any) -> tuple[Tensor, int, str]:

@@ -125,6 +125,13 @@ def merge_report(
     return report
 
 
+def check_enabled(injection: Injection, op: str) -> None:
+    """Refuse an adapter that is switched off: there would be nothing to see."""
+    off = [layer.name for layer in injection.layers if layer.is_disabled]
+    if off:
+        raise ValueError(f"[{op}] adapters must be enabled; got {off[0]} disabled")
+
+
 def describe(plan: _C.MergePlan) -> MergeReport:
     """Return a plan's decisions as a report without measurements."""
     layers = [LayerReport(p.name, p.rule, list(p.alpha_star), p.residual) for p in plan.layers]
@@ -164,23 +171,26 @@ def measure(
     report: MergeReport,
     batches: Any,
     progressbar: bool,
+    dense: dict[str, nn.Linear] | None = None,
 ) -> None:
-    """Fill in every error of `report`."""
+    """Fill in every error of `report`; `dense` are layers that take the place of quantised ones."""
+    check_enabled(injection, "merge_report")
     planned = list(zip(injection.layers, plan.layers, strict=True))
+    bases = {x.name: (dense or {}).get(x.name, x.base_layer) for x in injection.layers}
     by_layer = {layer.name: Squares() for layer in injection.layers}
     whole, count = Squares(), 0
-    has_weights = all(base_weight(layer.base_layer) is not None for layer in injection.layers)
+    has_weights = all(base_weight(base) is not None for base in bases.values())
     with evaluating(model), torch.no_grad():
         for batch in progress(as_batches(batches, "merge_report"), "measuring", progressbar):
             batch = moved(batch, model)
             masks = masks_of(model, batch, "merge_report")
-            with _comparing(planned, by_layer, masks):
+            with _comparing(planned, bases, by_layer, masks):
                 wanted, is_logits = _rows(call(model, batch), masks)
             with standing_in(planned, _pair_stand_in):
                 ruled, _ = _rows(call(model, batch), masks)
             merged = ruled
             if has_weights:
-                with standing_in(planned, _merged_stand_in):
+                with standing_in(planned, partial(_merged_stand_in, bases)):
                     merged, _ = _rows(call(model, batch), masks)
             pairs = (ruled - wanted, merged - ruled, merged - wanted, wanted)
             method, rounding, both, size = (float(t.double().square().sum()) for t in pairs)
@@ -245,11 +255,14 @@ def plain_lora(
     return run
 
 
-def _merged_stand_in(layer: ResLoraLinear, planned: Any) -> Callable[[Tensor], Tensor]:
+def _merged_stand_in(
+    bases: dict[str, nn.Module], layer: ResLoraLinear, planned: Any
+) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
-        weight = base_weight(layer.base_layer)
+        base = bases[layer.name]
+        weight = base_weight(base)
         assert weight is not None  # measure() looks before
-        bias: Tensor | None = getattr(layer.base_layer, "bias", None)
+        bias: Tensor | None = getattr(base, "bias", None)
         return _C.merged_forward(planned, x, weight, bias)
 
     return run
@@ -257,14 +270,14 @@ def _merged_stand_in(layer: ResLoraLinear, planned: Any) -> Callable[[Tensor], T
 
 @contextmanager
 def _comparing(
-    planned: Planned, squares: dict[str, Squares], masks: list[Tensor]
+    planned: Planned, bases: dict[str, nn.Module], squares: dict[str, Squares], masks: list[Tensor]
 ) -> Iterator[None]:
     """Compare every call of every layer, rows of padding left out, with its planned pair."""
 
     def compare(layer: ResLoraLinear, entry: Any, x: Tensor, s: Tensor, y: Tensor) -> None:
         wiring = layer.wiring
         B = [layer.chain.layers[j].reslora_B for j in wiring.b]
-        weight, mask = base_weight(layer.base_layer), row_mask(masks, x.shape[:-1])
+        weight, mask = base_weight(bases[layer.name]), row_mask(masks, x.shape[:-1])
         squares[layer.name].add(_C.layer_errors(entry, x, s, y, B, wiring.scaling, weight, mask))
 
     try:
