@@ -6,10 +6,29 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from models import LINKED, Net, adapted, randomize, tiny_bert, tiny_llama, tokens, trained
+from models import (
+    LINKED,
+    Net,
+    adapted,
+    randomize,
+    tiny_bert,
+    tiny_llama,
+    tiny_t5,
+    tokens,
+    trained,
+)
 from torch import nn
 
-from reslora import ResLoraConfig, calibrate, inject, merge, merge_report, unmerge
+from reslora import (
+    ResLoraConfig,
+    calibrate,
+    disable_adapter,
+    inject,
+    merge,
+    merge_report,
+    refine,
+    unmerge,
+)
 from reslora.utils import injection_of
 
 DOUBLE = {"dtype": torch.float64}
@@ -350,3 +369,68 @@ def test_bf16_models_are_calibrated_in_fp32():
     calibrate(model, [rows().to(torch.bfloat16)])
     assert {fit.A.dtype for fit in fits(model).values()} == {torch.float32}
     assert merge(model).layers[1].rule == "lsq" and trained(model)
+
+
+# ---- batches in every form, and what is left behind
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "none", "4d"])
+def test_padding_is_noticed_in_every_form_of_a_batch(form):
+    model, ids, mask = padded_llama()
+    batch = {
+        "tensor": ids,
+        "tuple": (ids,),
+        "none": {"input_ids": ids, "attention_mask": None},
+        "4d": {"input_ids": ids, "attention_mask": mask[:, None, None, :].bool()},
+    }[form]
+    with pytest.raises(ValueError, match="must say where its padding is"):
+        calibrate(model, [batch])
+
+
+def test_encoder_and_decoder_rows_are_told_apart_or_refused():
+    model = adapted(tiny_t5(), 0.2, target_modules=["q", "v"], res_mode="is")
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, 2:] = 0
+    ids = tokens()
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": tokens()}
+    with pytest.raises(ValueError, match="must differ in length"):
+        calibrate(model, [batch])
+    with pytest.raises(ValueError, match="must differ in length"):
+        merge_report(model, [batch], "weight")
+    with pytest.warns(UserWarning, match="another shape than the attention"):
+        calibrate(model, [batch | {"decoder_input_ids": tokens(2, 9)}])
+    found = {name.split(".")[0]: fit.rows for name, fit in fits(model).items()}
+    assert found["encoder"] == 9 and found["decoder"] in (9, 18)
+
+
+def test_solving_again_leaves_refined_fits_behind():
+    model = adapted(res_mode="is")
+    batches = [rows(seed=k) for k in range(5)]
+    calibrate(model, batches, keep_covariances=True)
+    want = {name: fit.A for name, fit in fits(model).items()}
+    refine(model, batches, 3, lr=0.01)
+    assert len(fits(model)) == 4
+    calibrate(model)
+    assert set(fits(model)) == set(want)
+    assert all(torch.equal(fits(model)[name].A, A) for name, A in want.items())
+
+
+def test_a_refused_merge_gives_the_earlier_fits_back():
+    model = adapted(res_mode="is")
+    calibrate(model, [rows()])
+    before = fits(model)
+    with pytest.raises(ValueError, match="max_error"):
+        merge(model, data=[rows(seed=4)], verify=[rows(seed=5)], max_error=1e-12)
+    assert fits(model) is before
+    other = adapted(res_mode="is")
+    with pytest.raises(ValueError, match="max_error"):
+        merge(other, data=[rows()], verify=[rows()], max_error=1e-12)
+    assert injection_of(other, "test").calibrated is None
+
+
+def test_a_disabled_adapter_is_not_calibrated():
+    model = adapted(res_mode="is")
+    with disable_adapter(model), pytest.raises(ValueError, match=r"must be enabled; got layers\."):
+        calibrate(model, [rows()])
+    with disable_adapter(model), pytest.raises(ValueError, match="must be enabled"):
+        merge_report(model, [rows()], "weight")

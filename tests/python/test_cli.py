@@ -575,3 +575,14 @@ def test_the_package_runs_as_a_command():
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: reslora")
     for command in ("merge", "export-lora", "inspect", "check-export"):
         assert command in done.stdout
+
+
+def test_a_link_as_output_and_a_foreign_device_are_refused_before_the_work(tmp_path, capsys):
+    make(tmp_path)
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    code, _, err = merge_in(capsys, tmp_path)
+    assert code == 1 and "OUT must be a folder to make" in err
+    (tmp_path / "out").unlink()
+    code, _, err = merge_in(capsys, tmp_path, "--device", "toaster")
+    assert code == 1 and "got 'toaster'" in err and err.count("\n") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}

@@ -16,6 +16,7 @@ from reslora import (
     merge_and_unload,
     merge_report,
     print_links,
+    refine,
     save_pretrained,
 )
 from reslora.utils import find_layers, injection_of
@@ -161,3 +162,14 @@ def test_what_cannot_be_finished_is_refused_and_unchanged():
 def test_a_share_of_the_steps_lies_between_0_and_1(share):
     with pytest.raises(ValueError, match="finish_at must lie between 0 and 1"):
         ResLoraConfig(finish_at=share)
+
+
+def test_refined_fits_are_finished_whole():
+    model = adapted(res_mode="ms", pre_num=2)
+    batches = [rows(seed=k) for k in range(6)]
+    calibrate(model, batches)
+    refine(model, batches, 20, lr=0.02)
+    merged = copy.deepcopy(model)
+    assert merge(merged).rule == "refined"
+    finish(model)
+    torch.testing.assert_close(model(rows(seed=9)), merged(rows(seed=9)), rtol=1e-9, atol=1e-11)

@@ -116,3 +116,37 @@ def test_a_base_that_cannot_be_dequantised_is_refused_by_name():
     with pytest.raises(ValueError, match=r"bitsandbytes; got Packed \(layer model"):
         merge_and_unload(model, dequantize=True)
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_merge_is_verified_with_the_weights_that_it_will_write():
+    torch.manual_seed(0)
+    model = tiny_llama(2, hidden_size=32, intermediate_size=48).to(torch.bfloat16)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(version=2))
+    model, ids = adapted(model, 0.2, target_modules=["q_proj"], res_mode="bs"), tokens(4, 9)
+    want = logits(model, ids).float()
+    with pytest.raises(ValueError, match="at most max_error 1e-06"):
+        merge_and_unload(model, verify=[ids], max_error=1e-6, dequantize=True)
+    merged = merge_and_unload(model, verify=[ids], max_error=0.1, dequantize=True)
+    assert merged.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert 1e-6 < relative(logits(merged, ids).float(), want) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_layers_are_merged_as_they_compute(kind):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(1)
+    model = tiny_llama(2, hidden_size=64, intermediate_size=64)
+    for block in model.model.layers:
+        old = block.self_attn.q_proj
+        if kind == "nf4":
+            new = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4")
+        else:
+            new = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+        new.load_state_dict(old.state_dict())
+        block.self_attn.q_proj = new.to("cpu")
+    model, ids = adapted(model, 0.2, target_modules=["q_proj"], res_mode="bs"), tokens(4, 9)
+    model.eval()
+    want = logits(model, ids)  # a forward repacks the weights
+    merged = merge_and_unload(model, dequantize=True)
+    assert type(merged.model.layers[1].self_attn.q_proj) is nn.Linear
+    assert relative(logits(merged, ids), want) < 0.02

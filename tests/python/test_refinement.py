@@ -174,3 +174,17 @@ def test_fits_of_a_changed_adapter_are_not_refined():
         model.layers[0].lin.reslora_A.mul_(2)
     with pytest.raises(ValueError, match="before it changed"):
         refine(model, data, 2)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_batch_that_is_not_finite_is_refused(place):
+    model = adapted(res_mode="is")
+    data = [torch.randn(20, 6, **DOUBLE) for _ in range(6)]
+    calibrate(model, data)
+    before = fits(model)
+    data[place] = data[place] * float("nan")
+    with pytest.raises(ValueError, match="loss must be finite; got nan"):
+        refine(model, data, 4)
+    assert fits(model) is before
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        refine(model, data, 4)
