@@ -342,19 +342,13 @@ AtomicFile::~AtomicFile() {
 }
 
 void AtomicFile::write(const void* data, uint64_t size) {
-  constexpr uint64_t kLarge = 1 << 20;
   const auto* bytes = static_cast<const unsigned char*>(data);
-  const uint64_t whole = size;
   while (size > 0) {
     const ssize_t put = uninterrupted([&] { return system_.write(descriptor_, bytes, size); });
     if (put <= 0) refuse_system("the file cannot be written", put < 0 ? errno : EIO);
     bytes += put;
     size -= static_cast<uint64_t>(put);
   }
-#ifdef SYNC_FILE_RANGE_WRITE
-  // A hint: the disk begins now, and commit's fsync has less to wait for.
-  if (whole >= kLarge) (void)::sync_file_range(descriptor_, 0, 0, SYNC_FILE_RANGE_WRITE);
-#endif
 }
 
 void AtomicFile::commit() {
