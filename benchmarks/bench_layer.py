@@ -2,9 +2,9 @@
 
 Forward and backward of L linear layers in a row, x requires grad, base weights frozen, called as
 modules as in training; the optimizer is outside. Variants: the frozen layers (the reference, 1.0),
-PEFT's LoRA, the shortcuts as the authors' program writes them (plain torch), and reslora. Before
-anything is timed, each variant's outputs and gradients are compared with `reslora._C.formulas` in
-fp64, and its outputs in fp32 at the timed size.
+PEFT's LoRA, the shortcuts as the authors' program writes them (plain torch), our op in plain torch
+(p = 0), and reslora. Before anything is timed, each variant's outputs and gradients are compared
+with `reslora._C.formulas` in fp64, and its outputs in fp32 at the timed size.
 
     python benchmarks/bench_layer.py             # T=2048, 768 -> 768, L=6, r=16
     python benchmarks/bench_layer.py --tokens 128 --in 384 --out 384 --output results/small.json
@@ -117,6 +117,60 @@ class NaiveStack(Stack):
         return own.lora_B(sum(self.layers[j].lora_A(own.dropout(xs[j])) for j in self.reached(n)))
 
 
+class PythonOp(torch.autograd.Function):
+    """The op of reslora in plain torch, without dropout: what any C++ must be measured against."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: nn.Linear, scale: float, *tensors: Any) -> Any:
+        """x: [T, in]; tensors: A [R', in], B [out, R], tap [T, R] or None -> y, u = x A^T."""
+        A, B, tap = tensors
+        u = x @ A.T
+        s = u[:, : B.shape[1]] if tap is None else u[:, : B.shape[1]] + tap
+        y = torch.addmm(base.bias, s, B.T, alpha=scale).addmm_(x, base.weight.T)
+        ctx.save_for_backward(x, base.weight, A, B, s)
+        ctx.scale, ctx.has_tap = scale, tap is not None
+        ctx.set_materialize_grads(False)
+        return y, u
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, du: Tensor | None) -> Any:
+        """Return gradients of x, A, B and the tap."""
+        x, weight, A, B, s = ctx.saved_tensors
+        ds = ctx.scale * (dy @ B)
+        dB = ctx.scale * (dy.T @ s)
+        rows = functional.pad(ds, (0, len(A) - B.shape[1])) if len(A) > B.shape[1] else ds
+        rows = rows if du is None else rows + du
+        dx = (rows @ A).addmm_(dy, weight)
+        return dx, None, None, rows.T @ x, dB, ds if ctx.has_tap else None
+
+
+class PythonStack(NaiveStack):
+    """The shortcuts by taps, through `PythonOp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, in] -> [T, out]."""
+        us: list[Tensor] = []
+        A, B = [x.lora_A.weight for x in self.layers], [x.lora_B.weight for x in self.layers]
+        for n, layer in enumerate(self.layers):
+            x, scale, tap = fitted(x, self.in_features), self.scaling, None
+            own_A, own_B = A[n], B[n]
+            if self.shortcut == "is":
+                scale = 2 * scale if n == 0 else scale
+                own_A = torch.cat(A[n : n + 2])
+                tap = us[-1][:, len(A[n]) :] if n else None
+            elif self.shortcut == "bs":
+                reached = list(self.reached(n))
+                own_A, own_B = (
+                    torch.cat([A[j] for j in reached]),
+                    torch.cat([B[j] for j in reached], 1),
+                )
+            elif self.shortcut == "ms" and n:
+                tap = sum(us[j] for j in list(self.reached(n))[1:])
+            x, u = PythonOp.apply(x, layer.base_layer, scale, own_A, own_B, tap)
+            us.append(u)
+        return x
+
+
 def with_peft(case: Case, dropout: float) -> nn.Module:
     """Make the chain with PEFT's lora.Linear layers."""
     config = peft.LoraConfig(
@@ -153,6 +207,8 @@ def variants(case: Case, dropouts: list[float]) -> dict[str, Variant]:
     """Return every variant that the case allows by its name; `bs` needs in = out."""
     shortcuts = [s for s in REACH if s != "bs" or case.in_features == case.out_features]
     found = {"frozen": Variant("", Stack)}
+    for s in shortcuts if 0 in dropouts else []:
+        found[f"python op {s} p=0"] = Variant(s, partial(PythonStack, shortcut=s, dropout=0.0))
     for p in dropouts:
         found[f"peft p={p:g}"] = Variant("none", partial(with_peft, dropout=p))
         for s in shortcuts:
