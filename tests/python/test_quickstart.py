@@ -173,6 +173,8 @@ def test_interrupted_pretraining_leaves_the_cache_sound(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background lets its children ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     _wait_until(lambda: list((tmp_path / "reslora").glob(".unfinished-*")), 120)
     run.send_signal(signal.SIGINT)
