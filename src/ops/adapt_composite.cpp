@@ -34,17 +34,69 @@ Tensor dropped(const Tensor& x, const Tensor& bits) {
   return at::where(unpack(bits, x), x, at::zeros({}, x.options()));
 }
 
-void project(const Tensor& x, const Tensor& bits, const Tensor& A, double keep, Tensor& out) {
-  out.addmm_(dropped(x, bits), A.t(), 0, 1 / keep);
+Tensor stack_dim(at::TensorList blocks, int64_t dim, const Tensor& like) {
+  if (blocks.size() == 1) return blocks[0].to(like.options());
+  std::vector<Tensor> cast;
+  cast.reserve(blocks.size());
+  for (const Tensor& block : blocks) cast.push_back(block.to(like.options()));
+  return at::cat(cast, dim);
 }
 
-Tensor project_grad(const Tensor& du, const Tensor& x, const Tensor& bits, double keep) {
-  return at::mm(du.t(), dropped(x, bits)).mul_(1 / keep);
+Stacked stack(at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
+              const Tensor& like) {
+  if (is_uniform(scaling)) return {stack_dim(A, 0, like), stack_dim(B, 1, like), scaling[0]};
+  std::vector<Tensor> scaled;
+  for (size_t k = 0; k < B.size(); ++k) scaled.push_back(B[k].mul(scaling[k]));
+  return {stack_dim(A, 0, like), stack_dim(scaled, 1, like), 1.0};
 }
 
-void expand(const Tensor& du, const Tensor& A, const Tensor& bits, double keep, Tensor& dx) {
-  dx.addmm_(du, A, 0, 1 / keep);
-  dx.masked_fill_(unpack(bits, dx).logical_not(), 0);
+/// |t|_F as a 0-d tensor, summed in fp32 at least.
+Tensor frobenius_norm(const Tensor& t) {
+  return at::linalg_vector_norm(t, 2, std::nullopt, false,
+                                t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+Tensor project(const Tensor& x, const Tensor* bits, const Tensor& A, double alpha, int64_t R,
+               Tensor* norms) {
+  Tensor u;
+  if (bits) {
+    u = at::empty({x.size(0), A.size(0)}, x.options());
+    u.addmm_(dropped(x, *bits), A.t(), 0, alpha);
+  } else {
+    u = at::mm(x, A.t());
+  }
+  if (norms) *norms = norms_of(x, u, R);
+  return u;
+}
+
+Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base,
+              const Tensor* bits) {
+  Tensor out;
+  if (base) {
+    out = at::addmm(*base, u, P, 1, alpha);
+  } else {
+    out = at::empty({u.size(0), P.size(1)}, u.options());
+    out.addmm_(u, P, 0, alpha);
+  }
+  if (bits) out.masked_fill_(unpack(*bits, out).logical_not(), 0);
+  return out;
+}
+
+Tensor project_grad(const Tensor& du, const Tensor& x, const Tensor* bits, double alpha) {
+  return bits ? at::mm(du.t(), dropped(x, *bits)).mul_(alpha) : at::mm(du.t(), x);
+}
+
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Stacked& stacked,
+                                                   const BackwardArgs& args) {
+  Tensor ds = at::empty({gy.size(0), stacked.B.size(1)}, gy.options());
+  ds.addmm_(gy, stacked.B, 0, stacked.alpha);
+  if (!args.needs[2]) return {ds, {}};
+  Tensor dB = at::empty(stacked.B.sizes(), gy.options());
+  dB.addmm_(gy.t(), as_matrix(args.s), 0, stacked.alpha);
+  std::vector<Tensor> blocks = unstack(dB, args.B, 1);
+  if (!is_uniform(args.scaling))
+    for (size_t k = 0; k < blocks.size(); ++k) blocks[k].mul_(args.scaling[k]);
+  return {ds, std::move(blocks)};
 }
 
 void record_norms_aten(const Tensor& norms, const Tensor& ring, const Tensor& count) {
@@ -76,7 +128,11 @@ Gradients adapt_backward_aten(const OptTensor& gy, const OptTensor& gs, const Op
 
 }  // namespace
 
-const DeviceKernels kAtenKernels = {draw_bits, project, project_grad, expand};
+Tensor norms_of(const Tensor& x, const Tensor& u, int64_t R) {
+  return at::stack({frobenius_norm(x), frobenius_norm(u.narrow(1, 0, R))}).to(at::kFloat);
+}
+
+const DeviceKernels kAtenKernels = {stack, draw_bits, project, expand, project_grad, expand_grad};
 
 TORCH_LIBRARY_IMPL(reslora, CompositeExplicitAutograd, m) {
   m.impl("adapt", adapt_aten);

@@ -1,16 +1,19 @@
-// `adapt` on the CPU: ATen's GEMMs, with dropout applied to slabs of rows that stay in cache.
+// `adapt` on the CPU: in fp32 the products of thin_products.h; in other types ATen's GEMMs, with
+// dropout applied to slabs of rows that stay in cache.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <string_view>
 
 #include "detail/check.h"
 #include "ops/adapt_kernels.h"
 #include "ops/dropout_bits.h"
+#include "ops/thin_products.h"
 
 namespace reslora::ops {
 namespace {
@@ -77,7 +80,8 @@ void parallel_over_slabs(int64_t rows, int64_t step, const Body& body) {
 /// A view of x whose rows are dense.
 Tensor dense_rows(const Tensor& x) { return x.stride(1) == 1 ? x : x.contiguous(); }
 
-void project(const Tensor& x, const Tensor& bits, const Tensor& A, double keep, Tensor& out) {
+void project_slabs(const Tensor& x, const Tensor& bits, const Tensor& A, double alpha,
+                   Tensor& out) {
   const Tensor At = A.t(), rows_of = dense_rows(x);
   const int64_t step = slab_rows(x);
   parallel_over_slabs(x.size(0), step, [&](int64_t begin, int64_t end) {
@@ -86,13 +90,13 @@ void project(const Tensor& x, const Tensor& bits, const Tensor& A, double keep, 
       if (!buffer.defined()) buffer = at::empty({step, x.size(1)}, x.options());
       Tensor dropped = buffer.narrow(0, 0, rows);
       apply_bits(rows_of.narrow(0, first, rows), bits.narrow(0, first, rows), dropped);
-      out.narrow(0, first, rows).addmm_(dropped, At, 0, 1 / keep);
+      out.narrow(0, first, rows).addmm_(dropped, At, 0, alpha);
     });
   });
 }
 
 /// The sum over one share of the rows, in fp32 at least, so that bf16 rounds once.
-Tensor partial_grad(const Tensor& du, const Tensor& x, const Tensor& bits, double keep,
+Tensor partial_grad(const Tensor& du, const Tensor& x, const Tensor& bits, double alpha,
                     int64_t begin, int64_t end) {
   const int64_t step = slab_rows(x);
   const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -106,15 +110,15 @@ Tensor partial_grad(const Tensor& du, const Tensor& x, const Tensor& bits, doubl
     apply_bits(x.narrow(0, first, rows), bits.narrow(0, first, rows), dropped);
     const Tensor part = du.narrow(0, first, rows).t();
     if (dtype == x.scalar_type()) {
-      sum.addmm_(part, dropped, 1, 1 / keep);
+      sum.addmm_(part, dropped, 1, alpha);
     } else {
-      sum.add_(at::mm(part, dropped), 1 / keep);
+      sum.add_(at::mm(part, dropped), alpha);
     }
   });
   return sum;
 }
 
-Tensor project_grad(const Tensor& du, const Tensor& x, const Tensor& bits, double keep) {
+Tensor project_grad_slabs(const Tensor& du, const Tensor& x, const Tensor& bits, double alpha) {
   // One partial sum per thread, added in order: the same bits for the same number of threads.
   const Tensor rows_of = dense_rows(x);
   const int64_t step = slab_rows(x);
@@ -124,22 +128,133 @@ Tensor project_grad(const Tensor& du, const Tensor& x, const Tensor& bits, doubl
   std::vector<Tensor> sums(shares);
   at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
     for (int64_t share = first; share < last; ++share)
-      sums[share] = partial_grad(du, rows_of, bits, keep, slabs * share / shares * step,
+      sums[share] = partial_grad(du, rows_of, bits, alpha, slabs * share / shares * step,
                                  std::min(x.size(0), slabs * (share + 1) / shares * step));
   });
   for (int64_t share = 1; share < shares; ++share) sums[0].add_(sums[share]);
   return sums[0];
 }
 
-void expand(const Tensor& du, const Tensor& A, const Tensor& bits, double keep, Tensor& dx) {
+void expand_slabs(const Tensor& du, const Tensor& A, const Tensor& bits, double alpha, Tensor& dx) {
   const int64_t step = slab_rows(dx);
   parallel_over_slabs(dx.size(0), step, [&](int64_t begin, int64_t end) {
     for_slabs(begin, end, step, [&](int64_t first, int64_t rows) {
       Tensor slab = dx.narrow(0, first, rows);
-      slab.addmm_(du.narrow(0, first, rows), A, 0, 1 / keep);
+      slab.addmm_(du.narrow(0, first, rows), A, 0, alpha);
       apply_bits(slab, bits.narrow(0, first, rows), slab);
     });
   });
+}
+
+// ---- The thin products, for fp32 ---------------------------------------------------------------
+
+bool is_thin(const Tensor& x) { return x.scalar_type() == at::kFloat && x.stride(1) == 1; }
+
+thin::Tile tile_of(const Tensor& x, const Tensor* bits) {
+  return {const_cast<float*>(x.const_data_ptr<float>()),
+          x.stride(0),
+          bits ? bits->const_data_ptr<uint8_t>() : nullptr,
+          bits ? bits->size(1) : 0,
+          x.size(0),
+          x.size(1)};
+}
+
+thin::Rows rows_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0)}; }
+
+/// B is kept as the transpose of a dense [R, out] that has the scaling.
+Stacked stack(at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
+              const Tensor& like) {
+  if (like.scalar_type() != at::kFloat) return kAtenKernels.stack(A, B, scaling, like);
+  int64_t R = 0;
+  for (const Tensor& block : B) R += block.size(1);
+  Tensor Bt = at::empty({R, B[0].size(0)}, like.options());
+  float* rows = Bt.mutable_data_ptr<float>();
+  for (size_t k = 0; k < B.size(); ++k) {
+    const Tensor block = B[k].to(like.options()).contiguous();
+    thin::transpose(block.const_data_ptr<float>(), block.size(0), block.size(1),
+                    static_cast<float>(scaling[k]), rows, Bt.size(1));
+    rows += block.size(1) * Bt.size(1);
+  }
+  Tensor At = A.size() == 1 ? A[0].to(like.options()) : at::cat(A, 0).to(like.options());
+  return {At.contiguous(), Bt.t(), 1.0};
+}
+
+Tensor project(const Tensor& x, const Tensor* bits, const Tensor& A, double alpha, int64_t R,
+               Tensor* norms) {
+  if (!is_thin(x)) {
+    if (!bits) return kAtenKernels.project(x, bits, A, alpha, R, norms);
+    Tensor u = at::empty({x.size(0), A.size(0)}, x.options());
+    project_slabs(x, *bits, A, alpha, u);
+    if (norms) *norms = norms_of(x, u, R);
+    return u;
+  }
+  Tensor u = at::empty({x.size(0), A.size(0)}, x.options());
+  double squares = 0;
+  thin::project(tile_of(x, bits), rows_of(A), A.size(0), u.mutable_data_ptr<float>(),
+                norms ? &squares : nullptr);
+  if (alpha != 1) u.mul_(alpha);
+  if (norms) {
+    *norms = at::empty({2}, x.options());
+    norms->mutable_data_ptr<float>()[0] = static_cast<float>(std::sqrt(squares));
+    norms->mutable_data_ptr<float>()[1] = at::linalg_vector_norm(u.narrow(1, 0, R)).item<float>();
+  }
+  return u;
+}
+
+Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base,
+              const Tensor* bits) {
+  if (u.scalar_type() != at::kFloat) {
+    if (!bits) return kAtenKernels.expand(u, P, alpha, base, bits);
+    Tensor out = at::empty({u.size(0), P.size(1)}, u.options());
+    expand_slabs(u, P, *bits, alpha, out);
+    return out;
+  }
+  const Tensor scaled = (alpha == 1 ? u : u.mul(alpha)).contiguous();
+  const Tensor rows = P.contiguous(), below = base ? base->contiguous() : Tensor();
+  Tensor out = at::empty({u.size(0), P.size(1)}, u.options());
+  thin::Rows start = {nullptr, 0};
+  if (base) start = {below.const_data_ptr<float>(), below.dim() == 1 ? 0 : below.stride(0)};
+  thin::expand(tile_of(out, bits), rows_of(scaled), rows_of(rows), rows.size(0), start);
+  return out;
+}
+
+Tensor project_grad(const Tensor& du, const Tensor& x, const Tensor* bits, double alpha) {
+  if (!is_thin(x)) {
+    return bits ? project_grad_slabs(du, x, *bits, alpha)
+                : kAtenKernels.project_grad(du, x, bits, alpha);
+  }
+  const Tensor rows = du.contiguous();
+  Tensor dA = at::empty({du.size(1), x.size(1)}, x.options());
+  thin::reduce(tile_of(x, bits), rows_of(rows), du.size(1), dA.mutable_data_ptr<float>());
+  return alpha == 1 ? dA : dA.mul_(alpha);
+}
+
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Stacked& stacked,
+                                                   const BackwardArgs& args) {
+  if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, stacked, args);
+  const Tensor rows = gy.contiguous(), Bt = stacked.B.t();
+  const int64_t R = Bt.size(0), out = Bt.size(1);
+  Tensor ds = at::empty({gy.size(0), R}, gy.options());
+  const auto tile = tile_of(rows, nullptr);
+  if (!args.needs[2]) {
+    thin::project(tile, rows_of(Bt), R, ds.mutable_data_ptr<float>(), nullptr);
+    return {ds, {}};
+  }
+  const Tensor s = as_matrix(args.s).contiguous();
+  Tensor dBt = at::empty({R, out}, gy.options());
+  thin::project_and_reduce(tile, rows_of(Bt), rows_of(s), R, ds.mutable_data_ptr<float>(),
+                           dBt.mutable_data_ptr<float>());
+  std::vector<Tensor> dB;
+  const float* from = dBt.const_data_ptr<float>();
+  for (size_t k = 0; k < args.B.size(); ++k) {
+    const int64_t r = args.B[k].size(1);
+    Tensor block = at::empty({out, r}, gy.options());
+    thin::transpose(from, r, out, static_cast<float>(args.scaling[k]),
+                    block.mutable_data_ptr<float>(), r);
+    from += r * out;
+    dB.push_back(block.to(args.B[k].options()));
+  }
+  return {ds, std::move(dB)};
 }
 
 void record_norms_cpu(const Tensor& norms, const Tensor& ring, const Tensor& count) {
@@ -188,7 +303,7 @@ Gradients adapt_backward_cpu(const OptTensor& gy, const OptTensor& gs, const Opt
 
 }  // namespace
 
-const DeviceKernels kCpuKernels = {draw_bits, project, project_grad, expand};
+const DeviceKernels kCpuKernels = {stack, draw_bits, project, expand, project_grad, expand_grad};
 
 TORCH_LIBRARY_IMPL(reslora, CPU, m) {
   m.impl("adapt", adapt_cpu);

@@ -10,6 +10,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace reslora::ops {
@@ -53,20 +54,36 @@ struct BackwardArgs {
   std::array<bool, 3> needs;
 };
 
-/// Dropout, the part that is not a GEMM. `keep` is the probability to keep an element;
-/// bits are uint8 [T, ceil(in/8)], bit j%8 of byte j/8 belongs to element j, 1 = kept.
+/// The blocks of a layer in x's dtype on x's device, stacked.
+struct Stacked {
+  at::Tensor A;  // [RA, in]
+  at::Tensor B;  // [out, R]; its strides are the device's choice
+  double alpha;  // what s B^T is still to be multiplied with: the scaling, or 1 where B has it
+};
+
+/// What a device does its own way: all but the big GEMMs. Bits are uint8 [T, ceil(in/8)], bit j%8
+/// of byte j/8 belongs to element j, 1 = kept; "kept x" is x with dropped elements 0, and x itself
+/// where `bits` is null.
 struct DeviceKernels {
-  /// Draws the bits from the default generator of x's device.
+  Stacked (*stack)(at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
+                   const at::Tensor& like);
+  /// Draws bits that are 1 with probability `keep`, from the default generator of x's device.
   at::Tensor (*draw_bits)(const at::Tensor& x, double keep);
-  /// out [T, R] = (x * bits) A^T / keep.
-  void (*project)(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& A, double keep,
-                  at::Tensor& out);
-  /// Returns dA [R, in] = du^T (x * bits) / keep.
-  at::Tensor (*project_grad)(const at::Tensor& du, const at::Tensor& x, const at::Tensor& bits,
-                             double keep);
-  /// dx [T, in] = bits * (du A) / keep.
-  void (*expand)(const at::Tensor& du, const at::Tensor& A, const at::Tensor& bits, double keep,
-                 at::Tensor& dx);
+  /// Returns u [T, RA] = alpha * kept x A^T. Where `norms` is not null it becomes fp32 [2]:
+  /// |x|_F, |u[:, :R]|_F.
+  at::Tensor (*project)(const at::Tensor& x, const at::Tensor* bits, const at::Tensor& A,
+                        double alpha, int64_t R, at::Tensor* norms);
+  /// Returns [T, n] = kept (base + alpha * u P) for u [T, R], P [R, n]; base is null, [n] or [T,
+  /// n].
+  at::Tensor (*expand)(const at::Tensor& u, const at::Tensor& P, double alpha,
+                       const at::Tensor* base, const at::Tensor* bits);
+  /// Returns dA [RA, in] = alpha * du^T kept x.
+  at::Tensor (*project_grad)(const at::Tensor& du, const at::Tensor& x, const at::Tensor* bits,
+                             double alpha);
+  /// Returns ds [T, R] = gy (scaling B), and gradients for each block of B where they are needed.
+  std::pair<at::Tensor, std::vector<at::Tensor>> (*expand_grad)(const at::Tensor& gy,
+                                                                const Stacked& stacked,
+                                                                const BackwardArgs& args);
 };
 
 extern const DeviceKernels kCpuKernels;   // adapt_cpu.cpp
@@ -83,6 +100,18 @@ inline bool returns_tap(size_t a_blocks, size_t b_blocks, bool keep_tap) {
 
 /// The keep probability that is really drawn: 1 - dropout to the nearest 1/65536, at least one.
 double keep_probability(double dropout);
+
+/// x [..., n] as a matrix [T, n] whose rows or columns are dense.
+at::Tensor as_matrix(const at::Tensor& x);
+
+/// fp32 [2]: |x|_F, |u[:, :R]|_F.
+at::Tensor norms_of(const at::Tensor& x, const at::Tensor& u, int64_t R);
+
+bool is_uniform(at::ArrayRef<double> scaling);
+
+/// Cuts a stacked gradient into one tensor per block, in the block's own dtype and device. The
+/// blocks are copies: outputs of an op must not share memory.
+std::vector<at::Tensor> unstack(const at::Tensor& stacked, at::TensorList blocks, int64_t dim);
 
 Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels);
 Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kernels);

@@ -92,6 +92,14 @@ def test_libraries_find_torch_beside_them() -> None:
     check_libraries(INSTALLED)
 
 
+def test_own_loops_run_on_torchs_threads():
+    """Without OpenMP in the compiler's flags, at::parallel_for is a loop on one thread."""
+    library = INSTALLED / "libreslora.so"
+    assert "GOMP_parallel" in run("nm", "-D", "--undefined-only", library)
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert len({Path(path).resolve() for path in loaded if "/libgomp" in path}) == 1
+
+
 def test_the_core_library_knows_nothing_of_python() -> None:
     symbols = run("nm", "-D", "--undefined-only", INSTALLED / "libreslora.so")
     assert not re.findall(r"\bPy[A-Z_]\w+", symbols)

@@ -1,0 +1,185 @@
+// The products beside the big GEMM: every instruction set of this processor against sums in fp64.
+#include "ops/thin_products.h"
+
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+
+namespace reslora::ops::thin {
+namespace {
+
+struct Sizes {
+  int64_t rows, columns, r;
+  bool has_bits;
+  int64_t padding;  // floats between the rows of the wide matrix
+};
+
+/// A wide matrix with bits, two thin ones and a base, all random.
+struct Problem {
+  explicit Problem(const Sizes& s)
+      : sizes(s),
+        stride(s.columns + s.padding),
+        x(random(s.rows * stride)),
+        p(random(s.r * s.columns)),
+        u(random(s.rows * s.r)),
+        base(random(s.rows * s.columns)),
+        bit_stride((s.columns + 7) / 8) {
+    std::mt19937 generator(7);
+    for (int64_t i = 0; i < s.rows * bit_stride; ++i)
+      bits.push_back(static_cast<uint8_t>(generator()));
+    // A dropped element must not matter, whatever it is.
+    if (s.has_bits && s.rows > 0 && s.columns > 0) {
+      bits[0] &= 0xFE;
+      x[0] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+
+  static std::vector<float> random(int64_t n) {
+    static std::mt19937 generator(3);
+    std::vector<float> values;
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < n; ++i) values.push_back(normal(generator));
+    return values;
+  }
+
+  Tile tile() {
+    return {x.data(),   stride,     sizes.has_bits ? bits.data() : nullptr,
+            bit_stride, sizes.rows, sizes.columns};
+  }
+  bool is_kept(int64_t i, int64_t j) const {
+    return !sizes.has_bits || ((bits[i * bit_stride + j / 8] >> (j % 8)) & 1);
+  }
+  double kept(int64_t i, int64_t j) const { return is_kept(i, j) ? x[i * stride + j] : 0.0; }
+  Rows rows_of(const std::vector<float>& m, int64_t width) const { return {m.data(), width}; }
+
+  double dot(int64_t i, int64_t k) const {
+    double sum = 0;
+    for (int64_t j = 0; j < sizes.columns; ++j) sum += kept(i, j) * p[k * sizes.columns + j];
+    return sum;
+  }
+  double reduced(int64_t k, int64_t j) const {
+    double sum = 0;
+    for (int64_t i = 0; i < sizes.rows; ++i) sum += u[i * sizes.r + k] * kept(i, j);
+    return sum;
+  }
+  double expanded(int64_t i, int64_t j) const {
+    double sum = 0;
+    for (int64_t k = 0; k < sizes.r; ++k)
+      sum += static_cast<double>(u[i * sizes.r + k]) * p[k * sizes.columns + j];
+    return sum;
+  }
+
+  Sizes sizes;
+  int64_t stride;
+  std::vector<float> x, p, u, base;
+  int64_t bit_stride;
+  std::vector<uint8_t> bits;
+};
+
+constexpr double kTolerance = 2e-4;  // sums of at most 2,100 products of normal numbers
+
+class Products : public testing::TestWithParam<Sizes> {};
+
+TEST_P(Products, ProjectAddsDotProducts) {
+  Problem a(GetParam());
+  const auto [T, n, r, has_bits, padding] = GetParam();
+  for (const Kernels* kernels : supported_kernels()) {
+    std::vector<float> u(T * r, 1.0f);
+    kernels->project(a.tile(), a.rows_of(a.p, n), r, u.data(), r);
+    for (int64_t i = 0; i < T; ++i)
+      for (int64_t k = 0; k < r; ++k) ASSERT_NEAR(u[i * r + k], 1 + a.dot(i, k), kTolerance);
+  }
+}
+
+TEST_P(Products, ExpandWritesTheRowsAndNothingBesideThem) {
+  Problem a(GetParam());
+  const auto [T, n, r, has_bits, padding] = GetParam();
+  for (const Kernels* kernels : supported_kernels()) {
+    for (const int64_t base_stride : {int64_t{-1}, int64_t{0}, n}) {
+      std::fill(a.x.begin(), a.x.end(), -7.0f);
+      const Rows base = {base_stride < 0 ? nullptr : a.base.data(), base_stride};
+      kernels->expand(a.tile(), a.rows_of(a.u, r), a.rows_of(a.p, n), r, base);
+      for (int64_t i = 0; i < T; ++i)
+        for (int64_t j = 0; j < a.stride; ++j) {
+          double wanted = -7;
+          if (j < n) {
+            const double start = base.data ? base.data[i * base_stride + j] : 0.0;
+            wanted = a.is_kept(i, j) ? start + a.expanded(i, j) : 0.0;
+          }
+          ASSERT_NEAR(a.x[i * a.stride + j], wanted, kTolerance) << i << ", " << j;
+        }
+    }
+  }
+}
+
+TEST_P(Products, ReduceAddsOuterProducts) {
+  Problem a(GetParam());
+  const auto [T, n, r, has_bits, padding] = GetParam();
+  for (const Kernels* kernels : supported_kernels()) {
+    std::vector<float> q(r * n, 1.0f);
+    kernels->reduce(a.tile(), a.rows_of(a.u, r), r, q.data(), n);
+    for (int64_t k = 0; k < r; ++k)
+      for (int64_t j = 0; j < n; ++j) ASSERT_NEAR(q[k * n + j], 1 + a.reduced(k, j), kTolerance);
+  }
+}
+
+TEST_P(Products, ThreadedProductsEqualTheLiteralSums) {
+  Problem a(GetParam());
+  const auto [T, n, r, has_bits, padding] = GetParam();
+  std::vector<float> u(T * r, 9.0f), q(r * n, 9.0f), again(T * r, 9.0f), alone(r * n, 9.0f);
+  project(a.tile(), a.rows_of(a.p, n), r, u.data(), nullptr);
+  reduce(a.tile(), a.rows_of(a.u, r), r, alone.data());
+  project_and_reduce(a.tile(), a.rows_of(a.p, n), a.rows_of(a.u, r), r, again.data(), q.data());
+  for (int64_t i = 0; i < T; ++i)
+    for (int64_t k = 0; k < r; ++k) ASSERT_NEAR(u[i * r + k], a.dot(i, k), kTolerance);
+  for (int64_t k = 0; k < r; ++k)
+    for (int64_t j = 0; j < n; ++j) ASSERT_NEAR(q[k * n + j], a.reduced(k, j), kTolerance);
+  EXPECT_EQ(u, again);
+  EXPECT_EQ(q, alone);
+}
+
+std::string name_of(const testing::TestParamInfo<Sizes>& info) {
+  const Sizes& s = info.param;
+  return std::to_string(s.rows) + "x" + std::to_string(s.columns) + "r" + std::to_string(s.r) +
+         (s.has_bits ? "bits" : "") + (s.padding ? "padded" : "");
+}
+
+std::vector<Sizes> all_sizes() {
+  std::vector<Sizes> sizes;
+  for (const bool has_bits : {false, true}) {
+    for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{
+             {0, 8}, {1, 1}, {1, 40}, {7, 3}, {6, 16}, {9, 17}, {13, 100}, {50, 1030}, {97, 65}})
+      for (const int64_t r : {1, 4, 9, 16})
+        sizes.push_back({rows, columns, r, has_bits, rows == 13 ? 5 : 0});
+    sizes.push_back({2100, 24, 40, has_bits, 0});  // long sums, several threads
+  }
+  return sizes;
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, Products, testing::ValuesIn(all_sizes()), name_of);
+
+TEST(Thin, SumOfSquaresCountsDroppedElements) {
+  Problem a({13, 100, 1, false, 5});
+  double wanted = 0;
+  for (int64_t i = 0; i < 13; ++i)
+    for (int64_t j = 0; j < 100; ++j) wanted += std::pow(a.x[i * a.stride + j], 2);
+  for (const Kernels* kernels : supported_kernels())
+    EXPECT_NEAR(kernels->sum_of_squares(a.tile()), wanted, 1e-3);
+  double squares = 0;
+  std::vector<float> u(13);
+  project(a.tile(), a.rows_of(a.p, 100), 1, u.data(), &squares);
+  EXPECT_NEAR(squares, wanted, 1e-3);
+}
+
+TEST(Thin, TransposeScalesIntoARowOfBlocks) {
+  const std::vector<float> from = {1, 2, 3, 4, 5, 6};  // [2, 3]
+  std::vector<float> to(3 * 5, 0.0f);
+  transpose(from.data(), 2, 3, 10, to.data() + 1, 5);
+  EXPECT_EQ(to, (std::vector<float>{0, 10, 40, 0, 0, 0, 20, 50, 0, 0, 0, 30, 60, 0, 0}));
+}
+
+}  // namespace
+}  // namespace reslora::ops::thin
