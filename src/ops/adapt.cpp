@@ -67,7 +67,6 @@ Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels) {
   const Tensor x = as_matrix(args.x);
   const Stacked blocks = kernels.stack(args.A, args.B, args.scaling, x);
   const int64_t R = blocks.B.size(1);
-  const bool has_tap_rows = args.A.size() > args.B.size();
   const double keep = keep_probability(args.dropout);
 
   Tensor drawn, norms;
@@ -76,19 +75,7 @@ Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels) {
   const Tensor u = kernels.project(x, bits, blocks.A, bits ? 1 / keep : 1.0, R,
                                    args.want_norms ? &norms : nullptr);
 
-  const Tensor own = has_tap_rows ? u.narrow(1, 0, R) : u;
-  Tensor s = own;
-  for (const Tensor& tap : args.taps) {
-    const Tensor addend = as_matrix(tap).to(x.options());
-    s = s.is_same(own) ? at::add(own, addend) : s.add_(addend);
-  }
-  Tensor tap;
-  if (has_tap_rows) {
-    tap = u.narrow(1, R, u.size(1) - R).clone(at::MemoryFormat::Contiguous);
-    if (args.taps.empty()) s = s.clone(at::MemoryFormat::Contiguous);
-  } else if (args.keep_tap) {
-    tap = args.taps.empty() ? u.clone() : u;
-  }
+  auto [s, tap] = kernels.take_taps(u, args.taps, R, args.keep_tap);
   const Tensor base = args.base_out ? as_matrix(*args.base_out) : Tensor();
   Tensor y = kernels.expand(s, blocks.B.t(), blocks.alpha,
                             args.base_out ? &base : pointer_to(args.bias), nullptr);
@@ -142,7 +129,7 @@ Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kerne
   std::vector<Tensor> dA;
   if (args.needs[0] || args.needs[1]) {
     const Tensor du = grad_of_u(args, ds, blocks.A.size(0) - blocks.B.size(1));
-    if (args.needs[1]) dA = unstack(kernels.project_grad(du, x, bits, alpha), args.A, 0);
+    if (args.needs[1]) dA = kernels.project_grad(du, x, bits, alpha, args.A);
     if (args.needs[0]) {
       dx = kernels.expand(du, blocks.A, alpha, nullptr, bits);
       if (args.weight && gy.defined()) dx.addmm_(gy, *args.weight);

@@ -69,6 +69,24 @@ Tensor project(const Tensor& x, const Tensor* bits, const Tensor& A, double alph
   return u;
 }
 
+std::pair<Tensor, Tensor> take_taps(const Tensor& u, at::TensorList taps, int64_t R,
+                                    bool keep_tap) {
+  const bool has_tap_rows = u.size(1) > R;
+  const Tensor own = has_tap_rows ? u.narrow(1, 0, R) : u;
+  Tensor s = own, tap;
+  for (const Tensor& one : taps) {
+    const Tensor addend = as_matrix(one).to(u.options());
+    s = s.is_same(own) ? at::add(own, addend) : s.add_(addend);
+  }
+  if (has_tap_rows) {
+    tap = u.narrow(1, R, u.size(1) - R).clone(at::MemoryFormat::Contiguous);
+    if (taps.empty()) s = s.clone(at::MemoryFormat::Contiguous);
+  } else if (keep_tap) {
+    tap = taps.empty() ? u.clone() : u;
+  }
+  return {s, tap};
+}
+
 Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base,
               const Tensor* bits) {
   Tensor out;
@@ -82,8 +100,9 @@ Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base
   return out;
 }
 
-Tensor project_grad(const Tensor& du, const Tensor& x, const Tensor* bits, double alpha) {
-  return bits ? at::mm(du.t(), dropped(x, *bits)).mul_(alpha) : at::mm(du.t(), x);
+std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Tensor* bits,
+                                 double alpha, at::TensorList A) {
+  return unstack(bits ? at::mm(du.t(), dropped(x, *bits)).mul_(alpha) : at::mm(du.t(), x), A, 0);
 }
 
 std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Stacked& stacked,
@@ -132,7 +151,8 @@ Tensor norms_of(const Tensor& x, const Tensor& u, int64_t R) {
   return at::stack({frobenius_norm(x), frobenius_norm(u.narrow(1, 0, R))}).to(at::kFloat);
 }
 
-const DeviceKernels kAtenKernels = {stack, draw_bits, project, expand, project_grad, expand_grad};
+const DeviceKernels kAtenKernels = {stack,  draw_bits,    project,    take_taps,
+                                    expand, project_grad, expand_grad};
 
 TORCH_LIBRARY_IMPL(reslora, CompositeExplicitAutograd, m) {
   m.impl("adapt", adapt_aten);

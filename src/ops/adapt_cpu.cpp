@@ -1,5 +1,5 @@
-// `adapt` on the CPU: in fp32 the products of thin_products.h; in other types ATen's GEMMs, with
-// dropout applied to slabs of rows that stay in cache.
+// `adapt` on the CPU: in fp32 the products of thin_products.h; in other types ATen's GEMMs and
+// dropout in slabs.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
@@ -13,23 +13,13 @@
 #include "detail/check.h"
 #include "ops/adapt_kernels.h"
 #include "ops/dropout_bits.h"
+#include "ops/dropout_slabs.h"
 #include "ops/thin_products.h"
 
 namespace reslora::ops {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kSlabBytes = 512 * 1024;  // half of a usual L2 cache
-constexpr int64_t kGrainBytes = 64 * 1024;  // below this a second thread costs more than it saves
-
-/// Rows per slab: what fits in cache, and at most a thread's share where sharing pays.
-int64_t slab_rows(const Tensor& x) {
-  const int64_t row_bytes = std::max<int64_t>(1, x.size(1) * x.element_size());
-  const int64_t threads = x.size(0) * row_bytes < 2 * kGrainBytes ? 1 : at::get_num_threads();
-  const int64_t share = (x.size(0) + threads - 1) / threads;
-  return std::max<int64_t>(1, std::min(share, std::max<int64_t>(16, kSlabBytes / row_bytes)));
-}
 
 Tensor draw_bits(const Tensor& x, double keep) {
   uint64_t seed = 0;
@@ -45,108 +35,10 @@ Tensor draw_bits(const Tensor& x, double keep) {
   const auto level = static_cast<uint32_t>(keep * 65536.0 + 0.5);
   const int64_t bytes = bits.numel();
   at::parallel_for(
-      0, (bytes + kBitBlockBytes - 1) / kBitBlockBytes, /*grain_size=*/32,
+      0, (bytes + kBitBlockBytes - 1) / kBitBlockBytes, /*grain_size=*/4,
       [&](int64_t first, int64_t last) { draw_bit_blocks(seed, level, first, last, bytes, data); });
   return bits;
 }
-
-/// target rows = source rows with dropped elements set to 0; both row-major, the same rows.
-void apply_bits(const Tensor& source, const Tensor& bits, Tensor& target) {
-  const auto* in = static_cast<const char*>(source.const_data_ptr());
-  auto* out = static_cast<char*>(target.mutable_data_ptr());
-  const auto* mask = bits.const_data_ptr<uint8_t>();
-  const int64_t n = source.size(1), size = source.element_size();
-  for (int64_t row = 0; row < source.size(0); ++row)
-    apply_bit_row(mask + row * bits.size(1), in + row * source.stride(0) * size, n, size,
-                  out + row * target.stride(0) * size);
-}
-
-/// Calls body(first, rows) for each slab of x's rows in [begin, end); inside a parallel region,
-/// where the GEMMs of a slab run on one thread and nothing may be recorded for autograd.
-template <typename Body>
-void for_slabs(int64_t begin, int64_t end, int64_t step, const Body& body) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  for (int64_t first = begin; first < end; first += step) body(first, std::min(step, end - first));
-}
-
-/// Runs body(begin, end) on shares of the rows that are whole slabs.
-template <typename Body>
-void parallel_over_slabs(int64_t rows, int64_t step, const Body& body) {
-  at::parallel_for(0, (rows + step - 1) / step, 1, [&](int64_t first, int64_t last) {
-    body(first * step, std::min(rows, last * step));
-  });
-}
-
-/// A view of x whose rows are dense.
-Tensor dense_rows(const Tensor& x) { return x.stride(1) == 1 ? x : x.contiguous(); }
-
-void project_slabs(const Tensor& x, const Tensor& bits, const Tensor& A, double alpha,
-                   Tensor& out) {
-  const Tensor At = A.t(), rows_of = dense_rows(x);
-  const int64_t step = slab_rows(x);
-  parallel_over_slabs(x.size(0), step, [&](int64_t begin, int64_t end) {
-    Tensor buffer;
-    for_slabs(begin, end, step, [&](int64_t first, int64_t rows) {
-      if (!buffer.defined()) buffer = at::empty({step, x.size(1)}, x.options());
-      Tensor dropped = buffer.narrow(0, 0, rows);
-      apply_bits(rows_of.narrow(0, first, rows), bits.narrow(0, first, rows), dropped);
-      out.narrow(0, first, rows).addmm_(dropped, At, 0, alpha);
-    });
-  });
-}
-
-/// The sum over one share of the rows, in fp32 at least, so that bf16 rounds once.
-Tensor partial_grad(const Tensor& du, const Tensor& x, const Tensor& bits, double alpha,
-                    int64_t begin, int64_t end) {
-  const int64_t step = slab_rows(x);
-  const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor sum, buffer;
-  for_slabs(begin, end, step, [&](int64_t first, int64_t rows) {
-    if (!buffer.defined()) {
-      sum = at::zeros({du.size(1), x.size(1)}, x.options().dtype(dtype));
-      buffer = at::empty({step, x.size(1)}, x.options());
-    }
-    Tensor dropped = buffer.narrow(0, 0, rows);
-    apply_bits(x.narrow(0, first, rows), bits.narrow(0, first, rows), dropped);
-    const Tensor part = du.narrow(0, first, rows).t();
-    if (dtype == x.scalar_type()) {
-      sum.addmm_(part, dropped, 1, alpha);
-    } else {
-      sum.add_(at::mm(part, dropped), alpha);
-    }
-  });
-  return sum;
-}
-
-Tensor project_grad_slabs(const Tensor& du, const Tensor& x, const Tensor& bits, double alpha) {
-  // One partial sum per thread, added in order: the same bits for the same number of threads.
-  const Tensor rows_of = dense_rows(x);
-  const int64_t step = slab_rows(x);
-  const int64_t slabs = (x.size(0) + step - 1) / step;
-  const int64_t shares = std::min<int64_t>(at::get_num_threads(), slabs);
-  if (shares == 0) return at::zeros({du.size(1), x.size(1)}, x.options());
-  std::vector<Tensor> sums(shares);
-  at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
-    for (int64_t share = first; share < last; ++share)
-      sums[share] = partial_grad(du, rows_of, bits, alpha, slabs * share / shares * step,
-                                 std::min(x.size(0), slabs * (share + 1) / shares * step));
-  });
-  for (int64_t share = 1; share < shares; ++share) sums[0].add_(sums[share]);
-  return sums[0];
-}
-
-void expand_slabs(const Tensor& du, const Tensor& A, const Tensor& bits, double alpha, Tensor& dx) {
-  const int64_t step = slab_rows(dx);
-  parallel_over_slabs(dx.size(0), step, [&](int64_t begin, int64_t end) {
-    for_slabs(begin, end, step, [&](int64_t first, int64_t rows) {
-      Tensor slab = dx.narrow(0, first, rows);
-      slab.addmm_(du.narrow(0, first, rows), A, 0, alpha);
-      apply_bits(slab, bits.narrow(0, first, rows), slab);
-    });
-  });
-}
-
-// ---- The thin products, for fp32 ---------------------------------------------------------------
 
 bool is_thin(const Tensor& x) { return x.scalar_type() == at::kFloat && x.stride(1) == 1; }
 
@@ -195,10 +87,38 @@ Tensor project(const Tensor& x, const Tensor* bits, const Tensor& A, double alph
   if (alpha != 1) u.mul_(alpha);
   if (norms) {
     *norms = at::empty({2}, x.options());
-    norms->mutable_data_ptr<float>()[0] = static_cast<float>(std::sqrt(squares));
-    norms->mutable_data_ptr<float>()[1] = at::linalg_vector_norm(u.narrow(1, 0, R)).item<float>();
+    auto* values = norms->mutable_data_ptr<float>();
+    values[0] = static_cast<float>(std::sqrt(squares));
+    double own = 0;
+    const float* rows = u.const_data_ptr<float>();
+    for (int64_t i = 0; i < u.size(0); ++i)
+      for (int64_t k = 0; k < R; ++k) own += rows[i * u.size(1) + k] * rows[i * u.size(1) + k];
+    values[1] = static_cast<float>(std::sqrt(own));
   }
   return u;
+}
+
+std::pair<Tensor, Tensor> take_taps(const Tensor& u, at::TensorList taps, int64_t R,
+                                    bool keep_tap) {
+  if (u.scalar_type() != at::kFloat || (taps.empty() && u.size(1) == R))
+    return kAtenKernels.take_taps(u, taps, R, keep_tap);
+  const int64_t T = u.size(0), width = u.size(1);
+  const bool has_tap_rows = width > R;
+  Tensor s = at::empty({T, R}, u.options()), tap = keep_tap ? u : Tensor();
+  if (has_tap_rows) tap = at::empty({T, width - R}, u.options());
+  const float* from = u.const_data_ptr<float>();
+  float* sum = s.mutable_data_ptr<float>();
+  float* rest = has_tap_rows ? tap.mutable_data_ptr<float>() : nullptr;
+  for (int64_t row = 0; row < T; ++row) {
+    std::copy_n(from + row * width, R, sum + row * R);
+    if (rest) std::copy_n(from + row * width + R, width - R, rest + row * (width - R));
+  }
+  for (const Tensor& one : taps) {
+    const Tensor addend = as_matrix(one).to(u.options()).contiguous();
+    const float* values = addend.const_data_ptr<float>();
+    for (int64_t i = 0; i < T * R; ++i) sum[i] += values[i];
+  }
+  return {s, tap};
 }
 
 Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base,
@@ -218,15 +138,26 @@ Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base
   return out;
 }
 
-Tensor project_grad(const Tensor& du, const Tensor& x, const Tensor* bits, double alpha) {
+std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Tensor* bits,
+                                 double alpha, at::TensorList A) {
   if (!is_thin(x)) {
-    return bits ? project_grad_slabs(du, x, *bits, alpha)
-                : kAtenKernels.project_grad(du, x, bits, alpha);
+    return bits ? unstack(project_grad_slabs(du, x, *bits, alpha), A, 0)
+                : kAtenKernels.project_grad(du, x, bits, alpha, A);
   }
   const Tensor rows = du.contiguous();
-  Tensor dA = at::empty({du.size(1), x.size(1)}, x.options());
-  thin::reduce(tile_of(x, bits), rows_of(rows), du.size(1), dA.mutable_data_ptr<float>());
-  return alpha == 1 ? dA : dA.mul_(alpha);
+  Tensor stacked = at::empty({du.size(1), x.size(1)}, x.options());
+  thin::reduce(tile_of(x, bits), rows_of(rows), du.size(1), stacked.mutable_data_ptr<float>());
+  if (alpha != 1) stacked.mul_(alpha);
+  if (A.size() == 1) return {stacked.to(A[0].options())};
+  std::vector<Tensor> dA;
+  const float* from = stacked.const_data_ptr<float>();
+  for (const Tensor& A_k : A) {
+    Tensor block = at::empty(A_k.sizes(), x.options());
+    std::copy_n(from, block.numel(), block.mutable_data_ptr<float>());
+    from += block.numel();
+    dA.push_back(block.to(A_k.options()));
+  }
+  return dA;
 }
 
 std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Stacked& stacked,
@@ -303,7 +234,8 @@ Gradients adapt_backward_cpu(const OptTensor& gy, const OptTensor& gs, const Opt
 
 }  // namespace
 
-const DeviceKernels kCpuKernels = {stack, draw_bits, project, expand, project_grad, expand_grad};
+const DeviceKernels kCpuKernels = {stack,  draw_bits,    project,    take_taps,
+                                   expand, project_grad, expand_grad};
 
 TORCH_LIBRARY_IMPL(reslora, CPU, m) {
   m.impl("adapt", adapt_cpu);

@@ -73,13 +73,17 @@ struct DeviceKernels {
   /// |x|_F, |u[:, :R]|_F.
   at::Tensor (*project)(const at::Tensor& x, const at::Tensor* bits, const at::Tensor& A,
                         double alpha, int64_t R, at::Tensor* norms);
+  /// Returns s [T, R] = u[:, :R] + the taps, and the tap that is handed on: u[:, R:] where there is
+  /// such, else u with `keep_tap`, else undefined. Neither shares memory with the other.
+  std::pair<at::Tensor, at::Tensor> (*take_taps)(const at::Tensor& u, at::TensorList taps,
+                                                 int64_t R, bool keep_tap);
   /// Returns [T, n] = kept (base + alpha * u P) for u [T, R], P [R, n]; base is null, [n] or [T,
   /// n].
   at::Tensor (*expand)(const at::Tensor& u, const at::Tensor& P, double alpha,
                        const at::Tensor* base, const at::Tensor* bits);
-  /// Returns dA [RA, in] = alpha * du^T kept x.
-  at::Tensor (*project_grad)(const at::Tensor& du, const at::Tensor& x, const at::Tensor* bits,
-                             double alpha);
+  /// Returns alpha * du^T kept x, cut into a gradient for each block of A.
+  std::vector<at::Tensor> (*project_grad)(const at::Tensor& du, const at::Tensor& x,
+                                          const at::Tensor* bits, double alpha, at::TensorList A);
   /// Returns ds [T, R] = gy (scaling B), and gradients for each block of B where they are needed.
   std::pair<at::Tensor, std::vector<at::Tensor>> (*expand_grad)(const at::Tensor& gy,
                                                                 const Stacked& stacked,

@@ -1,4 +1,4 @@
-// Philox in lanes, biased bits from fair ones, and masks by table look-up.
+// Random words in lanes, biased bits from fair ones, and masks by table look-up.
 #include "ops/dropout_bits.h"
 
 #include <array>
@@ -16,50 +16,60 @@
 namespace reslora::ops {
 namespace {
 
-constexpr int kLanes = 16;  // Philox calls side by side, so that compilers vectorise the rounds
-using Words = uint32_t[4][kLanes];
-static_assert(sizeof(Words) == kBitBlockBytes);
+constexpr int kLanes = 16;  // generators side by side, so that compilers vectorise them
+using Words = uint32_t[kLanes];
+static_assert(kBitBlockBytes % sizeof(Words) == 0);
 
-/// Philox4x32-7 (Salmon et al., SC 2011; 7 rounds pass BigCrush) on kLanes counters at once.
-RESLORA_INLINE void philox(Words& counter, uint64_t seed) {
-  uint32_t key0 = static_cast<uint32_t>(seed);
-  uint32_t key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 7; ++round) {
-    for (int i = 0; i < kLanes; ++i) {
-      const uint64_t p0 = uint64_t{0xD2511F53} * counter[0][i];
-      const uint64_t p1 = uint64_t{0xCD9E8D57} * counter[2][i];
-      counter[0][i] = static_cast<uint32_t>(p1 >> 32) ^ counter[1][i] ^ key0;
-      counter[2][i] = static_cast<uint32_t>(p0 >> 32) ^ counter[3][i] ^ key1;
-      counter[1][i] = static_cast<uint32_t>(p1);
-      counter[3][i] = static_cast<uint32_t>(p0);
-    }
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
-  }
+/// Mixes a counter into 64 well-spread bits (the finaliser of SplitMix64, Steele et al. 2014).
+RESLORA_INLINE uint64_t mixed(uint64_t counter) {
+  counter = (counter ^ (counter >> 30)) * 0xBF58476D1CE4E5B9;
+  counter = (counter ^ (counter >> 27)) * 0x94D049BB133111EB;
+  return counter ^ (counter >> 31);
 }
 
-/// 4 * kLanes words of 32 bits, each bit 1 with probability level / 65536, level < 65536.
-///
-/// Works on whole words: from the lowest binary digit of the level to the highest, a digit 1 ORs a
-/// word of fair coins, a digit 0 ANDs one, which halves the distance each time.
-RESLORA_INLINE void biased_words(uint64_t seed, uint32_t level, uint64_t block, Words& result) {
-  for (int w = 0; w < 4; ++w)
-    for (int i = 0; i < kLanes; ++i) result[w][i] = 0;
-  int digit = 0;
-  while (digit < 15 && !((level >> digit) & 1)) ++digit;  // trailing zeros only AND zero with coins
-  for (; digit < 16; ++digit) {
-    Words coins;
+/// xoshiro128++ (Blackman and Vigna 2021) in every lane; a block's state is a function of the seed
+/// and the block, so that blocks can be drawn in any order.
+struct Generator {
+  Words state[4];
+
+  RESLORA_INLINE void start(uint64_t seed, uint64_t block) {
     for (int i = 0; i < kLanes; ++i) {
-      coins[0][i] = static_cast<uint32_t>(block);
-      coins[1][i] = static_cast<uint32_t>(block >> 32);
-      coins[2][i] = static_cast<uint32_t>(i);
-      coins[3][i] = static_cast<uint32_t>(digit);
+      const uint64_t counter = seed + 0x9E3779B97F4A7C15 * (2 * (block * kLanes + i) + 1);
+      const uint64_t low = mixed(counter), high = mixed(counter + 0x9E3779B97F4A7C15);
+      state[0][i] = static_cast<uint32_t>(low);
+      state[1][i] = static_cast<uint32_t>(low >> 32);
+      state[2][i] = static_cast<uint32_t>(high);
+      state[3][i] = static_cast<uint32_t>(high >> 32);
     }
-    philox(coins, seed);
+  }
+
+  RESLORA_INLINE void draw(Words& words) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t sum = state[0][i] + state[3][i];
+      words[i] = ((sum << 7) | (sum >> 25)) + state[0][i];
+      const uint32_t shifted = state[1][i] << 9;
+      state[2][i] ^= state[0][i];
+      state[3][i] ^= state[1][i];
+      state[1][i] ^= state[2][i];
+      state[0][i] ^= state[3][i];
+      state[2][i] ^= shifted;
+      state[3][i] = (state[3][i] << 11) | (state[3][i] >> 21);
+    }
+  }
+};
+
+/// kLanes words of 32 bits, each bit 1 with probability level / 65536, 0 < level < 65536.
+///
+/// Works on whole words: from the lowest binary digit of the level that is 1 to the highest, a
+/// digit 1 ORs a word of fair coins, a digit 0 ANDs one, which halves the distance each time.
+RESLORA_INLINE void draw_biased(Generator& generator, uint32_t level, Words& result) {
+  for (int i = 0; i < kLanes; ++i) result[i] = 0;
+  for (int digit = __builtin_ctz(level); digit < 16; ++digit) {
+    Words coins;
+    generator.draw(coins);
     const uint32_t is_one = (level >> digit) & 1 ? 0xFFFFFFFF : 0;
-    for (int w = 0; w < 4; ++w)
-      for (int i = 0; i < kLanes; ++i)
-        result[w][i] = (result[w][i] & coins[w][i]) | (is_one & (result[w][i] | coins[w][i]));
+    for (int i = 0; i < kLanes; ++i)
+      result[i] = (result[i] & coins[i]) | (is_one & (result[i] | coins[i]));
   }
 }
 
@@ -89,14 +99,19 @@ void draw_bit_blocks(uint64_t seed, uint32_t level, int64_t first, int64_t last,
                      uint8_t* bits) {
   for (int64_t block = first; block < last; ++block) {
     const int64_t start = block * kBitBlockBytes;
-    const int64_t n = bytes - start < kBitBlockBytes ? bytes - start : kBitBlockBytes;
+    const int64_t end = bytes - start < kBitBlockBytes ? bytes : start + kBitBlockBytes;
     if (level >= 65536) {
-      std::memset(bits + start, 0xFF, static_cast<size_t>(n));
+      std::memset(bits + start, 0xFF, static_cast<size_t>(end - start));
       continue;
     }
-    Words words;
-    biased_words(seed, level, static_cast<uint64_t>(block), words);
-    std::memcpy(bits + start, words, static_cast<size_t>(n));
+    Generator generator;
+    generator.start(seed, static_cast<uint64_t>(block));
+    for (int64_t at = start; at < end; at += sizeof(Words)) {
+      Words words;
+      draw_biased(generator, level, words);
+      const int64_t left = end - at, whole = sizeof(Words);
+      std::memcpy(bits + at, words, static_cast<size_t>(left < whole ? left : whole));
+    }
   }
 }
 

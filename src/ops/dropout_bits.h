@@ -8,10 +8,11 @@
 
 namespace reslora::ops {
 
-/// What is drawn at once.
-constexpr int64_t kBitBlockBytes = 256;
+/// What one generator draws.
+constexpr int64_t kBitBlockBytes = 2048;
 
-/// Fills the blocks [first, last) of `bytes` bytes; each bit is 1 with probability level / 65536.
+/// Fills the blocks [first, last) of `bytes` bytes; each bit is 1 with probability level / 65536;
+/// level > 0.
 void draw_bit_blocks(uint64_t seed, uint32_t level, int64_t first, int64_t last, int64_t bytes,
                      uint8_t* bits);
 
