@@ -9,9 +9,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
+#include <atomic>
 #include <cerrno>
-#include <future>
 #include <set>
 #include <system_error>
 #include <utility>
@@ -31,8 +30,7 @@ using detail::TensorEntry;
 
 namespace {
 
-constexpr int64_t kCopyBytes = int64_t{16} << 20;
-constexpr int64_t kStripBytes = int64_t{1} << 20;  // of rows in fp32: what stays in a core's cache
+constexpr int64_t kPieceBytes = int64_t{1} << 20;  // of rows in fp32: what stays in a core's cache
 
 detail::Dtype file_type(at::ScalarType dtype) {
   return detail::entry_of("dtype", at::zeros({1}, dtype)).dtype;
@@ -124,95 +122,100 @@ Tensor ModelFiles::tensor(const std::string& name) const {
 
 namespace {
 
-/// out = cast(source + change), where `source` is rows from `first` on. Threads work on strips of
-/// rows that stay in a core's cache.
-void sum_strips(const Tensor& source, int64_t first, int64_t strip, at::ScalarType wide,
-                const std::function<void(Tensor&, int64_t)>& change, const Tensor& out) {
-  const int64_t rows = source.size(0);
-  at::parallel_for(0, (rows + strip - 1) / strip, 1, [&](int64_t begin, int64_t end) {
-    const at::NoGradGuard no_grad;  // a thread of the pool has a state of its own
-    for (int64_t row = begin * strip; row < std::min(end * strip, rows); row += strip) {
-      const int64_t count = std::min(strip, rows - row);
-      Tensor part = source.narrow(0, row, count).to(wide, /*non_blocking=*/false, /*copy=*/true);
-      if (change) change(part, first + row);
-      out.narrow(0, row, count).copy_(part);
-    }
-  });
-}
+/// What is added to rows of a tensor in fp32 or fp64; the second argument is the first row.
+using Change = std::function<void(Tensor&, int64_t)>;
 
-/// Writes tensors one after the other, by rows.
-class Writer {
- public:
-  Writer(const std::string& path, const std::string& front, const WriteOptions& options)
-      : file_(path), options_(options) {
-    file_.write(front.data(), front.size());
+/// One tensor on its way into the file.
+struct Target {
+  std::string name;
+  Tensor source;  // [rows, columns]
+  at::ScalarType dtype;
+  Change change;
+  uint64_t offset;  // in the file
+
+  bool is_copied() const { return !change && dtype == source.scalar_type(); }
+  at::ScalarType wide() const {
+    return source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   }
-
-  void raw(const unsigned char* bytes, int64_t size) {
-    for (int64_t at = 0; at < size; at += kCopyBytes) {
-      const int64_t count = std::min(kCopyBytes, size - at);
-      file_.write(bytes + at, count);
-      note(count);
-    }
+  int64_t row_bytes() const {
+    return source.size(1) * static_cast<int64_t>(at::elementSize(dtype));
   }
-
-  /// Casts and writes `source`, changed by `change(rows in fp32, the first row)`: what one buffer
-  /// holds is written while the next is computed.
-  void rows(const std::string& name, const Tensor& source, at::ScalarType dtype,
-            const std::function<void(Tensor&, int64_t)>& change) {
-    const Tensor matrix = source.dim() > 1 ? source.flatten(1) : source.reshape({-1, 1});
-    const auto wide = source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const int64_t row_bytes = std::max<int64_t>(1, matrix.size(1) * 4);
-    const int64_t strip = std::max<int64_t>(1, kStripBytes / row_bytes);
-    const int64_t step = std::max<int64_t>(strip, kCopyBytes / row_bytes);
-    const int64_t most = std::min(step, matrix.size(0));
-    std::array<Tensor, 2> buffers;
-    for (Tensor& buffer : buffers) buffer = at::empty({most, matrix.size(1)}, dtype);
-    std::future<void> writing;  // of the other buffer; ends before `buffers` do
-    for (int64_t row = 0, turn = 0; row < matrix.size(0); row += step, turn ^= 1) {
-      const int64_t count = std::min(step, matrix.size(0) - row);
-      const Tensor out = buffers[turn].narrow(0, 0, count);
-      sum_strips(matrix.narrow(0, row, count), row, strip, wide, change, out);
-      require(
-          dtype != at::kHalf || detail::is_finite(out),
-          "tensor {} must be finite and fit into F16 (at most 65504); got NaN or infinity: take "
-          "bfloat16",
-          shown(name));
-      if (writing.valid()) writing.get();
-      writing = std::async(std::launch::async,
-                           [this, out] { file_.write(out.const_data_ptr(), out.nbytes()); });
-      note(static_cast<int64_t>(out.nbytes()));
-    }
-    if (writing.valid()) writing.get();
-  }
-
-  void commit() { file_.commit(); }
-
- private:
-  void note(int64_t bytes) {
-    written_ += bytes;
-    if (options_.progress) options_.progress(written_);
-  }
-
-  detail::AtomicFile file_;
-  const WriteOptions& options_;
-  int64_t written_ = 0;
 };
 
+/// Rows of a target, few enough for a cache.
+struct Piece {
+  const Target* target;
+  int64_t first;
+  int64_t rows;
+};
+
+std::vector<Piece> pieces_of(const std::vector<Target>& targets) {
+  std::vector<Piece> pieces;
+  for (const Target& target : targets) {
+    const int64_t rows = target.source.size(0);
+    const int64_t step = std::max<int64_t>(1, kPieceBytes / (4 * target.source.size(1)));
+    for (int64_t first = 0; first < rows; first += step)
+      pieces.push_back({&target, first, std::min(step, rows - first)});
+  }
+  return pieces;
+}
+
+/// cast(source + change) of a piece, dense.
+Tensor merged_rows(const Piece& piece) {
+  const Target& target = *piece.target;
+  const Tensor source = target.source.narrow(0, piece.first, piece.rows);
+  if (target.is_copied()) return source;
+  Tensor rows = source.to(target.wide(), /*non_blocking=*/false, /*copy=*/true);
+  if (target.change) target.change(rows, piece.first);
+  const Tensor out = rows.to(target.dtype);
+  require(target.dtype != at::kHalf || detail::is_finite(out),
+          "tensor {} must be finite and fit into F16 (at most 65504); got NaN or infinity: take "
+          "bfloat16",
+          shown(target.name));
+  return out;
+}
+
+/// Writes all pieces on torch's threads, each taking the next that is left: a thread computes while
+/// another is in the system's write. The calling thread alone reports progress.
+void write_pieces(detail::AtomicFile& file, const std::vector<Piece>& pieces,
+                  const WriteOptions& options) {
+  std::atomic<size_t> next{0};
+  std::atomic<int64_t> written{0};
+  const auto work = [&](bool reports) {
+    const at::NoGradGuard no_grad;  // a thread of the pool has a state of its own
+    try {
+      for (size_t i = next++; i < pieces.size(); i = next++) {
+        const Tensor rows = merged_rows(pieces[i]);
+        const Target& target = *pieces[i].target;
+        file.write_at(target.offset + static_cast<uint64_t>(pieces[i].first * target.row_bytes()),
+                      rows.const_data_ptr(), rows.nbytes());
+        written += static_cast<int64_t>(rows.nbytes());
+        if (reports && options.progress) options.progress(written);
+      }
+    } catch (...) {
+      next = pieces.size();  // the other threads stop too
+      throw;
+    }
+  };
+  at::parallel_for(0, at::get_num_threads(), 1,
+                   [&](int64_t begin, int64_t) { work(/*reports=*/begin == 0); });
+  if (options.progress) options.progress(written);
+}
+
 /// Adds what a layer adds to the rows of its weight or bias from `first` on.
-std::function<void(Tensor&, int64_t)> change_of(const TensorEdit& edit, at::ScalarType wide) {
+Change change_of(const TensorEdit& edit, at::ScalarType wide) {
   if (!edit.layer) return nullptr;
   const LayerMerge& layer = *edit.layer;
   if (edit.is_bias) {
     const Tensor bias = layer.bias.to(at::kCPU, wide).unsqueeze(1);
     return [bias](Tensor& rows, int64_t first) { rows.add_(bias.narrow(0, first, rows.size(0))); };
   }
-  const Tensor left = (edit.is_transposed ? layer.A.t() : layer.B).to(wide);
-  const Tensor right = (edit.is_transposed ? layer.B.t() : layer.A).to(wide);
+  const Tensor left = (edit.is_transposed ? layer.A.t() : layer.B).to(wide).contiguous();
+  const Tensor right = (edit.is_transposed ? layer.B.t() : layer.A).to(wide).contiguous();
   return [left, right](Tensor& rows, int64_t first) {
     const Tensor some = left.narrow(0, first, rows.size(0));
     if (some.is_cpu()) {
-      rows.addmm_(some, right);
+      detail::add_product_(rows, some, right);
     } else {
       rows.add_(at::mm(some, right).to(at::kCPU));
     }
@@ -236,6 +239,25 @@ void check_edit(const std::string& name, const Tensor& source, const TensorEdit&
       "original, unquantised files",
       shown(name), c10::toString(dtype));
   require(!edit.is_bias || layer.bias.defined(), "layer {} adds no bias", shown(layer.name));
+}
+
+/// The tensors of a file with what is done to each; empty ones need nothing.
+std::vector<Target> targets_of(
+    const detail::Header& header, uint64_t begin, const std::map<std::string, Tensor>& sources,
+    const std::function<const TensorEdit&(const std::string&)>& edit_of) {
+  std::vector<Target> targets;
+  for (const TensorEntry& entry : header.tensors) {
+    const Tensor& source = sources.at(entry.name);
+    if (source.numel() == 0) continue;
+    Target target;
+    target.name = entry.name;
+    target.source = source.dim() > 1 ? source.flatten(1) : source.reshape({-1, 1});
+    target.dtype = detail::scalar_type(entry.dtype);
+    target.change = change_of(edit_of(entry.name), target.wide());
+    target.offset = begin + entry.begin;
+    targets.push_back(std::move(target));
+  }
+  return targets;
 }
 
 }  // namespace
@@ -274,19 +296,11 @@ void ModelFiles::write(const std::string& path, const std::vector<std::string>& 
       sources.emplace(name, source);
     }
     detail::assign_spans_(header);
-    Writer out(path, detail::serialize_header(header), options);
-    for (const TensorEntry& entry : header.tensors) {
-      const Tensor& source = sources.at(entry.name);
-      const auto dtype = detail::scalar_type(entry.dtype);
-      const TensorEdit& edit = edit_of(entry.name);
-      if (!edit.layer && dtype == source.scalar_type()) {
-        out.raw(static_cast<const unsigned char*>(source.const_data_ptr()),
-                static_cast<int64_t>(entry.size()));
-      } else {
-        const auto wide = source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        out.rows(entry.name, source, dtype, change_of(edit, wide));
-      }
-    }
+    const std::string front = detail::serialize_header(header);
+    const std::vector<Target> targets = targets_of(header, front.size(), sources, edit_of);
+    detail::AtomicFile out(path);
+    out.write(front.data(), front.size());
+    write_pieces(out, pieces_of(targets), options);
     out.commit();
   });
 }

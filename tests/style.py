@@ -30,18 +30,19 @@ BELOW: dict[str, tuple[str, ...]] = {
     "check": (),
     "config": ("export", "check", "detail"),
     "detail": ("check",),
+    "cpu": (),
     "cuda": (),
     "formulas": ("config",),
     "chain": ("config",),
     "norm_window": ("config",),
-    "ops": ("export", "check", "cuda"),
+    "ops": ("export", "check", "cpu", "cuda"),
     "chain_view": ("chain", "norm_window"),
     "linear": ("chain", "chain_view", "norm_window", "ops", "regression"),
     "precision": (),
     "row_file": (),
     "regression": ("chain_view", "precision", "row_file"),
     "fit_collector": ("regression",),
-    "merge": ("chain_view", "formulas", "precision"),
+    "merge": ("chain_view", "cpu", "formulas", "precision"),
     "merge_errors": ("merge",),
     "plain_lora": ("merge",),
     "tensor_types": ("detail",),
@@ -140,7 +141,7 @@ def layer_of(path: Path) -> str:
     """Name the layer that a file belongs to: its folder, or its stem."""
     if "csrc" in path.parts:
         return "bindings"
-    if path.parent.name in ("ops", "cuda"):
+    if path.parent.name in ("ops", "cpu", "cuda"):
         return path.parent.name
     if path.parent.name == "internal" and path.stem.startswith("merge"):
         return "merge"

@@ -295,8 +295,8 @@ Header read_header(InputFile& file) {
 int FileSystem::open(const char* path, int flags, mode_t mode) { return ::open(path, flags, mode); }
 int FileSystem::stat(const char* path, struct stat* out) { return ::stat(path, out); }
 int FileSystem::fchmod(int descriptor, mode_t mode) { return ::fchmod(descriptor, mode); }
-ssize_t FileSystem::write(int descriptor, const void* data, size_t size) {
-  return ::write(descriptor, data, size);
+ssize_t FileSystem::pwrite(int descriptor, const void* data, size_t size, off_t offset) {
+  return ::pwrite(descriptor, data, size, offset);
 }
 int FileSystem::fsync(int descriptor) { return ::fsync(descriptor); }
 int FileSystem::close(int descriptor) { return ::close(descriptor); }
@@ -342,11 +342,18 @@ AtomicFile::~AtomicFile() {
 }
 
 void AtomicFile::write(const void* data, uint64_t size) {
+  write_at(position_, data, size);
+  position_ += size;
+}
+
+void AtomicFile::write_at(uint64_t offset, const void* data, uint64_t size) {
   const auto* bytes = static_cast<const unsigned char*>(data);
   while (size > 0) {
-    const ssize_t put = uninterrupted([&] { return system_.write(descriptor_, bytes, size); });
+    const ssize_t put = uninterrupted(
+        [&] { return system_.pwrite(descriptor_, bytes, size, static_cast<off_t>(offset)); });
     if (put <= 0) refuse_system("the file cannot be written", put < 0 ? errno : EIO);
     bytes += put;
+    offset += static_cast<uint64_t>(put);
     size -= static_cast<uint64_t>(put);
   }
 }

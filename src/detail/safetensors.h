@@ -106,7 +106,7 @@ class FileSystem {
   virtual int open(const char* path, int flags, mode_t mode);
   virtual int stat(const char* path, struct stat* out);
   virtual int fchmod(int descriptor, mode_t mode);
-  virtual ssize_t write(int descriptor, const void* data, size_t size);
+  virtual ssize_t pwrite(int descriptor, const void* data, size_t size, off_t offset);
   virtual int fsync(int descriptor);
   virtual int close(int descriptor);
   virtual int rename(const char* from, const char* to);
@@ -125,7 +125,10 @@ class AtomicFile {
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
 
+  /// Writes at the end of what `write` has written.
   void write(const void* data, uint64_t size);
+  /// Writes at an offset; several threads may write at once.
+  void write_at(uint64_t offset, const void* data, uint64_t size);
   void commit();
 
  private:
@@ -136,6 +139,7 @@ class AtomicFile {
   std::string path_;
   std::string temporary_;  // empty where there is none to remove
   int descriptor_ = -1;
+  uint64_t position_ = 0;
   bool replaces_ = false;
   mode_t mode_ = 0;  // of the file that is replaced
 };

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "cpu/thin_products.h"
 #include "detail/check.h"
 
 namespace reslora::detail {
@@ -32,10 +33,24 @@ void check_weight(const Tensor& weight, const LayerMerge& layer, const char* pur
                 layer.A.size(1), fmt::join(weight.sizes(), ", "), layer.name);
 }
 
+void add_product_(const Tensor& c, const Tensor& a, const Tensor& b) {
+  if (!c.is_cpu() || c.scalar_type() != at::kFloat || (c.stride(0) != 1 && c.stride(1) != 1)) {
+    Tensor(c).addmm_(a, b);
+    return;
+  }
+  if (c.stride(1) != 1) return add_product_(c.t(), b.t(), a.t());
+  const Tensor left = a.contiguous(), right = b.contiguous();
+  auto* data = c.mutable_data_ptr<float>();
+  thin::expand({data, c.stride(0), nullptr, 0, c.size(0), c.size(1)},
+               {left.const_data_ptr<float>(), left.size(1)},
+               {right.const_data_ptr<float>(), right.size(1)}, right.size(0), {data, c.stride(0)});
+}
+
 Tensor unchecked_merged_weight(const Tensor& weight, const LayerMerge& layer) {
   const at::ScalarType dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor merged = weight.detach().to(dtype, /*non_blocking=*/false, /*copy=*/true);
-  return merged.addmm_(layer.B.to(merged.options()), layer.A.to(merged.options()));
+  add_product_(merged, layer.B.to(merged.options()), layer.A.to(merged.options()));
+  return merged;
 }
 
 double norm_of(const Tensor& matrix) {

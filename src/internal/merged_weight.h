@@ -10,6 +10,10 @@ namespace reslora::detail {
 /// another shape. `purpose` says who asks.
 void check_weight(const at::Tensor& weight, const LayerMerge& layer, const char* purpose);
 
+/// c [T, n] += a [T, r] b [r, n], all of c's dtype and device. On the CPU in fp32 an element's bits
+/// do not depend on the rows that are computed with it, nor on which of c and c^T is dense.
+void add_product_(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b);
+
 /// W + B A in fp32 (fp64 for an fp64 weight), on the weight's device.
 at::Tensor unchecked_merged_weight(const at::Tensor& weight, const LayerMerge& layer);
 

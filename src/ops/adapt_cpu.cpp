@@ -10,11 +10,11 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "cpu/thin_products.h"
 #include "detail/check.h"
 #include "ops/adapt_kernels.h"
 #include "ops/dropout_bits.h"
 #include "ops/dropout_slabs.h"
-#include "ops/thin_products.h"
 
 namespace reslora::ops {
 namespace {

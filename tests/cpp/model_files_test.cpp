@@ -329,7 +329,9 @@ TEST_F(ModelFilesTest, ProgressGrowsToAllBytesOfTensors) {
   options.dtype = at::kHalf;
   options.progress = [&](int64_t bytes) { seen.push_back(bytes); };
   base.write(path("out"), base.names(), {{"w", edit_of(layer_of(4, 3))}}, options);
-  EXPECT_THAT(seen, ElementsAre(40, 40 + 24));
+  ASSERT_FALSE(seen.empty());
+  EXPECT_TRUE(std::is_sorted(seen.begin(), seen.end()));
+  EXPECT_EQ(seen.back(), 40 + 24);
 }
 
 TEST_F(ModelFilesTest, AnExceptionFromProgressLeavesNoFile) {

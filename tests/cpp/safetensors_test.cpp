@@ -459,9 +459,10 @@ class FaultyFileSystem : public FileSystem {
   int fchmod(int descriptor, mode_t mode) override {
     return fails() ? -1 : FileSystem::fchmod(descriptor, mode);
   }
-  ssize_t write(int descriptor, const void* data, size_t size) override {
+  ssize_t pwrite(int descriptor, const void* data, size_t size, off_t offset) override {
     if (fails() && error_ != 0) return -1;
-    return FileSystem::write(descriptor, data, error_ == 0 ? std::min<size_t>(size, 3) : size);
+    return FileSystem::pwrite(descriptor, data, error_ == 0 ? std::min<size_t>(size, 3) : size,
+                              offset);
   }
   int fsync(int descriptor) override { return fails() ? -1 : FileSystem::fsync(descriptor); }
   int close(int descriptor) override {

@@ -1,5 +1,5 @@
 // The products beside the big GEMM: every instruction set of this processor against sums in fp64.
-#include "ops/thin_products.h"
+#include "cpu/thin_products.h"
 
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
@@ -8,7 +8,7 @@
 #include <limits>
 #include <random>
 
-namespace reslora::ops::thin {
+namespace reslora::thin {
 namespace {
 
 struct Sizes {
@@ -182,4 +182,4 @@ TEST(Thin, TransposeScalesIntoARowOfBlocks) {
 }
 
 }  // namespace
-}  // namespace reslora::ops::thin
+}  // namespace reslora::thin

@@ -1,12 +1,12 @@
 // Threads, tiles and the choice of an instruction set for the products of thin_kernels.h.
-#include "ops/thin_products.h"
+#include "cpu/thin_products.h"
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>
 
-namespace reslora::ops::thin {
+namespace reslora::thin {
 namespace {
 
 // A tile of 48 rows (whole blocks of every kernel) x 1024 columns: 192 KiB, a fraction of L2.
@@ -144,4 +144,4 @@ void transpose(const float* from, int64_t r, int64_t c, float scale, float* to, 
     for (int64_t i = 0; i < r; ++i) to[j * stride + i] = scale * from[i * c + j];
 }
 
-}  // namespace reslora::ops::thin
+}  // namespace reslora::thin

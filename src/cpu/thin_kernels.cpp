@@ -3,7 +3,7 @@
 //
 // No header with inline functions may be included beyond intrinsics: the linker could take this
 // file's copy of one for the whole library, and run it on a processor that lacks its instructions.
-#include "ops/thin_kernels.h"
+#include "cpu/thin_kernels.h"
 
 #include <string.h>
 
@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-namespace reslora::ops::thin {
+namespace reslora::thin {
 namespace {
 
 #if defined(__AVX512F__)
@@ -346,4 +346,4 @@ double sum_of_squares(const Tile& x) {
 #define RESLORA_NAME(isa) RESLORA_NAME_OF(isa)
 const Kernels RESLORA_NAME(RESLORA_ISA) = {project, expand, reduce, sum_of_squares};
 
-}  // namespace reslora::ops::thin
+}  // namespace reslora::thin

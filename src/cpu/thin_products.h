@@ -8,9 +8,9 @@
 
 #include <vector>
 
-#include "ops/thin_kernels.h"
+#include "cpu/thin_kernels.h"
 
-namespace reslora::ops::thin {
+namespace reslora::thin {
 
 /// The instruction sets that this processor runs, fastest first; the functions below take the
 /// first.
@@ -20,7 +20,7 @@ std::vector<const Kernels*> supported_kernels();
 /// elements included.
 void project(const Tile& x, Rows p, int64_t r, float* u, double* squares);
 
-/// out = kept (base + u p); base may be null, or one row for all (stride 0).
+/// out = kept (base + u p); base may be null, one row for all (stride 0), or out itself.
 void expand(const Tile& out, Rows u, Rows p, int64_t r, Rows base);
 
 /// p [r, n] (dense) = u^T kept x.
@@ -32,4 +32,4 @@ void project_and_reduce(const Tile& x, Rows p, Rows v, int64_t r, float* u, floa
 /// to [c, r] (row stride `stride`) = scale * from [r, c]^T, where `from` is dense.
 void transpose(const float* from, int64_t r, int64_t c, float scale, float* to, int64_t stride);
 
-}  // namespace reslora::ops::thin
+}  // namespace reslora::thin

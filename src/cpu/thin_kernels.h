@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace reslora::ops::thin {
+namespace reslora::thin {
 
 /// Rows and columns of a wide matrix, and which elements dropout keeps: element (i, j) where bit
 /// j % 8 of byte j / 8 of the bits' row i is 1. Without bits all are kept.
@@ -41,4 +41,4 @@ extern const Kernels kKernels_base;  // what every processor of the architecture
 extern const Kernels kKernels_v3;    // x86-64-v3: AVX2 and FMA
 extern const Kernels kKernels_v4;    // x86-64-v4: AVX-512
 
-}  // namespace reslora::ops::thin
+}  // namespace reslora::thin
