@@ -347,6 +347,7 @@ void AtomicFile::write(const void* data, uint64_t size) {
 }
 
 void AtomicFile::write_at(uint64_t offset, const void* data, uint64_t size) {
+  const uint64_t start = offset, whole = size;
   const auto* bytes = static_cast<const unsigned char*>(data);
   while (size > 0) {
     const ssize_t put = uninterrupted(
@@ -356,6 +357,13 @@ void AtomicFile::write_at(uint64_t offset, const void* data, uint64_t size) {
     offset += static_cast<uint64_t>(put);
     size -= static_cast<uint64_t>(put);
   }
+#ifdef SYNC_FILE_RANGE_WRITE
+  // A hint: the disk begins with this range now, and commit's fsync has less to wait for.
+  constexpr uint64_t kLarge = 256 * 1024;
+  if (whole >= kLarge)
+    (void)::sync_file_range(descriptor_, static_cast<off_t>(start), static_cast<off_t>(whole),
+                            SYNC_FILE_RANGE_WRITE);
+#endif
 }
 
 void AtomicFile::commit() {
