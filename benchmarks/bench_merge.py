@@ -195,7 +195,7 @@ def remove_shortcut(model: nn.Module, task: Task, seed: int, settings: Settings)
     start = time.monotonic()
     fit = reslora.calibrate(model, calibration)
     note("lsq", merged_by(model, "lsq"), time.monotonic() - start)
-    results["lsq"]["residuals"] = fit.residuals
+    results["lsq"] |= {"residuals": fit.residuals, "moved": fit.moved}
     start = time.monotonic()
     stream = [inputs(batch) for batch in islice(fresh, settings.refine_steps + 4)]
     refined = reslora.refine(model, stream, settings.refine_steps, held_out=4)

@@ -42,6 +42,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "row_file": (),
     "regression": ("chain_view", "precision", "row_file"),
     "fit_collector": ("regression",),
+    "moved_taps": ("regression",),
     "merge": ("chain_view", "cpu", "formulas", "precision"),
     "merge_errors": ("merge",),
     "plain_lora": ("merge",),

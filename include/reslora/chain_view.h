@@ -15,10 +15,10 @@ namespace reslora {
 /// A plain LoRA that stands for a linked layer: y = W x + bias + scaling B A x, or in its affine
 /// form y = W x + bias + scaling B (affine_A x + offset). Made by regression (regression.h).
 struct Fit {
-  at::Tensor A = {};           // [r, in]; undefined: there is no fit
-  at::Tensor B = {};           // [out, r]; undefined: the layer's own (regression leaves B alone)
-  at::Tensor affine_A = {};    // [r, in] and
-  at::Tensor offset = {};      // [r]; both undefined where no affine form was fitted
+  at::Tensor A = {};           // [r', in]; undefined: there is no fit
+  at::Tensor B = {};           // [out, r']; undefined: the layer's own, and r' is its r
+  at::Tensor affine_A = {};    // [r', in] and
+  at::Tensor offset = {};      // [r']; both undefined where no affine form was fitted
   double alpha_star = 0;       // the best scalar: A' = (1 + alpha*) A
   double residual = 0;         // |v - A x|_F / |v|_F over the calibration rows
   double affine_residual = 0;  // the same of the affine form

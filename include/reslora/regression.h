@@ -54,6 +54,19 @@ struct FitSums {
 RESLORA_API Fit solve_fit(const FitSums& sums, const at::Tensor& A, const FitOptions& options,
                           const std::string& name);
 
+/// Moves a share of every tap to the layer whose input it reads, starting from fits.
+///
+/// A tap's term s_n B_n A x_j is no linear function of x_n, but it is one of x_j: layer j can
+/// compute it itself, and exactly. Where both layers' outputs are added to one stream, as those of
+/// o_proj and down_proj are, the term then reaches that stream some layers early; elsewhere it is
+/// wrong. So with `share` in [0, 1], layer n is left with the fit of A_n x_n + (1 - share) taps,
+/// and layer j gets rows whose B is share s_n / s_j B_n. Measure before keeping: half (0.5) is near
+/// the best where it helps. Ranks up to double (`is`, `ms`).
+///
+/// Returns a fit for every layer, each with a B of its own. Layers whose sources have other
+/// out_features keep their taps. Throws c10::ValueError where a linked layer has no fit.
+RESLORA_API std::vector<Fit> move_taps(const ChainView& chain, double share);
+
 /// What collecting took, for reports.
 struct FitCost {
   int64_t passes = 0;          // over the calibration batches

@@ -113,6 +113,14 @@ void bind_sums(py::module_& m) {
       "Solve for A' from sums.");
 }
 
+void bind_move_taps(py::module_& m) {
+  m.def(
+      "move_taps",
+      [](const ChainViewTuple& chain, double share) { return move_taps(view_from(chain), share); },
+      py::arg("chain"), py::arg("share"), NoGil(),
+      "Move a share of every tap to the layer whose input it reads.");
+}
+
 void bind_collector(py::module_& m) {
   py::class_<FitCost>(m, "FitCost", "What collecting took.")
       .def_readonly("passes", &FitCost::passes)
@@ -259,6 +267,7 @@ void bind_pairs(py::module_& m) {
 void bind_merge(py::module_& m) {
   bind_fit(m);
   bind_sums(m);
+  bind_move_taps(m);
   bind_collector(m);
   bind_statistics(m);
   bind_plan(m);

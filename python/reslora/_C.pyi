@@ -134,6 +134,9 @@ class FitSums:
 def solve_fit(sums: FitSums, A: Tensor, ridge: float, affine: bool, name: str) -> Fit:
     """Solve for A' from sums; `name` is the layer's, for messages."""
 
+def move_taps(chain: tuple[Chain, Sequence[ViewTuple]], share: float) -> list[Fit]:
+    """Move a share of every tap to the layer whose input it reads; one fit for each layer."""
+
 class FitCost:
     """What collecting took."""
 

@@ -28,9 +28,11 @@ from .injection import Injection
 from .layer import ResLoraLinear
 from .planning import Calibrated, adapter_sum, chain_views, needs_fit
 from .reporting import check_enabled
+from .tap_moves import move_taps as choose_moves
 from .utils import injection_of
 
 RIDGE = 1e-4
+MEASURED = 2  # batches on which moved taps are tried
 
 
 @dataclass
@@ -44,6 +46,9 @@ class Calibration:
     row_file_bytes: int = 0
     solver_steps: int = 0
     seconds: float = 0.0
+    moved: list[str] = field(default_factory=list)  # chains whose taps were moved
+    distance_before: float = 0.0  # to the model (KL of logits) without and with moved taps
+    distance: float = 0.0
 
     def __str__(self) -> str:
         """Return sentences for people."""
@@ -57,6 +62,12 @@ class Calibration:
             f"residual |v - A'x| / |v|: median {statistics.median(self.residuals.values()):.3f}, "
             f"largest {self.residuals[worst]:.3f} ({worst})",
         ]
+        if self.moved:
+            lines.append(
+                f"taps moved to the layers that they read in {len(self.moved)} chains "
+                f"({', '.join(self.moved)}): distance {self.distance_before:.2e} -> "
+                f"{self.distance:.2e}"
+            )
         if self.row_file_bytes:
             lines.append(
                 f"layers above max_cov_bytes: {self.row_file_bytes / 1e6:,.1f} MB of rows in "
@@ -73,37 +84,35 @@ def calibrate(
     affine: bool = False,
     max_cov_bytes: int = 4 << 30,
     keep_covariances: bool = False,
+    move_taps: bool = True,
     progressbar: bool = False,
 ) -> Calibration:
     """Fit each linked layer's A' on batches; `merge` and `export_lora` then use the rule `lsq`.
 
-    A' = argmin sum |v - A'x|^2 + lambda |A' - A|^2 over all rows x of the layer, where v is what
-    entered B. Rows that an attention mask names as padding are left out. Fits serve the adapter as
-    it is now: train on and they are refused.
+    A' = argmin sum |v - A'x|^2 + lambda |A' - A|^2 over all rows x of the layer but padding, where
+    v is what entered B. Fits serve the adapter as it is now: train on and they are refused.
 
     Args:
         model: an adapted model; it is run in eval mode and without gradients.
         data: batches. None: solve again from kept covariances; []: forget all fits.
         ridge: lambda over the mean diagonal of sum xx^T.
-        affine: also fit an offset where the base layer has a bias; merging then changes the bias.
-            Exports and `finish` use the linear fit all the same.
+        affine: also fit an offset where the base has a bias, for merging into both.
         max_cov_bytes: limit of the sums held at once, 8 in^2 bytes for each distinct x (q, k and v
-            share one). Above it layers are fitted in groups over repeated passes; one that alone is
-            above it, by rows in a temporary file and an iterative solve. Solving takes two more
-            matrices of the largest layer.
+            share one), and two matrices more. Above it layers are fitted in groups over repeated
+            passes, a larger one from rows in a temporary file, by iteration.
         keep_covariances: keep the sums, to save them and to solve again with another ridge.
+        move_taps: let the layers whose inputs taps read compute half of what these bring, in
+            chains where that is nearer to the model on the first two batches (o_proj and down_proj,
+            which add to one stream). Such fits have twice the rank.
         progressbar: show a bar for each pass.
 
     Raises:
-        ValueError: for padding without a mask, a layer that no batch reaches, activations that are
-            not finite, data that cannot be read twice where it must be. Earlier fits stay then.
+        ValueError: for padding without a mask, a layer that no batch reaches, values that are not
+            finite, data that cannot be read twice where it must be. Earlier fits stay then.
 
-    Cost: forwards, T in (in + 2r) multiplications for each distinct x, in^3/3 to solve a layer.
+    Cost: forwards (with move_taps four more a chain), T in (in + 2r) for each x, in^3/3 a layer.
     """
-    injection = injection_of(model, "calibrate")
-    if injection.applied is not None:
-        raise ValueError("[calibrate] the model must not be merged; got a merged one (unmerge it)")
-    check_enabled(injection, "calibrate")
+    injection = _ready(model)
     start = time.monotonic()
     if isinstance(data, list | tuple) and not data:
         injection.calibrated = None
@@ -111,10 +120,47 @@ def calibrate(
     if data is None:
         result = _solve_again(injection, ridge, affine)
     else:
+        batches = _Noted(as_batches(data, "calibrate"))
         options = (ridge, affine, max_cov_bytes, keep_covariances)
-        result = _collect(model, injection, as_batches(data, "calibrate"), options, progressbar)
+        result = _collect(model, injection, batches, options, progressbar)
+        _move_taps(model, injection, batches.first if move_taps else [], result)
     result.seconds = time.monotonic() - start
     return _warn_few_rows(injection, result)
+
+
+def _move_taps(
+    model: nn.Module, injection: Injection, batches: list[Any], result: Calibration
+) -> None:
+    if result.residuals and batches:
+        with evaluating(model):
+            moves = choose_moves(model, injection, batches)
+        result.moved, result.distance_before, result.distance = moves
+
+
+def _ready(model: nn.Module) -> Injection:
+    injection = injection_of(model, "calibrate")
+    if injection.applied is not None:
+        raise ValueError("[calibrate] the model must not be merged; got a merged one (unmerge it)")
+    check_enabled(injection, "calibrate")
+    return injection
+
+
+class _Noted:
+    """Batches that can be run over as often as their source; the first ones are kept."""
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        self.source = source
+        self.first: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        keeps = not self.first
+        for batch in self.source:
+            if keeps and len(self.first) < MEASURED:
+                self.first.append(batch)
+            yield batch
 
 
 def _places(injection: Injection) -> Iterator[tuple[int, int, ResLoraLinear]]:
@@ -235,8 +281,8 @@ def _solve_again(injection: Injection, ridge: float, affine: bool) -> Calibratio
             "changed: pass batches"
         )
     layers = {layer.name: layer for layer in injection.layers}
-    # What was refined is left out: it belongs to the fits that are replaced.
-    fits = {name: fit for name, fit in calibrated.fits.items() if fit.refine_steps == 0}
+    # What was refined or has moved taps is left out: it belongs to the fits that are replaced.
+    fits = {name: fit for name, fit in calibrated.fits.items() if fit.B is None}
     lacking = {x.name for _, _, x in _places(injection)} - set(fits) - set(calibrated.sums)
     if lacking:
         raise ValueError(

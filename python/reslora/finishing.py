@@ -70,10 +70,21 @@ def finish(
         return Calibration()
     result = Calibration()
     if batches is not None:
-        result = calibrate(model, batches, ridge=ridge, progressbar=progressbar)
+        result = calibrate(model, batches, ridge=ridge, move_taps=False, progressbar=progressbar)
     plan = make_plan(injection, "lsq", "finish", use_affine=False)
+    _check_ranks(injection, plan)
     _convert(injection, plan, step)
     return result
+
+
+def _check_ranks(injection: Injection, plan: _C.MergePlan) -> None:
+    for layer, planned in zip(injection.layers, plan.layers, strict=True):
+        if len(planned.A) != layer.r:
+            raise ValueError(
+                f"[finish] fits must have the rank of the adapter, r = {layer.r}; got one of rank "
+                f"{len(planned.A)}, with moved taps (layer {layer.name}): pass batches, or "
+                "calibrate with move_taps=False"
+            )
 
 
 def _convert(injection: Injection, plan: _C.MergePlan, step: int | None) -> None:

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from .batches import as_batches, call, evaluating, main_output, masks_of, moved, row_mask
+from .batches import as_batches, evaluating
 from .console import bar
+from .distance import distance
 from .injection import Injection
 from .planning import Calibrated, adapter_sum, make_plan
-from .reporting import check_enabled, kl_sum, plain_lora, standing_in
+from .reporting import check_enabled, plain_lora, standing_in
 from .utils import injection_of
 
 LR = 5e-4
@@ -234,7 +235,7 @@ def _train(
     result = Refinement(loss, loss, 0, [(0, loss)], kind)
     every = max(1, steps // 20)
     for step, batch in zip(range(1, steps + 1), stream, strict=False):
-        total, rows, _ = _loss(model, student, batch)
+        total, rows, _ = distance(model, student.standing_in(), batch)
         # Not backward(): modules_to_save train too, and their gradients are the user's.
         _check_finite(total, "a batch to train on")
         gradients = torch.autograd.grad(total / max(rows, 1), student.parameters, allow_unused=True)
@@ -265,35 +266,15 @@ def _rate(step: int, steps: int) -> float:
 
 def _held_out_loss(model: nn.Module, student: _Student, stream: _Stream) -> tuple[float, str]:
     with torch.no_grad():
-        parts = [_loss(model, student, batch) for batch in stream.held_out]
+        parts = [distance(model, student.standing_in(), batch) for batch in stream.held_out]
     for total, _, _ in parts:
         _check_finite(total, "a held-out batch")
     return sum(float(t) for t, _, _ in parts) / max(sum(r for _, r, _ in parts), 1), parts[0][2]
 
 
 def _check_finite(total: Tensor, where: str) -> None:
-    if not math.isfinite(float(total)):
+    if not math.isfinite(float(total.detach())):
         raise ValueError(
             f"[refine] the loss must be finite; got {float(total)} on {where} (fits are as before: "
             "check the batches, or lower lr)"
         )
-
-
-def _loss(model: nn.Module, student: _Student, batch: Any) -> tuple[Tensor, int, str]:
-    """Return the student's loss on a batch as a sum over rows, the number of rows, its kind."""
-    batch = moved(batch, model)
-    masks = masks_of(model, batch, "refine")
-    with torch.no_grad():
-        wanted, is_logits = main_output(call(model, batch))
-    with student.standing_in():
-        got, _ = main_output(call(model, batch))
-    mask = row_mask(masks, wanted.shape[:-1]) if wanted.dim() > 2 else None
-    wanted, got = (t.reshape(-1, t.shape[-1]) for t in (wanted, got))
-    if mask is not None:
-        wanted, got = wanted[mask.to(wanted.device)], got[mask.to(got.device)]
-    wide = torch.float64 if wanted.dtype == torch.float64 else torch.float32
-    wanted, got = wanted.to(wide), got.to(wide)
-    if is_logits:
-        return kl_sum(wanted, got), len(wanted), "kl"
-    scale = wanted.square().mean().clamp_min(torch.finfo(wide).tiny)
-    return (got - wanted).square().mean(-1).sum() / scale, len(wanted), "mse"

@@ -124,8 +124,10 @@ LayerMerge fitted_merge(const ChainView& view, int64_t n, bool use_affine) {
   const bool is_affine = use_affine && fit.offset.defined() && layer.bias.defined();
   const Tensor& A = is_affine ? fit.affine_A : fit.A;
   const Tensor& B = fit.B.defined() ? fit.B : layer.B;
-  check_adapter(A, "A of the fit", shape.r, shape.in_features, shape.name);
-  check_adapter(B, "B of the fit", shape.out_features, shape.r, shape.name);
+  // A fit that brings its own B may have more rows than the adapter.
+  const int64_t r = fit.B.defined() && A.dim() == 2 ? A.size(0) : shape.r;
+  check_adapter(A, "A of the fit", r, shape.in_features, shape.name);
+  check_adapter(B, "B of the fit", shape.out_features, r, shape.name);
   const at::TensorOptions options = factor_options(view, n, {n});
   LayerMerge merged{shape.name,
                     fit.refine_steps > 0 ? MergeRule::kRefined : MergeRule::kLsq,
