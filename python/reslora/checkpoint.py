@@ -182,9 +182,13 @@ def read_statistics(folder: Path, adapter: _C.AdapterFile) -> Statistics:
     for name, (_, _, fit, _) in statistics.items():
         if name not in shapes:
             raise ValueError(f"[load] statistics must be of layers of the adapter; got {name}")
-        if fit is not None and list(fit.A.shape) != shapes[name]:
+        if fit is None:
+            continue
+        r, inputs = shapes[name]
+        wanted = [r if fit.B is None else len(fit.A), inputs]  # with a B of its own: any rank
+        if list(fit.A.shape) != wanted:
             raise ValueError(
-                f"[load] a fit must have the shape of A, {shapes[name]}; got {list(fit.A.shape)} "
+                f"[load] a fit must have the shape of A, {wanted}; got {list(fit.A.shape)} "
                 f"for {name}"
             )
     return statistics
