@@ -16,13 +16,19 @@ import merge_summary
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 FILES = ["layer_2048x768.json", "layer_128x384.json"]
-ROWS = ["peft", "naive is", "naive bs", "naive ms"] + [
-    f"reslora {mode}" for mode in ("none", "is", "bs", "ms")
+MODES = ("none", "is", "bs", "ms")
+ROWS = [
+    "peft",
+    *(f"naive {mode}" for mode in MODES[1:]),
+    *(f"python op {mode}" for mode in MODES),
+    *(f"reslora {mode}" for mode in MODES),
 ]
 
 
 def cell(results: dict[str, Any], name: str) -> str:
-    """Return 'median (5 %-95 %)' of a variant's ratio to the frozen layers."""
+    """Return 'median (5 %-95 %)' of a variant's ratio to the frozen layers, if it was measured."""
+    if name not in results:
+        return ""
     ratio = results[name]["ratio"]
     return f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})"
 

@@ -12,6 +12,7 @@ namespace {
 // A tile of 48 rows (whole blocks of every kernel) x 1024 columns: 192 KiB, a fraction of L2.
 constexpr int64_t kTileRows = 48;
 constexpr int64_t kTileColumns = 1024;
+constexpr int64_t kShareRows = 24;           // threads share multiples of it: whole blocks again
 constexpr int64_t kThreadWork = 256 * 1024;  // multiply-adds below which a thread is not worth it
 
 const Kernels& best_kernels() {
@@ -35,19 +36,19 @@ Rows from(Rows matrix, int64_t row, int64_t column) {
 
 /// How many threads share the rows of x.
 int64_t shares_of(const Tile& x, int64_t r) {
-  const int64_t tiles = (x.rows + kTileRows - 1) / kTileRows;
+  const int64_t units = (x.rows + kShareRows - 1) / kShareRows;
   const int64_t worth = x.rows * x.columns * r / kThreadWork;
-  return std::clamp<int64_t>(std::min(worth, tiles), 1, at::get_num_threads());
+  return std::clamp<int64_t>(std::min(worth, units), 1, at::get_num_threads());
 }
 
-/// Calls body(share, first row, rows) for each share of x's rows, which are whole tiles.
+/// Calls body(share, first row, rows) for each share of x's rows.
 template <typename Body>
 void for_shares(const Tile& x, int64_t shares, const Body& body) {
-  const int64_t tiles = (x.rows + kTileRows - 1) / kTileRows;
+  const int64_t units = (x.rows + kShareRows - 1) / kShareRows;
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) {
-      const int64_t first = tiles * share / shares * kTileRows;
-      const int64_t last = std::min(x.rows, tiles * (share + 1) / shares * kTileRows);
+      const int64_t first = units * share / shares * kShareRows;
+      const int64_t last = std::min(x.rows, units * (share + 1) / shares * kShareRows);
       body(share, first, last - first);
     }
   });
