@@ -29,6 +29,7 @@ from .layer import ResLoraLinear
 from .planning import Calibrated, adapter_sum, chain_views, needs_fit
 from .reporting import check_enabled
 from .tap_moves import move_taps as choose_moves
+from .tap_moves import moved_fits
 from .utils import injection_of
 
 RIDGE = 1e-4
@@ -63,10 +64,10 @@ class Calibration:
             f"largest {self.residuals[worst]:.3f} ({worst})",
         ]
         if self.moved:
+            found = f": distance {self.distance_before:.2e} -> {self.distance:.2e}"
             lines.append(
                 f"taps moved to the layers that they read in {len(self.moved)} chains "
-                f"({', '.join(self.moved)}): distance {self.distance_before:.2e} -> "
-                f"{self.distance:.2e}"
+                f"({', '.join(self.moved)}){found if self.distance_before else ''}"
             )
         if self.row_file_bytes:
             lines.append(
@@ -97,9 +98,8 @@ def calibrate(
         data: batches. None: solve again from kept covariances; []: forget all fits.
         ridge: lambda over the mean diagonal of sum xx^T.
         affine: also fit an offset where the base has a bias, for merging into both.
-        max_cov_bytes: limit of the sums held at once, 8 in^2 bytes for each distinct x (q, k and v
-            share one), and two matrices more. Above it layers are fitted in groups over repeated
-            passes, a larger one from rows in a temporary file, by iteration.
+        max_cov_bytes: limit of the sums held at once, 8 in^2 bytes for each distinct x. Above it
+            layers are fitted in groups over repeated passes, a larger one from rows in a file.
         keep_covariances: keep the sums, to save them and to solve again with another ridge.
         move_taps: let the layers whose inputs taps read compute half of what these bring, in
             chains where that is nearer to the model on the first two batches (o_proj and down_proj,
@@ -122,10 +122,21 @@ def calibrate(
     else:
         batches = _Noted(as_batches(data, "calibrate"))
         options = (ridge, affine, max_cov_bytes, keep_covariances)
-        result = _collect(model, injection, batches, options, progressbar)
-        _move_taps(model, injection, batches.first if move_taps else [], result)
+        with _earlier_fits_after_errors(injection):
+            result = _collect(model, injection, batches, options, progressbar)
+            _move_taps(model, injection, batches.first if move_taps else [], result)
     result.seconds = time.monotonic() - start
     return _warn_few_rows(injection, result)
+
+
+@contextmanager
+def _earlier_fits_after_errors(injection: Injection) -> Iterator[None]:
+    earlier = injection.calibrated
+    try:
+        yield
+    except BaseException:
+        injection.calibrated = earlier
+        raise
 
 
 def _move_taps(
@@ -295,7 +306,22 @@ def _solve_again(injection: Injection, ridge: float, affine: bool) -> Calibratio
         A = layer.reslora_A.detach()
         fits[name] = _C.solve_fit(sums, A, ridge, affine and has_bias, name)
     injection.calibrated = Calibrated(fits, calibrated.adapter_sum, calibrated.sums)
-    return _result_of(fits)
+    result = _result_of(fits)
+    _move_again(injection, calibrated.fits, result)
+    return result
+
+
+def _move_again(injection: Injection, old: dict[str, _C.Fit], result: Calibration) -> None:
+    """Move the taps of the chains where the fits before had them moved."""
+    calibrated = injection.calibrated
+    assert calibrated is not None
+    plain = calibrated.fits
+    for chain, view in zip(injection.chains, chain_views(injection), strict=True):
+        ranks = {layer.name: layer.r for layer in chain.layers}
+        if any(name in old and len(old[name].A) != r for name, r in ranks.items()):
+            calibrated.fits = calibrated.fits | moved_fits(chain, view)
+            calibrated.plain = plain
+            result.moved.append(chain.key)
 
 
 def _warn_few_rows(injection: Injection, result: Calibration) -> Calibration:

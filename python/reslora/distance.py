@@ -26,6 +26,11 @@ def distance(
         wanted, is_logits = main_output(call(model, batch))
     with stand_in:
         got, _ = main_output(call(model, batch))
+    if got.shape != wanted.shape:
+        raise ValueError(
+            "[merge] the model's output must have one shape for one batch; got "
+            f"{list(wanted.shape)}, then {list(got.shape)}"
+        )
     mask = row_mask(masks, wanted.shape[:-1]) if wanted.dim() > 2 else None
     wanted, got = (t.reshape(-1, t.shape[-1]) for t in (wanted, got))
     if mask is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,6 +72,10 @@ def finish(
     result = Calibration()
     if batches is not None:
         result = calibrate(model, batches, ridge=ridge, move_taps=False, progressbar=progressbar)
+    elif injection.calibrated is not None and injection.calibrated.plain is not None:
+        injection.calibrated = replace(
+            injection.calibrated, fits=injection.calibrated.plain, plain=None
+        )
     plan = make_plan(injection, "lsq", "finish", use_affine=False)
     _check_ranks(injection, plan)
     _convert(injection, plan, step)

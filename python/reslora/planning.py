@@ -28,6 +28,7 @@ class Calibrated:
     fits: dict[str, _C.Fit]  # by layer
     adapter_sum: str
     sums: dict[str, _C.FitSums] = field(default_factory=dict)  # by layer, where they were kept
+    plain: dict[str, _C.Fit] | None = None  # the fits before taps were moved
 
 
 def adapter_sum(injection: Injection) -> str:

@@ -7,6 +7,7 @@ chain feeds is not to be seen from its layers, so each is tried on a few batches
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 from . import _C
 from .distance import distance
 from .injection import Injection
-from .planning import Calibrated, chain_views, make_plan
+from .layer import LayerChain
+from .planning import Calibrated, View, chain_views, make_plan
 from .reporting import plain_lora, standing_in
 
 SHARE = 0.5
@@ -47,25 +49,32 @@ def move_taps(
             total, rows = total + float(one), rows + count
         return total / max(rows, 1)
 
-    best, views = plain.fits, chain_views(injection)
+    best, moved, start, least = plain.fits, {}, 0.0, 0.0
+    views = chain_views(injection)
     try:
         with torch.no_grad():
-            try:
-                start = least = measured(best)
-            except ValueError:
-                return [], 0.0, 0.0
-            moved: dict[str, dict[str, _C.Fit]] = {}
+            first = measured(plain.fits)
             for chain, view in zip(injection.chains, views, strict=True):
-                if chain.merges_exactly:
+                if chain.merges_exactly or not math.isfinite(first):
                     continue
-                fits = dict(zip(chain.names, _C.move_taps(view, SHARE), strict=True))
-                if measured(plain.fits | fits) < start:
+                fits = moved_fits(chain, view)
+                if measured(plain.fits | fits) < first:
                     moved[chain.key] = fits
             together = dict(plain.fits)
             for fits in moved.values():
                 together |= fits
-            if moved and (end := measured(together)) < start:
-                best, least = together, end
+            if moved and (last := measured(together)) < first:
+                best, start, least = together, first, last
+    except ValueError:  # outputs that cannot be compared
+        best = plain.fits
     finally:
         injection.calibrated = Calibrated(best, plain.adapter_sum, plain.sums)
-    return (list(moved) if best is not plain.fits else []), start, least
+    if best is plain.fits:
+        return [], 0.0, 0.0
+    injection.calibrated.plain = plain.fits
+    return list(moved), start, least
+
+
+def moved_fits(chain: LayerChain, view: tuple[_C.Chain, list[View]]) -> dict[str, _C.Fit]:
+    """Return the fits of a chain with half of what its taps bring moved."""
+    return dict(zip(chain.names, _C.move_taps(view, SHARE), strict=True))

@@ -12,8 +12,9 @@ namespace {
 // A tile of 48 rows (whole blocks of every kernel) x 1024 columns: 192 KiB, a fraction of L2.
 constexpr int64_t kTileRows = 48;
 constexpr int64_t kTileColumns = 1024;
-constexpr int64_t kShareRows = 24;           // threads share multiples of it: whole blocks again
-constexpr int64_t kThreadWork = 256 * 1024;  // multiply-adds below which a thread is not worth it
+constexpr int64_t kShareRows = 24;            // threads share multiples of it: whole blocks again
+constexpr int64_t kSumRows = 96 * kTileRows;  // added up apart: long sums in fp32 lose digits
+constexpr int64_t kThreadWork = 256 * 1024;   // multiply-adds below which a thread is not worth it
 
 const Kernels& best_kernels() {
   static const Kernels& best = *supported_kernels().front();
@@ -64,6 +65,11 @@ void for_tiles(const Tile& x, int64_t first, int64_t rows, const Body& body) {
            row, column);
 }
 
+/// Adds one matrix to another of the same size.
+void add(const float* from, int64_t size, float* to) {
+  for (int64_t i = 0; i < size; ++i) to[i] += from[i];
+}
+
 /// p = the sum over shares of what `body(first row, rows, partial)` adds to a zeroed partial.
 template <typename Body>
 void reduce_over_shares(const Tile& x, int64_t r, float* p, const Body& body) {
@@ -71,12 +77,16 @@ void reduce_over_shares(const Tile& x, int64_t r, float* p, const Body& body) {
   std::vector<float> others((shares - 1) * size);  // zeros
   std::fill(p, p + size, 0.0f);
   for_shares(x, shares, [&](int64_t share, int64_t first, int64_t rows) {
-    body(first, rows, share == 0 ? p : others.data() + (share - 1) * size);
+    float* total = share == 0 ? p : others.data() + (share - 1) * size;
+    if (rows <= kSumRows) return body(first, rows, total);
+    std::vector<float> part(size);
+    for (int64_t row = first; row < first + rows; row += kSumRows) {
+      std::fill(part.begin(), part.end(), 0.0f);
+      body(row, std::min(kSumRows, first + rows - row), part.data());
+      add(part.data(), size, total);
+    }
   });
-  for (int64_t share = 1; share < shares; ++share) {
-    const float* other = others.data() + (share - 1) * size;
-    for (int64_t i = 0; i < size; ++i) p[i] += other[i];
-  }
+  for (int64_t share = 1; share < shares; ++share) add(others.data() + (share - 1) * size, size, p);
 }
 
 }  // namespace

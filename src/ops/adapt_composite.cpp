@@ -27,7 +27,7 @@ Tensor draw_bits(const Tensor& x, double keep) {
 /// bits [T, ceil(in/8)] as a mask [T, in] in x's dtype.
 Tensor unpack(const Tensor& bits, const Tensor& x) {
   const Tensor flags = bits.unsqueeze(-1).bitwise_and(powers_of_two(x)).ne(0);
-  return flags.view({bits.size(0), -1}).narrow(1, 0, x.size(1));
+  return flags.view({bits.size(0), 8 * bits.size(1)}).narrow(1, 0, x.size(1));
 }
 
 Tensor dropped(const Tensor& x, const Tensor& bits) {
@@ -46,7 +46,10 @@ Stacked stack(at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
               const Tensor& like) {
   if (is_uniform(scaling)) return {stack_dim(A, 0, like), stack_dim(B, 1, like), scaling[0]};
   std::vector<Tensor> scaled;
-  for (size_t k = 0; k < B.size(); ++k) scaled.push_back(B[k].mul(scaling[k]));
+  for (size_t k = 0; k < B.size(); ++k) {  // scaled in the wider of both types
+    const auto wide = at::promote_types(B[k].scalar_type(), like.scalar_type());
+    scaled.push_back(B[k].to(wide).mul(scaling[k]));
+  }
   return {stack_dim(A, 0, like), stack_dim(scaled, 1, like), 1.0};
 }
 

@@ -174,6 +174,16 @@ TEST(Thin, SumOfSquaresCountsDroppedElements) {
   EXPECT_NEAR(squares, wanted, 1e-3);
 }
 
+TEST(Thin, LongSumsAreAddedInParts) {
+  // 300,000 times 1 + 2^-12: a running fp32 sum rounds every step, by up to 2^-7 at the end.
+  const int64_t rows = 300000, columns = 2;
+  std::vector<float> x(rows * columns, 1.0f + 1.0f / 4096), u(rows, 1.0f), p(columns);
+  reduce({x.data(), columns, nullptr, 0, rows, columns}, {u.data(), 1}, 1, p.data());
+  const double wanted = rows * (1.0 + 1.0 / 4096);
+  EXPECT_NEAR(p[0] / wanted, 1.0, 1e-6);
+  EXPECT_NEAR(p[1] / wanted, 1.0, 1e-6);
+}
+
 TEST(Thin, TransposeScalesIntoARowOfBlocks) {
   const std::vector<float> from = {1, 2, 3, 4, 5, 6};  // [2, 3]
   std::vector<float> to(3 * 5, 0.0f);

@@ -474,3 +474,24 @@ def test_trainable_base_is_refused():
     weight = torch.randn(5, 6, requires_grad=True)
     with pytest.raises(ValueError, match="base_out"):
         adapt(**{**GOOD, "weight": weight})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_no_rows_with_dropout_give_no_rows(dtype):
+    A, B = torch.zeros(2, 8, dtype=dtype), torch.zeros(4, 2, dtype=dtype)
+    x, W = torch.zeros(0, 8, dtype=dtype), torch.zeros(4, 8, dtype=dtype)
+    y, s, _, bits, _ = adapt(x, W, None, None, [A], [B], [1.0], [], 0.5, None, False)
+    assert y.shape == (0, 4) and s.shape == (0, 2) and bits.shape == (0, 1)
+
+
+@pytest.mark.parametrize("scaling", [[0.3, 0.7], [0.3, 0.3]])
+def test_narrow_factors_are_scaled_in_the_type_of_x(scaling):
+    x = torch.randn(64, 32)
+    A = [torch.randn(4, 32).bfloat16() for _ in range(2)]
+    B = [torch.randn(16, 4).bfloat16() for _ in range(2)]
+    y = adapt(x, None, None, torch.zeros(64, 16), A, B, scaling, [], 0.0, None, False)[0]
+    exact = sum(
+        scale * (x.double() @ a.double().T) @ b.double().T
+        for scale, a, b in zip(scaling, A, B, strict=True)
+    )
+    assert (y - exact).norm() <= 1e-6 * exact.norm()

@@ -279,7 +279,7 @@ def test_the_form_of_other_devices(choice):
     """RESLORA_KERNELS=aten runs on the CPU what CUDA and MPS run; it passes the value tests."""
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    chosen = "(literal or gradcheck or dropout or norms or bits) and not threads"
+    chosen = "(literal or gradcheck or dropout or norms or bits or narrow) and not threads"
     command += [str(here / "test_ops.py"), "-k", chosen]
     command += ["-x"] if choice == "wrong" else []
     result = subprocess.run(
