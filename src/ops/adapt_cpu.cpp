@@ -51,6 +51,9 @@ thin::Tile tile_of(const Tensor& x, const Tensor* bits) {
           x.size(1)};
 }
 
+/// t with dense rows: t itself, or a copy.
+Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
 thin::Rows rows_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0)}; }
 
 /// B is kept as the transpose of a dense [R, out] that has the scaling.
@@ -129,8 +132,8 @@ Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base
     expand_slabs(u, P, *bits, alpha, out);
     return out;
   }
-  const Tensor scaled = (alpha == 1 ? u : u.mul(alpha)).contiguous();
-  const Tensor rows = P.contiguous(), below = base ? base->contiguous() : Tensor();
+  const Tensor scaled = with_dense_rows(alpha == 1 ? u : u.mul(alpha));
+  const Tensor rows = with_dense_rows(P), below = base ? with_dense_rows(*base) : Tensor();
   Tensor out = at::empty({u.size(0), P.size(1)}, u.options());
   thin::Rows start = {nullptr, 0};
   if (base) start = {below.const_data_ptr<float>(), below.dim() == 1 ? 0 : below.stride(0)};
@@ -144,7 +147,7 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Tensor
     return bits ? unstack(project_grad_slabs(du, x, *bits, alpha), A, 0)
                 : kAtenKernels.project_grad(du, x, bits, alpha, A);
   }
-  const Tensor rows = du.contiguous();
+  const Tensor rows = with_dense_rows(du);
   Tensor stacked = at::empty({du.size(1), x.size(1)}, x.options());
   thin::reduce(tile_of(x, bits), rows_of(rows), du.size(1), stacked.mutable_data_ptr<float>());
   if (alpha != 1) stacked.mul_(alpha);
@@ -163,7 +166,7 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Tensor
 std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Stacked& stacked,
                                                    const BackwardArgs& args) {
   if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, stacked, args);
-  const Tensor rows = gy.contiguous(), Bt = stacked.B.t();
+  const Tensor rows = with_dense_rows(gy), Bt = stacked.B.t();
   const int64_t R = Bt.size(0), out = Bt.size(1);
   Tensor ds = at::empty({gy.size(0), R}, gy.options());
   const auto tile = tile_of(rows, nullptr);
@@ -171,7 +174,7 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Stack
     thin::project(tile, rows_of(Bt), R, ds.mutable_data_ptr<float>(), nullptr);
     return {ds, {}};
   }
-  const Tensor s = as_matrix(args.s).contiguous();
+  const Tensor s = with_dense_rows(as_matrix(args.s));
   Tensor dBt = at::empty({R, out}, gy.options());
   thin::project_and_reduce(tile, rows_of(Bt), rows_of(s), R, ds.mutable_data_ptr<float>(),
                            dBt.mutable_data_ptr<float>());
