@@ -58,53 +58,51 @@ std::vector<Tensor> unstack(const Tensor& stacked, at::TensorList blocks, int64_
   return out;
 }
 
-double keep_probability(double dropout) {
-  return std::max(1.0, std::round((1.0 - dropout) * 65536.0)) / 65536.0;
+Mask mask_of(double dropout, const OptTensor& bits) {
+  if (dropout <= 0) return {};
+  const double keep = std::max(1.0, std::round((1.0 - dropout) * 65536.0)) / 65536.0;
+  return {true, keep, bits ? *bits : Tensor()};
 }
 
 Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels) {
   check_adapt(args);
   const Tensor x = as_matrix(args.x);
-  const Stacked blocks = kernels.stack(args.A, args.B, args.scaling, x);
-  const int64_t R = blocks.B.size(1);
-  const double keep = keep_probability(args.dropout);
-
-  Tensor drawn, norms;
-  if (args.dropout > 0 && !args.bits) drawn = kernels.draw_bits(x, keep);
-  const Tensor* bits = args.dropout > 0 ? (args.bits ? &*args.bits : &drawn) : nullptr;
-  const Tensor u = kernels.project(x, bits, blocks.A, bits ? 1 / keep : 1.0, R,
+  const Columns columns = kernels.stack_columns(args.B, args.scaling, x);
+  const Range own{0, columns.B.size(1)};
+  Mask mask = mask_of(args.dropout, args.bits);
+  Tensor norms;
+  const Tensor u = kernels.project(x, mask, kernels.stack_rows(args.A, x), own,
                                    args.want_norms ? &norms : nullptr);
-
-  auto [s, tap] = kernels.take_taps(u, args.taps, R, args.keep_tap);
+  auto [s, tap] = kernels.take_taps(u, args.taps, own.size, args.keep_tap);
   const Tensor base = args.base_out ? as_matrix(*args.base_out) : Tensor();
-  Tensor y = kernels.expand(s, blocks.B.t(), blocks.alpha,
+  Tensor y = kernels.expand(s, columns.B.t(), columns.alpha,
                             args.base_out ? &base : pointer_to(args.bias), nullptr);
   if (args.weight) y.addmm_(x, args.weight->t());
 
-  if (!drawn.defined()) drawn = at::empty({0}, x.options().dtype(at::kByte));
+  const bool is_drawn = mask.is_on && !args.bits;
   if (!norms.defined()) norms = at::empty({0}, x.options().dtype(at::kFloat));
   tap = tap.defined() ? with_leading_dims(tap, args.x) : at::empty({0}, x.options());
-  return {with_leading_dims(y, args.x), with_leading_dims(s, args.x), tap, drawn, norms};
+  return {with_leading_dims(y, args.x), with_leading_dims(s, args.x), tap,
+          is_drawn ? mask.bits : at::empty({0}, x.options().dtype(at::kByte)), norms};
 }
 
 namespace {
 
 /// ds and dB, where gy may be missing.
 std::pair<Tensor, std::vector<Tensor>> grads_of_expansion(const BackwardArgs& args,
-                                                          const Tensor& gy, const Stacked& blocks,
+                                                          const Tensor& gy,
                                                           const DeviceKernels& kernels) {
   if (gy.defined()) {
-    auto grads = kernels.expand_grad(gy, blocks, args);
+    const Tensor s = as_matrix(args.s);
+    auto grads = kernels.expand_grad(gy, kernels.stack_columns(args.B, args.scaling, gy),
+                                     args.needs[2] ? &s : nullptr, args.B, args.scaling);
     if (args.gs) grads.first.add_(as_matrix(*args.gs));
     return grads;
   }
-  const int64_t T = args.x.numel() / std::max<int64_t>(args.x.size(-1), 1);
-  Tensor ds =
-      args.gs ? as_matrix(*args.gs).clone() : at::zeros({T, blocks.B.size(1)}, args.x.options());
   std::vector<Tensor> dB;
   if (args.needs[2])
     for (const Tensor& B : args.B) dB.push_back(at::zeros_like(B));
-  return {ds, dB};
+  return {args.gs ? as_matrix(*args.gs).clone() : at::zeros_like(as_matrix(args.s)), dB};
 }
 
 /// du [T, RA]: the gradient of the down-projection, from s and from the tap's readers.
@@ -119,19 +117,19 @@ Tensor grad_of_u(const BackwardArgs& args, const Tensor& ds, int64_t tap_rows) {
 
 Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kernels) {
   const Tensor x = as_matrix(args.x);
-  const Stacked blocks = kernels.stack(args.A, args.B, args.scaling, x);
   const Tensor gy = args.gy ? as_matrix(*args.gy) : Tensor();
-  const Tensor* bits = args.dropout > 0 ? &*args.bits : nullptr;
-  const double alpha = bits ? 1 / keep_probability(args.dropout) : 1.0;
+  const Mask mask = mask_of(args.dropout, args.bits);
 
-  auto [ds, dB] = grads_of_expansion(args, gy, blocks, kernels);
+  auto [ds, dB] = grads_of_expansion(args, gy, kernels);
   Tensor dx = at::empty({0}, x.options());
   std::vector<Tensor> dA;
   if (args.needs[0] || args.needs[1]) {
-    const Tensor du = grad_of_u(args, ds, blocks.A.size(0) - blocks.B.size(1));
-    if (args.needs[1]) dA = kernels.project_grad(du, x, bits, alpha, args.A);
+    const int64_t tap_rows = args.A.size() > args.B.size() ? args.A.back().size(0) : 0;
+    const Tensor du = grad_of_u(args, ds, tap_rows);
+    if (args.needs[1]) dA = kernels.project_grad(du, x, mask, args.A);
     if (args.needs[0]) {
-      dx = kernels.expand(du, blocks.A, alpha, nullptr, bits);
+      dx =
+          kernels.expand(du, kernels.stack_rows(args.A, x), 1 / mask.keep, nullptr, mask.pointer());
       if (args.weight && gy.defined()) dx.addmm_(gy, *args.weight);
       dx = with_leading_dims(dx, args.x);
     }

@@ -42,15 +42,16 @@ Tensor stack_dim(at::TensorList blocks, int64_t dim, const Tensor& like) {
   return at::cat(cast, dim);
 }
 
-Stacked stack(at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
-              const Tensor& like) {
-  if (is_uniform(scaling)) return {stack_dim(A, 0, like), stack_dim(B, 1, like), scaling[0]};
+Tensor stack_rows(at::TensorList A, const Tensor& like) { return stack_dim(A, 0, like); }
+
+Columns stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tensor& like) {
+  if (is_uniform(scaling)) return {stack_dim(B, 1, like), scaling[0]};
   std::vector<Tensor> scaled;
   for (size_t k = 0; k < B.size(); ++k) {  // scaled in the wider of both types
     const auto wide = at::promote_types(B[k].scalar_type(), like.scalar_type());
     scaled.push_back(B[k].to(wide).mul(scaling[k]));
   }
-  return {stack_dim(A, 0, like), stack_dim(scaled, 1, like), 1.0};
+  return {stack_dim(scaled, 1, like), 1.0};
 }
 
 /// |t|_F as a 0-d tensor, summed in fp32 at least.
@@ -59,16 +60,17 @@ Tensor frobenius_norm(const Tensor& t) {
                                 t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
-Tensor project(const Tensor& x, const Tensor* bits, const Tensor& A, double alpha, int64_t R,
+Tensor project(const Tensor& x, Mask& mask, const Tensor& A, at::ArrayRef<Range> own,
                Tensor* norms) {
   Tensor u;
-  if (bits) {
+  if (mask.is_on) {
+    if (!mask.bits.defined()) mask.bits = draw_bits(x, mask.keep);
     u = at::empty({x.size(0), A.size(0)}, x.options());
-    u.addmm_(dropped(x, *bits), A.t(), 0, alpha);
+    u.addmm_(dropped(x, mask.bits), A.t(), 0, 1 / mask.keep);
   } else {
     u = at::mm(x, A.t());
   }
-  if (norms) *norms = norms_of(x, u, R);
+  if (norms) *norms = norms_of(x, u, own);
   return u;
 }
 
@@ -103,21 +105,23 @@ Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base
   return out;
 }
 
-std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Tensor* bits,
-                                 double alpha, at::TensorList A) {
-  return unstack(bits ? at::mm(du.t(), dropped(x, *bits)).mul_(alpha) : at::mm(du.t(), x), A, 0);
+std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& mask,
+                                 at::TensorList A) {
+  if (!mask.is_on) return unstack(at::mm(du.t(), x), A, 0);
+  return unstack(at::mm(du.t(), dropped(x, mask.bits)).mul_(1 / mask.keep), A, 0);
 }
 
-std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Stacked& stacked,
-                                                   const BackwardArgs& args) {
-  Tensor ds = at::empty({gy.size(0), stacked.B.size(1)}, gy.options());
-  ds.addmm_(gy, stacked.B, 0, stacked.alpha);
-  if (!args.needs[2]) return {ds, {}};
-  Tensor dB = at::empty(stacked.B.sizes(), gy.options());
-  dB.addmm_(gy.t(), as_matrix(args.s), 0, stacked.alpha);
-  std::vector<Tensor> blocks = unstack(dB, args.B, 1);
-  if (!is_uniform(args.scaling))
-    for (size_t k = 0; k < blocks.size(); ++k) blocks[k].mul_(args.scaling[k]);
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Columns& columns,
+                                                   const Tensor* s, at::TensorList B,
+                                                   at::ArrayRef<double> scaling) {
+  Tensor ds = at::empty({gy.size(0), columns.B.size(1)}, gy.options());
+  ds.addmm_(gy, columns.B, 0, columns.alpha);
+  if (!s) return {ds, {}};
+  Tensor dB = at::empty(columns.B.sizes(), gy.options());
+  dB.addmm_(gy.t(), *s, 0, columns.alpha);
+  std::vector<Tensor> blocks = unstack(dB, B, 1);
+  if (!is_uniform(scaling))
+    for (size_t k = 0; k < blocks.size(); ++k) blocks[k].mul_(scaling[k]);
   return {ds, std::move(blocks)};
 }
 
@@ -150,12 +154,18 @@ Gradients adapt_backward_aten(const OptTensor& gy, const OptTensor& gs, const Op
 
 }  // namespace
 
-Tensor norms_of(const Tensor& x, const Tensor& u, int64_t R) {
-  return at::stack({frobenius_norm(x), frobenius_norm(u.narrow(1, 0, R))}).to(at::kFloat);
+Tensor norms_of(const Tensor& x, const Tensor& u, at::ArrayRef<Range> own) {
+  const Tensor norm = frobenius_norm(x);
+  std::vector<Tensor> norms;
+  for (const Range& range : own) {
+    norms.push_back(norm);
+    norms.push_back(frobenius_norm(u.narrow(1, range.first, range.size)));
+  }
+  return at::stack(norms).to(at::kFloat);
 }
 
-const DeviceKernels kAtenKernels = {stack,  draw_bits,    project,    take_taps,
-                                    expand, project_grad, expand_grad};
+const DeviceKernels kAtenKernels = {stack_rows, stack_columns, project,    take_taps,
+                                    expand,     project_grad,  expand_grad};
 
 TORCH_LIBRARY_IMPL(reslora, CompositeExplicitAutograd, m) {
   m.impl("adapt", adapt_aten);

@@ -56,10 +56,13 @@ Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.conti
 
 thin::Rows rows_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0)}; }
 
+Tensor stack_rows(at::TensorList A, const Tensor& like) {
+  return kAtenKernels.stack_rows(A, like).contiguous();
+}
+
 /// B is kept as the transpose of a dense [R, out] that has the scaling.
-Stacked stack(at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
-              const Tensor& like) {
-  if (like.scalar_type() != at::kFloat) return kAtenKernels.stack(A, B, scaling, like);
+Columns stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tensor& like) {
+  if (like.scalar_type() != at::kFloat) return kAtenKernels.stack_columns(B, scaling, like);
   int64_t R = 0;
   for (const Tensor& block : B) R += block.size(1);
   Tensor Bt = at::empty({R, B[0].size(0)}, like.options());
@@ -70,34 +73,41 @@ Stacked stack(at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
                     static_cast<float>(scaling[k]), rows, Bt.size(1));
     rows += block.size(1) * Bt.size(1);
   }
-  Tensor At = A.size() == 1 ? A[0].to(like.options()) : at::cat(A, 0).to(like.options());
-  return {At.contiguous(), Bt.t(), 1.0};
+  return {Bt.t(), 1.0};
 }
 
-Tensor project(const Tensor& x, const Tensor* bits, const Tensor& A, double alpha, int64_t R,
+/// norms_of where |x|_F^2 is known already.
+Tensor norms_from(double squares, const Tensor& u, at::ArrayRef<Range> own) {
+  Tensor norms = at::empty({2 * static_cast<int64_t>(own.size())}, u.options());
+  auto* values = norms.mutable_data_ptr<float>();
+  for (const Range& range : own) {
+    double sum = 0;
+    const float* columns = u.const_data_ptr<float>() + range.first;
+    for (int64_t i = 0; i < u.size(0); ++i)
+      for (int64_t k = 0; k < range.size; ++k)
+        sum += columns[i * u.stride(0) + k] * columns[i * u.stride(0) + k];
+    *values++ = static_cast<float>(std::sqrt(squares));
+    *values++ = static_cast<float>(std::sqrt(sum));
+  }
+  return norms;
+}
+
+Tensor project(const Tensor& x, Mask& mask, const Tensor& A, at::ArrayRef<Range> own,
                Tensor* norms) {
+  if (mask.is_on && !mask.bits.defined()) mask.bits = draw_bits(x, mask.keep);
   if (!is_thin(x)) {
-    if (!bits) return kAtenKernels.project(x, bits, A, alpha, R, norms);
+    if (!mask.is_on) return kAtenKernels.project(x, mask, A, own, norms);
     Tensor u = at::empty({x.size(0), A.size(0)}, x.options());
-    project_slabs(x, *bits, A, alpha, u);
-    if (norms) *norms = norms_of(x, u, R);
+    project_slabs(x, mask.bits, A, 1 / mask.keep, u);
+    if (norms) *norms = norms_of(x, u, own);
     return u;
   }
   Tensor u = at::empty({x.size(0), A.size(0)}, x.options());
   double squares = 0;
-  thin::project(tile_of(x, bits), rows_of(A), A.size(0), u.mutable_data_ptr<float>(),
+  thin::project(tile_of(x, mask.pointer()), rows_of(A), A.size(0), u.mutable_data_ptr<float>(),
                 norms ? &squares : nullptr);
-  if (alpha != 1) u.mul_(alpha);
-  if (norms) {
-    *norms = at::empty({2}, x.options());
-    auto* values = norms->mutable_data_ptr<float>();
-    values[0] = static_cast<float>(std::sqrt(squares));
-    double own = 0;
-    const float* rows = u.const_data_ptr<float>();
-    for (int64_t i = 0; i < u.size(0); ++i)
-      for (int64_t k = 0; k < R; ++k) own += rows[i * u.size(1) + k] * rows[i * u.size(1) + k];
-    values[1] = static_cast<float>(std::sqrt(own));
-  }
+  if (mask.is_on) u.mul_(1 / mask.keep);
+  if (norms) *norms = norms_from(squares, u, own);
   return u;
 }
 
@@ -105,7 +115,7 @@ std::pair<Tensor, Tensor> take_taps(const Tensor& u, at::TensorList taps, int64_
                                     bool keep_tap) {
   if (u.scalar_type() != at::kFloat || (taps.empty() && u.size(1) == R))
     return kAtenKernels.take_taps(u, taps, R, keep_tap);
-  const int64_t T = u.size(0), width = u.size(1);
+  const int64_t T = u.size(0), width = u.size(1), stride = u.stride(0);
   const bool has_tap_rows = width > R;
   Tensor s = at::empty({T, R}, u.options()), tap = keep_tap ? u : Tensor();
   if (has_tap_rows) tap = at::empty({T, width - R}, u.options());
@@ -113,8 +123,8 @@ std::pair<Tensor, Tensor> take_taps(const Tensor& u, at::TensorList taps, int64_
   float* sum = s.mutable_data_ptr<float>();
   float* rest = has_tap_rows ? tap.mutable_data_ptr<float>() : nullptr;
   for (int64_t row = 0; row < T; ++row) {
-    std::copy_n(from + row * width, R, sum + row * R);
-    if (rest) std::copy_n(from + row * width + R, width - R, rest + row * (width - R));
+    std::copy_n(from + row * stride, R, sum + row * R);
+    if (rest) std::copy_n(from + row * stride + R, width - R, rest + row * (width - R));
   }
   for (const Tensor& one : taps) {
     const Tensor addend = as_matrix(one).to(u.options()).contiguous();
@@ -141,16 +151,17 @@ Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base
   return out;
 }
 
-std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Tensor* bits,
-                                 double alpha, at::TensorList A) {
+std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& mask,
+                                 at::TensorList A) {
   if (!is_thin(x)) {
-    return bits ? unstack(project_grad_slabs(du, x, *bits, alpha), A, 0)
-                : kAtenKernels.project_grad(du, x, bits, alpha, A);
+    return mask.is_on ? unstack(project_grad_slabs(du, x, mask.bits, 1 / mask.keep), A, 0)
+                      : kAtenKernels.project_grad(du, x, mask, A);
   }
   const Tensor rows = with_dense_rows(du);
   Tensor stacked = at::empty({du.size(1), x.size(1)}, x.options());
-  thin::reduce(tile_of(x, bits), rows_of(rows), du.size(1), stacked.mutable_data_ptr<float>());
-  if (alpha != 1) stacked.mul_(alpha);
+  thin::reduce(tile_of(x, mask.pointer()), rows_of(rows), du.size(1),
+               stacked.mutable_data_ptr<float>());
+  if (mask.is_on) stacked.mul_(1 / mask.keep);
   if (A.size() == 1) return {stacked.to(A[0].options())};
   std::vector<Tensor> dA;
   const float* from = stacked.const_data_ptr<float>();
@@ -163,30 +174,31 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Tensor
   return dA;
 }
 
-std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Stacked& stacked,
-                                                   const BackwardArgs& args) {
-  if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, stacked, args);
-  const Tensor rows = with_dense_rows(gy), Bt = stacked.B.t();
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Columns& columns,
+                                                   const Tensor* s, at::TensorList B,
+                                                   at::ArrayRef<double> scaling) {
+  if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, columns, s, B, scaling);
+  const Tensor rows = with_dense_rows(gy), Bt = columns.B.t();
   const int64_t R = Bt.size(0), out = Bt.size(1);
   Tensor ds = at::empty({gy.size(0), R}, gy.options());
   const auto tile = tile_of(rows, nullptr);
-  if (!args.needs[2]) {
+  if (!s) {
     thin::project(tile, rows_of(Bt), R, ds.mutable_data_ptr<float>(), nullptr);
     return {ds, {}};
   }
-  const Tensor s = with_dense_rows(as_matrix(args.s));
+  const Tensor entered = with_dense_rows(*s);
   Tensor dBt = at::empty({R, out}, gy.options());
-  thin::project_and_reduce(tile, rows_of(Bt), rows_of(s), R, ds.mutable_data_ptr<float>(),
+  thin::project_and_reduce(tile, rows_of(Bt), rows_of(entered), R, ds.mutable_data_ptr<float>(),
                            dBt.mutable_data_ptr<float>());
   std::vector<Tensor> dB;
   const float* from = dBt.const_data_ptr<float>();
-  for (size_t k = 0; k < args.B.size(); ++k) {
-    const int64_t r = args.B[k].size(1);
+  for (size_t k = 0; k < B.size(); ++k) {
+    const int64_t r = B[k].size(1);
     Tensor block = at::empty({out, r}, gy.options());
-    thin::transpose(from, r, out, static_cast<float>(args.scaling[k]),
-                    block.mutable_data_ptr<float>(), r);
+    thin::transpose(from, r, out, static_cast<float>(scaling[k]), block.mutable_data_ptr<float>(),
+                    r);
     from += r * out;
-    dB.push_back(block.to(args.B[k].options()));
+    dB.push_back(block.to(B[k].options()));
   }
   return {ds, std::move(dB)};
 }
@@ -237,8 +249,8 @@ Gradients adapt_backward_cpu(const OptTensor& gy, const OptTensor& gs, const Opt
 
 }  // namespace
 
-const DeviceKernels kCpuKernels = {stack,  draw_bits,    project,    take_taps,
-                                   expand, project_grad, expand_grad};
+const DeviceKernels kCpuKernels = {stack_rows, stack_columns, project,    take_taps,
+                                   expand,     project_grad,  expand_grad};
 
 TORCH_LIBRARY_IMPL(reslora, CPU, m) {
   m.impl("adapt", adapt_cpu);

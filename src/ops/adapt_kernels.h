@@ -54,40 +54,56 @@ struct BackwardArgs {
   std::array<bool, 3> needs;
 };
 
-/// The blocks of a layer in x's dtype on x's device, stacked.
-struct Stacked {
-  at::Tensor A;  // [RA, in]
+/// The B blocks of a layer in x's dtype on x's device, stacked.
+struct Columns {
   at::Tensor B;  // [out, R]; its strides are the device's choice
   double alpha;  // what s B^T is still to be multiplied with: the scaling, or 1 where B has it
 };
 
-/// What a device does its own way: all but the big GEMMs. Bits are uint8 [T, ceil(in/8)], bit j%8
-/// of byte j/8 belongs to element j, 1 = kept; "kept x" is x with dropped elements 0, and x itself
-/// where `bits` is null.
+/// Some columns of a matrix.
+struct Range {
+  int64_t first;
+  int64_t size;
+};
+
+/// Dropout of x: which elements are kept, and with what probability they were. Bits are uint8
+/// [T, ceil(in/8)], bit j%8 of byte j/8 belongs to element j, 1 = kept.
+struct Mask {
+  bool is_on = false;
+  double keep = 1;
+  at::Tensor bits;  // undefined until they are drawn
+
+  const at::Tensor* pointer() const { return is_on ? &bits : nullptr; }
+};
+
+/// What a device does its own way: all but the big GEMMs. "Kept x" is x with dropped elements 0,
+/// and x itself without dropout.
 struct DeviceKernels {
-  Stacked (*stack)(at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
-                   const at::Tensor& like);
-  /// Draws bits that are 1 with probability `keep`, from the default generator of x's device.
-  at::Tensor (*draw_bits)(const at::Tensor& x, double keep);
-  /// Returns u [T, RA] = alpha * kept x A^T. Where `norms` is not null it becomes fp32 [2]:
-  /// |x|_F, |u[:, :R]|_F.
-  at::Tensor (*project)(const at::Tensor& x, const at::Tensor* bits, const at::Tensor& A,
-                        double alpha, int64_t R, at::Tensor* norms);
+  at::Tensor (*stack_rows)(at::TensorList A, const at::Tensor& like);  // [RA, in]
+  Columns (*stack_columns)(at::TensorList B, at::ArrayRef<double> scaling, const at::Tensor& like);
+  /// Returns u [T, RA] = kept x A^T / keep. Where bits are wanted and not given it draws them, from
+  /// the default generator of x's device. Where `norms` is not null it becomes fp32 [2 G]: |x|_F
+  /// and |u[:, own_g]|_F for each of the G ranges of columns.
+  at::Tensor (*project)(const at::Tensor& x, Mask& mask, const at::Tensor& A,
+                        at::ArrayRef<Range> own, at::Tensor* norms);
   /// Returns s [T, R] = u[:, :R] + the taps, and the tap that is handed on: u[:, R:] where there is
   /// such, else u with `keep_tap`, else undefined. Neither shares memory with the other.
   std::pair<at::Tensor, at::Tensor> (*take_taps)(const at::Tensor& u, at::TensorList taps,
                                                  int64_t R, bool keep_tap);
-  /// Returns [T, n] = kept (base + alpha * u P) for u [T, R], P [R, n]; base is null, [n] or [T,
-  /// n].
+  /// Returns [T, n] = kept (base + alpha * u P) for u [T, R], P [R, n]; base is null, [n] or
+  /// [T, n]; `bits` null keeps all.
   at::Tensor (*expand)(const at::Tensor& u, const at::Tensor& P, double alpha,
                        const at::Tensor* base, const at::Tensor* bits);
-  /// Returns alpha * du^T kept x, cut into a gradient for each block of A.
+  /// Returns du^T kept x / keep, cut into a gradient for each block of A.
   std::vector<at::Tensor> (*project_grad)(const at::Tensor& du, const at::Tensor& x,
-                                          const at::Tensor* bits, double alpha, at::TensorList A);
-  /// Returns ds [T, R] = gy (scaling B), and gradients for each block of B where they are needed.
+                                          const Mask& mask, at::TensorList A);
+  /// Returns ds [T, R] = gy (scaling B) and, where s [T, R] is not null, a gradient for each block
+  /// of B.
   std::pair<at::Tensor, std::vector<at::Tensor>> (*expand_grad)(const at::Tensor& gy,
-                                                                const Stacked& stacked,
-                                                                const BackwardArgs& args);
+                                                                const Columns& columns,
+                                                                const at::Tensor* s,
+                                                                at::TensorList B,
+                                                                at::ArrayRef<double> scaling);
 };
 
 extern const DeviceKernels kCpuKernels;   // adapt_cpu.cpp
@@ -102,14 +118,15 @@ inline bool returns_tap(size_t a_blocks, size_t b_blocks, bool keep_tap) {
   return a_blocks > b_blocks || keep_tap;
 }
 
-/// The keep probability that is really drawn: 1 - dropout to the nearest 1/65536, at least one.
-double keep_probability(double dropout);
+/// The mask for a dropout; what is kept is drawn with 1 - dropout to the nearest 1/65536, at least
+/// one of them.
+Mask mask_of(double dropout, const OptTensor& bits);
 
 /// x [..., n] as a matrix [T, n] whose rows or columns are dense.
 at::Tensor as_matrix(const at::Tensor& x);
 
-/// fp32 [2]: |x|_F, |u[:, :R]|_F.
-at::Tensor norms_of(const at::Tensor& x, const at::Tensor& u, int64_t R);
+/// fp32 [2 G]: |x|_F and |u[:, own_g]|_F for each range of columns.
+at::Tensor norms_of(const at::Tensor& x, const at::Tensor& u, at::ArrayRef<Range> own);
 
 bool is_uniform(at::ArrayRef<double> scaling);
 
