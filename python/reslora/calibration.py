@@ -97,7 +97,7 @@ def calibrate(
         model: an adapted model; it is run in eval mode and without gradients.
         data: batches. None: solve again from kept covariances; []: forget all fits.
         ridge: lambda over the mean diagonal of sum xx^T.
-        affine: also fit an offset where the base has a bias, for merging into both.
+        affine: also fit an offset where the base has a bias, for merging into both (not exports).
         max_cov_bytes: limit of the sums held at once, 8 in^2 bytes for each distinct x. Above it
             layers are fitted in groups over repeated passes, a larger one from rows in a file.
         keep_covariances: keep the sums, to save them and to solve again with another ridge.
@@ -122,7 +122,7 @@ def calibrate(
     else:
         batches = _Noted(as_batches(data, "calibrate"))
         options = (ridge, affine, max_cov_bytes, keep_covariances)
-        with _earlier_fits_after_errors(injection):
+        with earlier_fits_after_errors(injection):
             result = _collect(model, injection, batches, options, progressbar)
             _move_taps(model, injection, batches.first if move_taps else [], result)
     result.seconds = time.monotonic() - start
@@ -130,7 +130,8 @@ def calibrate(
 
 
 @contextmanager
-def _earlier_fits_after_errors(injection: Injection) -> Iterator[None]:
+def earlier_fits_after_errors(injection: Injection) -> Iterator[None]:
+    """Give the fits at hand back if what is tried fails."""
     earlier = injection.calibrated
     try:
         yield

@@ -13,22 +13,23 @@ from .reporting import kl_sum
 
 
 def distance(
-    model: nn.Module, stand_in: AbstractContextManager[Any], batch: Any
+    model: nn.Module, stand_in: AbstractContextManager[Any], batch: Any, op: str
 ) -> tuple[Tensor, int, str]:
     """Return the distance on a batch as a sum over rows, the number of rows, and its kind.
 
     The model as it is gives what is wanted; inside of `stand_in` it gives what is measured, with
     gradients where they are enabled. Rows that an attention mask names as padding are left out.
+    Errors speak in the name of `op`.
     """
     batch = moved(batch, model)
-    masks = masks_of(model, batch, "refine")
+    masks = masks_of(model, batch, op)
     with torch.no_grad():
         wanted, is_logits = main_output(call(model, batch))
     with stand_in:
         got, _ = main_output(call(model, batch))
     if got.shape != wanted.shape:
         raise ValueError(
-            "[merge] the model's output must have one shape for one batch; got "
+            f"[{op}] the model's output must have one shape for one batch; got "
             f"{list(wanted.shape)}, then {list(got.shape)}"
         )
     mask = row_mask(masks, wanted.shape[:-1]) if wanted.dim() > 2 else None

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from . import _C
-from .calibration import RIDGE, Calibration, calibrate
+from .calibration import RIDGE, Calibration, calibrate, earlier_fits_after_errors
 from .injection import Injection
 from .planning import make_plan
 from .utils import injection_of
@@ -69,15 +69,16 @@ def finish(
         raise ValueError(f"[finish] step must be a whole number of at least 0; got {step!r}")
     if injection.config.res_mode in ("none", "bs"):
         return Calibration()
-    result = Calibration()
-    if batches is not None:
-        result = calibrate(model, batches, ridge=ridge, move_taps=False, progressbar=progressbar)
-    elif injection.calibrated is not None and injection.calibrated.plain is not None:
-        injection.calibrated = replace(
-            injection.calibrated, fits=injection.calibrated.plain, plain=None
-        )
-    plan = make_plan(injection, "lsq", "finish", use_affine=False)
-    _check_ranks(injection, plan)
+    result, options = Calibration(), {"move_taps": False, "progressbar": progressbar}
+    with earlier_fits_after_errors(injection):
+        if batches is not None:
+            result = calibrate(model, batches, ridge=ridge, **options)
+        elif injection.calibrated is not None and injection.calibrated.plain is not None:
+            injection.calibrated = replace(
+                injection.calibrated, fits=injection.calibrated.plain, plain=None
+            )
+        plan = make_plan(injection, "lsq", "finish", use_affine=False)
+        _check_ranks(injection, plan)
     _convert(injection, plan, step)
     return result
 
@@ -115,11 +116,10 @@ def _convert(injection: Injection, plan: _C.MergePlan, step: int | None) -> None
         chains.append(_C.Chain(config.core(), shapes))
     config.alpha_pattern = alphas
     config.validate()
-    for session in injection.sessions:
-        session.detach()
-    injection.sessions, injection.calibrated, injection.config = [], None, config
+    _end_passes(injection)
+    injection.calibrated, injection.config = None, config
     for chain, links in zip(injection.chains, chains, strict=True):
-        chain.config, chain.links, chain.session = config, links, None
+        chain.config, chain.links = config, links
         chain.merges_exactly, chain.keeps_norms = True, False
         for n, layer in enumerate(chain.layers):
             layer.wiring = chain.wiring(n)
@@ -131,6 +131,18 @@ def _convert(injection: Injection, plan: _C.MergePlan, step: int | None) -> None
                 if refined is not None:  # regression alone leaves B as it is
                     layer.reslora_B.copy_(refined)
                 layer.reslora_A.copy_(planned[layer.name].A * (doubled[layer.name] / factor))
+
+
+def _end_passes(injection: Injection) -> None:
+    """Remove the hooks that only taps needed; layers that are evaluated together keep theirs."""
+    kept = {id(layer.group.session) for layer in injection.layers if layer.group is not None}
+    for session in injection.sessions:
+        if id(session) not in kept:
+            session.detach()
+    injection.sessions = [session for session in injection.sessions if id(session) in kept]
+    for chain in injection.chains:
+        if id(chain.session) not in kept:
+            chain.session = None
 
 
 def _factor(links: _C.Chain, n: int, fit: _C.Fit | None) -> float:

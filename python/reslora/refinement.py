@@ -235,7 +235,7 @@ def _train(
     result = Refinement(loss, loss, 0, [(0, loss)], kind)
     every = max(1, steps // 20)
     for step, batch in zip(range(1, steps + 1), stream, strict=False):
-        total, rows, _ = distance(model, student.standing_in(), batch)
+        total, rows, _ = distance(model, student.standing_in(), batch, "refine")
         # Not backward(): modules_to_save train too, and their gradients are the user's.
         _check_finite(total, "a batch to train on")
         gradients = torch.autograd.grad(total / max(rows, 1), student.parameters, allow_unused=True)
@@ -266,7 +266,9 @@ def _rate(step: int, steps: int) -> float:
 
 def _held_out_loss(model: nn.Module, student: _Student, stream: _Stream) -> tuple[float, str]:
     with torch.no_grad():
-        parts = [distance(model, student.standing_in(), batch) for batch in stream.held_out]
+        parts = [
+            distance(model, student.standing_in(), batch, "refine") for batch in stream.held_out
+        ]
     for total, _, _ in parts:
         _check_finite(total, "a held-out batch")
     return sum(float(t) for t, _, _ in parts) / max(sum(r for _, r, _ in parts), 1), parts[0][2]

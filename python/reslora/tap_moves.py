@@ -45,7 +45,7 @@ def move_taps(
         total, rows = 0.0, 0
         for batch in batches:
             stand_in = standing_in(planned, lambda layer, p: plain_lora(layer, p.A, p.B, 1.0))
-            one, count, _ = distance(model, stand_in, batch)
+            one, count, _ = distance(model, stand_in, batch, "calibrate")
             total, rows = total + float(one), rows + count
         return total / max(rows, 1)
 

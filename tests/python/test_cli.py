@@ -115,14 +115,13 @@ def test_an_interrupted_merge_can_be_run_again(tmp_path, monkeypatch, capsys):
             return self
 
         def update(self, count):
-            seen.append(count)
-            if len(seen) == 5:
-                raise KeyboardInterrupt
+            seen.append(count)  # how often it is called depends on the threads
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(folder_writer, "bar", lambda *_, **__: Bar())
         code, _, err = merge_in(capsys, tmp_path)
-    assert code == 130 and "interrupted" in err and err.count("\n") == 1 and len(seen) == 5
+    assert code == 130 and "interrupted" in err and err.count("\n") == 1 and len(seen) == 1
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
     assert merge_in(capsys, tmp_path)[0] == 0
     assert_merged(tmp_path / "out", model)

@@ -92,6 +92,30 @@ def test_output_that_cannot_be_compared_moves_nothing():
     assert result.moved == [] and len(result.residuals) == 3
 
 
+def test_outputs_that_are_not_finite_move_nothing():
+    class Overflowing(Stream):
+        def forward(self, x):
+            return super().forward(x) * float("inf")
+
+    torch.manual_seed(0)
+    model = adapted(Overflowing().double(), target_modules=r"layers\.\d+", res_mode="is")
+    result = calibrate(model, batches())
+    assert result.moved == [] and len(result.residuals) == 3
+    assert all(fit.B is None for fit in fits(model).values())
+
+
+def test_an_output_that_changes_its_shape_is_refused_by_name():
+    class Growing(Stream):
+        def forward(self, x):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(x).repeat(self.calls, 1)
+
+    model = adapted(Growing().double(), target_modules=r"layers\.\d+", res_mode="is")
+    calibrate(model, batches())
+    with pytest.raises(ValueError, match=r"^\[refine\] the model's output must have one shape"):
+        refine(model, batches(40), 2)
+
+
 def test_moved_fits_are_saved_exported_and_reported(tmp_path):
     model = stream(res_mode="is")
     data = batches()
