@@ -7,6 +7,7 @@
 #include <torch/nn/functional/linear.h>
 #include <torch/nn/init.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <mutex>
@@ -147,21 +148,15 @@ std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
   return copy;
 }
 
+bool ResLoraLinearImpl::is_plain() const { return !is_adapted() || !state_->is_enabled; }
+
 at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
-  if (!is_adapted() || !state_->is_enabled) return torch::nn::functional::linear(x, weight, bias);
-  ChainState::Pass& pass = state_->pass();
-  const int64_t last = state_->chain.size() - 1;
-  if (position_ == 0 && (!pass.is_open || pass.last_position >= 0)) pass = {{}, -1, true};
-  // Positions grow within a pass: anything else would read what another forward left behind.
-  if (pass.is_open && position_ <= pass.last_position) pass = {};
-  if (!pass.is_open) {
-    std::vector<at::Tensor> nothing(state_->chain.size());
-    return run(x, nothing);
-  }
-  pass.taps.resize(state_->chain.size());
-  pass.last_position = position_;
-  at::Tensor y = run(x, pass.taps);
-  if (position_ == last) state_->end_pass();
+  if (is_plain()) return torch::nn::functional::linear(x, weight, bias);
+  std::vector<at::Tensor> outside;
+  std::vector<at::Tensor>& taps = enter_pass(outside);
+  const AdaptInput in = input_of(x, taps);
+  at::Tensor y = take(in, adapt(in), taps);
+  leave_pass();
   return y;
 }
 
@@ -169,11 +164,63 @@ std::pair<at::Tensor, Taps> ResLoraLinearImpl::forward_with_taps(const at::Tenso
   RESLORA_CHECK(is_adapted(),
                 "[linear] forward_with_taps needs a layer that reslora::link adapted");
   taps.by_position.resize(state_->chain.size());
-  at::Tensor y = run(x, taps.by_position);
+  const AdaptInput in = input_of(x, taps.by_position);
+  at::Tensor y = take(in, adapt(in), taps.by_position);
   return {std::move(y), std::move(taps)};
 }
 
-at::Tensor ResLoraLinearImpl::run(const at::Tensor& x, std::vector<at::Tensor>& taps) {
+std::vector<at::Tensor> forward_together(
+    const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x) {
+  std::vector<at::Tensor> y;
+  if (std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l->is_plain(); })) {
+    for (const auto& layer : layers) y.push_back(layer->forward(x));
+    return y;
+  }
+  for (size_t k = 0; k < layers.size(); ++k)
+    for (size_t j = 0; j < k; ++j)
+      RESLORA_CHECK(layers[j]->state_ != layers[k]->state_,
+                    "[linear] layers that are evaluated together must be of different chains; got "
+                    "{} and {} of one",
+                    layers[j]->state_->chain.layer(layers[j]->position_).name,
+                    layers[k]->state_->chain.layer(layers[k]->position_).name);
+  std::vector<std::vector<at::Tensor>> outside(layers.size());
+  std::vector<std::vector<at::Tensor>*> taps;
+  std::vector<AdaptInput> inputs;
+  for (size_t k = 0; k < layers.size(); ++k) {
+    taps.push_back(&layers[k]->enter_pass(outside[k]));
+    inputs.push_back(layers[k]->input_of(x, *taps[k]));
+  }
+  const bool want_norms =
+      std::any_of(inputs.begin(), inputs.end(), [](const AdaptInput& in) { return in.want_norms; });
+  std::vector<AdaptInput> asked = inputs;
+  for (AdaptInput& in : asked) in.want_norms = want_norms;
+  std::vector<AdaptOutput> out = adapt_together(asked);
+  for (size_t k = 0; k < layers.size(); ++k) {
+    y.push_back(layers[k]->take(inputs[k], std::move(out[k]), *taps[k]));
+    layers[k]->leave_pass();
+  }
+  return y;
+}
+
+/// The taps of the pass that this call belongs to; `outside`, made empty, where there is none.
+std::vector<at::Tensor>& ResLoraLinearImpl::enter_pass(std::vector<at::Tensor>& outside) {
+  ChainState::Pass& pass = state_->pass();
+  if (position_ == 0 && (!pass.is_open || pass.last_position >= 0)) pass = {{}, -1, true};
+  // Positions grow within a pass: anything else would read what another forward left behind.
+  if (pass.is_open && position_ <= pass.last_position) pass = {};
+  outside.assign(state_->chain.size(), {});
+  if (!pass.is_open) return outside;
+  pass.taps.resize(state_->chain.size());
+  pass.last_position = position_;
+  return pass.taps;
+}
+
+void ResLoraLinearImpl::leave_pass() {
+  if (position_ == state_->chain.size() - 1) state_->end_pass();
+}
+
+AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
+                                       const std::vector<at::Tensor>& taps) const {
   const Chain& chain = state_->chain;
   const ResLoraConfig& config = chain.config();
   const Wiring& wiring = chain.wiring(position_);
@@ -199,15 +246,20 @@ at::Tensor ResLoraLinearImpl::run(const at::Tensor& x, std::vector<at::Tensor>& 
   in.dropout = is_training() ? config.lora_dropout() : 0;
   in.keep_tap = wiring.handed == Handed::kTap && wiring.a.size() == wiring.b.size();
   in.want_norms = is_training() && torch::GradMode::is_enabled() && config.norm_window() > 0;
-  AdaptOutput out = adapt(in);
-  if (state_->collector) state_->collector->add(state_->collector_index, position_, x, out.s);
+  return in;
+}
+
+/// Takes what belongs to this layer from the op's output; returns y.
+at::Tensor ResLoraLinearImpl::take(const AdaptInput& in, AdaptOutput out,
+                                   std::vector<at::Tensor>& taps) {
+  if (state_->collector) state_->collector->add(state_->collector_index, position_, in.x, out.s);
   if (in.want_norms) {
-    if (!norms.is_defined() || norms.norms().device() != x.device())
-      norms = NormWindow(config.norm_window(), x.device());
+    if (!norms.is_defined() || norms.norms().device() != in.x.device())
+      norms = NormWindow(state_->chain.config().norm_window(), in.x.device());
     record_norms(out.norms, norms.norms(), norms.count());
   }
-  if (wiring.handed != Handed::kNothing)
-    taps[position_] = wiring.handed == Handed::kS ? out.s : out.tap;
+  const Handed handed = state_->chain.wiring(position_).handed;
+  if (handed != Handed::kNothing) taps[position_] = handed == Handed::kS ? out.s : out.tap;
   return out.y;
 }
 

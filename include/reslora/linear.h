@@ -34,6 +34,8 @@
 
 namespace reslora {
 
+struct AdaptInput;
+struct AdaptOutput;
 struct ChainState;
 
 /// What layers of one chain hand on within one forward, by position; undefined where nothing was.
@@ -75,8 +77,15 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
  private:
   friend struct ChainState;  // joins layers to a chain
 
+  friend RESLORA_API std::vector<at::Tensor> forward_together(
+      const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x);
+
   void register_adapter(int64_t r);
-  at::Tensor run(const at::Tensor& x, std::vector<at::Tensor>& taps);
+  bool is_plain() const;
+  std::vector<at::Tensor>& enter_pass(std::vector<at::Tensor>& outside);
+  void leave_pass();
+  AdaptInput input_of(const at::Tensor& x, const std::vector<at::Tensor>& taps) const;
+  at::Tensor take(const AdaptInput& in, AdaptOutput out, std::vector<at::Tensor>& taps);
 
   std::shared_ptr<ChainState> state_;  // shared by the layers of a chain
   int64_t position_ = 0;
@@ -84,6 +93,14 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
 
 /// A `ModuleHolder` for `ResLoraLinearImpl`; see `torch::nn::Linear` for how holders behave.
 TORCH_MODULE(ResLoraLinear);
+
+/// Evaluates layers that read the same x (q, k and v; gate and up) with one op: they share the
+/// down-projection, one dropout mask and one sum in dx. Returns y of each, as `forward` would, and
+/// takes part in the passes of their chains. Layers that are not adapted are evaluated apart.
+/// Throws c10::ValueError for two layers of one chain and for chains with different dropout.
+/// Example: auto qkv = forward_together({q.ptr(), k.ptr(), v.ptr()}, x);
+RESLORA_API std::vector<at::Tensor> forward_together(
+    const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x);
 
 /// A chain of ResLoraLinear: the handle for passes, parameters and merging.
 class RESLORA_API LinkedChain {

@@ -51,6 +51,11 @@ struct AdaptOutput {
 /// come back in their own. Works on every device that ATen serves; CPU has a kernel of its own.
 RESLORA_API AdaptOutput adapt(const AdaptInput& input);
 
+/// Evaluates layers that read one x (q, k and v; gate and up) as one: x is read once for all
+/// down-projections, they share one dropout mask, and dx is one sum. All inputs must have the same
+/// tensor x, dropout, bits and want_norms; otherwise as `adapt`, whose outputs it returns.
+RESLORA_API std::vector<AdaptOutput> adapt_together(const std::vector<AdaptInput>& inputs);
+
 /// Writes `norms` (an output of `adapt`) into the next column of ring [2, N] and adds one to count
 /// [1], both on the device and without a host sync. Throws c10::ValueError for other shapes or
 /// dtypes.

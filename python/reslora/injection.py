@@ -20,6 +20,7 @@ from torch import nn
 
 from . import _C
 from .config import ResLoraConfig
+from .grouping import Group, find_groups
 from .layer import LayerChain, ResLoraLinear
 from .session import Session
 from .targets import features_of, find_saved, find_targets, pattern_value
@@ -211,8 +212,10 @@ def _replace(model: nn.Module, injection: Injection) -> None:
 def _open_sessions(model: nn.Module, injection: Injection) -> None:
     modules = dict(model.named_modules())
     sessions: dict[str, Session] = {}
+    groups = find_groups(injection.layers)
+    grouped = {layer.chain.key for group in groups for layer in group}
     for chain in injection.chains:
-        if not chain.has_taps():
+        if not (chain.has_taps() or chain.key in grouped):
             continue
         root = _root_name(modules, chain.names)
         if root not in sessions:
@@ -220,6 +223,12 @@ def _open_sessions(model: nn.Module, injection: Injection) -> None:
             injection.sessions.append(sessions[root])
             sessions[root].attach(modules[root])
         chain.session = sessions[root]
+    for group in groups:
+        session = group[0].chain.session
+        if session is not None and all(layer.chain.session is session for layer in group):
+            together = Group(group, session)
+            for layer in group:
+                layer.group = together
 
 
 def _freeze(model: nn.Module, injection: Injection) -> None:

@@ -22,6 +22,7 @@ from .session import Session, is_recomputing
 if TYPE_CHECKING:
     from . import _C
     from .config import ResLoraConfig
+    from .grouping import Group
     from .injection import Injection
 
 
@@ -118,6 +119,7 @@ class ResLoraLinear(nn.Module):
         self.name = chain.names[position]
         self.wiring = chain.wiring(position)
         self.lora_dropout = float(chain.config.lora_dropout)
+        self.group: Group | None = None  # layers that read the same x
         self.is_disabled = False
         self.is_merged = False
         # Set for the time of a measurement: see calls (x, what entered B, y) or take their place.
@@ -166,68 +168,83 @@ class ResLoraLinear(nn.Module):
             return self.stand_in(x)
         if not x.is_floating_point():
             raise ValueError(f"[adapt] x must be floating; got {x.dtype} (layer {self.name})")
-        wiring, session, current = self.wiring, self.chain.session, None
-        taps: list[Tensor] = []
+        session, current, taps = self.chain.session, None, []
         if session is not None:
             current = session.current(torch.compiler.is_compiling())
-            if wiring.taps:
+            if self.wiring.taps:
                 taps = session.read(self, x, current)
-        weight, bias, base_out = self.evaluate_base(x)
-        norms, norm_count = self._norm_ring(x)
-        layers = self.chain.layers
-        A = [layers[j].reslora_A for j in wiring.a]
-        B = [layers[j].reslora_B for j in wiring.b]
-        if len(A) + len(B) > 2:
-            self._check_present(x, A, B)
-        y, s, tap, _ = self._adapt(
-            x,
-            weight,
-            bias,
-            base_out,
-            A,
-            B,
-            wiring.scaling,
-            taps,
-            dropout=self.lora_dropout if self.training else 0.0,
-            keep_tap=wiring.keep_tap,
-            norms=norms,
-            norm_count=norm_count,
-        )
+        found = None if self.group is None else self.group.outputs(self, x, current)
+        if found is None:
+            member = self.member(x, *self.evaluate_base(x), taps)
+            y, s, tap, _, norms = self.adapt(x, [member], self.wants_norms(x))
+        else:
+            y, s, tap, norms = found
+        self._record_norms(x, norms)
         if session is not None and current is not None:
-            session.write(self, s if wiring.handed == "s" else tap, y, current)
+            session.write(self, s if self.wiring.handed == "s" else tap, y, current)
         if self.observer is not None:
             self.observer(x, s, y)
         return y
 
+    def is_active(self) -> bool:
+        """Tell whether the layer evaluates its adapter when it is called."""
+        return not (self.is_disabled or self.is_merged) and self.stand_in is None
+
+    def plain_base(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return (weight, bias) of a base layer that the op can evaluate, else None."""
+        base: Any = self.base_layer
+        if type(self.base_layer) is not self.plain_type:
+            return None
+        weight = base_weight(base)
+        if weight is None or weight.requires_grad or _has_hooks(base):
+            return None
+        return weight, base.bias
+
     def evaluate_base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return (weight, bias, None) of a plain base layer, else (None, None, its output)."""
-        base: Any = self.base_layer
-        if type(self.base_layer) is self.plain_type:
-            weight = base_weight(base)
-            if weight is not None and not (weight.requires_grad or _has_hooks(base)):
-                return weight, base.bias, None
-        return None, None, base(x)
+        base = self.plain_base()
+        return (None, None, self.base_layer(x)) if base is None else (*base, None)
 
-    def _adapt(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def member(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base_out: Tensor | None,
+        taps: list[Tensor],
+    ) -> ops.Member:
+        """Return this layer as the op takes it."""
+        wiring, layers = self.wiring, self.chain.layers
+        A = [layers[j].reslora_A for j in wiring.a]
+        B = [layers[j].reslora_B for j in wiring.b]
+        if len(A) + len(B) > 2:
+            self._check_present(x, A, B)
+        return ops.Member(weight, bias, base_out, A, B, wiring.scaling, taps, wiring.keep_tap)
+
+    def adapt(self, x: Tensor, members: list[ops.Member], want_norms: bool) -> list[Tensor]:
         """Call the op; its errors get this layer's name."""
+        dropout = self.lora_dropout if self.training else 0.0
         if torch.compiler.is_compiling():
-            return ops.adapt(*args, **options)
+            return ops.adapt(x, members, dropout=dropout, want_norms=want_norms)
         try:
-            return ops.adapt(*args, **options)
+            return ops.adapt(x, members, dropout=dropout, want_norms=want_norms)
         except ValueError as error:
             raise ValueError(f"{error} (layer {self.name})") from None
 
-    def _norm_ring(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the ring to write this forward's norms into, (None, None) where none are kept."""
+    def wants_norms(self, x: Tensor) -> bool:
+        """Tell whether this forward's norms are to be recorded."""
         if not (self.training and self.chain.keeps_norms and torch.is_grad_enabled()):
-            return None, None
-        if x.is_meta or is_recomputing():
-            return None, None
+            return False
+        return not (x.is_meta or is_recomputing())
+
+    def _record_norms(self, x: Tensor, norms: Tensor) -> None:
+        if not self.wants_norms(x):
+            return
         if self.norms is None or self.norm_count is None:
             self._make_norm_ring(x.device)
         elif self.norms.device != x.device:
             self.norms, self.norm_count = self.norms.to(x.device), self.norm_count.to(x.device)
-        return self.norms, self.norm_count
+        ops.record_norms(norms, self.norms, self.norm_count)  # type: ignore[arg-type]
 
     def _make_norm_ring(self, device: torch.device) -> None:
         size = self.chain.config.norm_window

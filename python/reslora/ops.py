@@ -1,58 +1,92 @@
 """The one place where reslora's dispatcher ops are named.
 
-``adapt`` evaluates one adapted layer; what to pass for each shortcut is the wiring of a chain
-(``include/reslora/chain.h``), its semantics are in ``include/reslora/ops.h``.
+``adapt`` evaluates adapted layers that read the same x; what to pass for each shortcut is the
+wiring of a chain (``include/reslora/chain.h``), its semantics are in ``include/reslora/ops.h``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Member(NamedTuple):
+    """One layer of a call of `adapt`.
+
+    weight: [out, in] frozen, or None where `base_out` is given.
+    bias: [out] frozen, or None.
+    base_out: [..., out], the finished output of a black-box base layer.
+    A: each [r_k, in]; as many as `B`, or one more whose product is the tap.
+    B: each [out, r_k].
+    scaling: one factor for each `B`.
+    taps: each [..., R], added to what enters `B`.
+    keep_tap: return the own product as the tap.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    base_out: Tensor | None
+    A: Sequence[Tensor]
+    B: Sequence[Tensor]
+    scaling: Sequence[float]
+    taps: Sequence[Tensor] = ()
+    keep_tap: bool = False
+
+
 def adapt(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base_out: Tensor | None,
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    scaling: Sequence[float],
-    taps: Sequence[Tensor] = (),
+    members: Sequence[Member],
     *,
     dropout: float = 0.0,
     bits: Tensor | None = None,
-    keep_tap: bool = False,
-    norms: Tensor | None = None,
-    norm_count: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Evaluate one adapted layer: the base product plus the low-rank terms and taps.
+    want_norms: bool = False,
+) -> list[Tensor]:
+    """Evaluate layers that read x: base products plus low-rank terms and taps.
 
     Args:
-        x: [..., in], the layer's input.
-        weight: [out, in] frozen, or None where `base_out` is given.
-        bias: [out] frozen, or None.
-        base_out: [..., out], the finished output of a black-box base layer.
-        A: each [r_k, in]; as many as `B`, or one more whose product is the tap.
-        B: each [out, r_k].
-        scaling: one factor for each `B`.
-        taps: each [..., R], added to what enters `B`.
+        x: [..., in].
+        members: the layers; more than one share the down-projection, its mask and the sum in dx.
         dropout: probability that an element of x is dropped before `A`.
         bits: uint8 [T, ceil(in/8)], the dropout mask; drawn where absent.
-        keep_tap: return the own product as the tap.
-        norms: fp32 [2, N], ring of norms that is written.
-        norm_count: int64 [1], how many entries were ever written; changed.
+        want_norms: return norms.
 
     Returns:
-        y [..., out]; s [..., R], what entered `B`; the tap [..., r] or an empty tensor; the drawn
-        bits or an empty tensor.
+        For each member y [..., out], s [..., R] (what entered `B`) and the tap [..., r] or an empty
+        tensor; then the drawn bits or an empty tensor; then fp32 [2 per member], |x|_F and the norm
+        of the own product, or an empty tensor.
     """
-    frozen, options = (weight, bias, base_out), (dropout, bits, keep_tap, norms is not None)
-    y, s, tap, drawn, measured = torch.ops.reslora.adapt.default(
-        x, *frozen, A, B, scaling, taps, *options
+    bases: list[Tensor] = []
+    layout: list[int] = []
+    if len(members) == 1:
+        A, B, scaling, taps = members[0][3:7]
+    else:
+        A = [t for m in members for t in m.A]
+        B = [t for m in members for t in m.B]
+        scaling = [s for m in members for s in m.scaling]
+        taps = [t for m in members for t in m.taps]
+    for weight, bias, base_out, own_A, own_B, _, own_taps, keep_tap in members:
+        kind = 2
+        if base_out is not None:
+            if weight is not None or bias is not None:
+                raise ValueError("[adapt] pass either weight or base_out; got both")
+            bases.append(base_out)
+        elif weight is None:
+            raise ValueError("[adapt] pass either weight or base_out; got neither")
+        elif bias is None:
+            kind = 0
+            bases.append(weight)
+        else:
+            kind = 1
+            bases += (weight, bias)
+        layout += (kind, len(own_A), len(own_B), len(own_taps), int(keep_tap))
+    return torch.ops.reslora.adapt.default(
+        x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms
     )
-    if norms is not None and norm_count is not None:
-        torch.ops.reslora.record_norms.default(measured, norms, norm_count)
-    return y, s, tap, drawn
+
+
+def record_norms(norms: Tensor, ring: Tensor, count: Tensor) -> None:
+    """Write two norms of `adapt` into the next column of ring [2, N]; count [1] grows by one."""
+    torch.ops.reslora.record_norms.default(norms, ring, count)

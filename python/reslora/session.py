@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from .grouping import Ahead
     from .layer import ResLoraLinear
 
 NOT_CALLED = "the root was not called"
@@ -42,6 +43,11 @@ CAN_RECOMPUTE = None not in (_graph_task_id, _current_node, _next_sequence_nr)
 def graph_task() -> int:
     """Return the id of the backward that this thread runs, -1 outside of one."""
     return _graph_task_id() if CAN_RECOMPUTE else NO_GRAPH_TASK
+
+
+def next_sequence_nr() -> int:
+    """Return the number that autograd's next node in this thread will have."""
+    return _next_sequence_nr() if CAN_RECOMPUTE else 0
 
 
 def is_recomputing() -> bool:
@@ -88,6 +94,7 @@ class _PerThread(threading.local):
     def __init__(self) -> None:
         self.thread = object()  # threading.get_ident() may name a later thread too
         self.passes: list[ForwardPass] = []
+        self.ahead: list[Ahead] = []  # what a group of layers computed ahead: one or none
 
 
 class Session:
@@ -128,6 +135,7 @@ class Session:
         """Open a fresh pass (forward pre-hook of the root)."""
         is_grad_enabled = torch.is_grad_enabled()
         passes = self.open.passes  # changed in place: torch.compile traces no attribute of a thread
+        self.open.ahead.clear()
         if torch.compiler.is_compiling():
             passes.clear()
             passes.append(ForwardPass(NO_GRAPH_TASK, is_grad_enabled, None))
@@ -144,6 +152,7 @@ class Session:
 
     def finish(self, root: nn.Module, args: Any, output: Any) -> None:
         """Close the newest pass (forward hook of the root, also called after an exception)."""
+        self.open.ahead.clear()
         passes = self.open.passes
         if not passes:
             return
@@ -173,6 +182,17 @@ class Session:
         if current.record is not None and not is_compiling:
             current.record.add((key, layer.position), found)
         return taps
+
+    def peek(self, layer: ResLoraLinear, x: Tensor, current: ForwardPass | None) -> list[Tensor]:
+        """Return what `read` will, without a trace of it."""
+        if not layer.wiring.taps:
+            return []
+        if current is None:
+            return self._fitting(layer, self._recorded(layer), x, False)
+        key = layer.chain.key
+        return self._fitting(
+            layer, [current.taps.get((key, j)) for j in layer.wiring.taps], x, False
+        )
 
     def write(self, layer: ResLoraLinear, tap: Tensor, y: Tensor, current: ForwardPass) -> None:
         """Keep what `layer` hands on for the rest of the pass; the record lives as long as y."""
@@ -221,10 +241,17 @@ class Session:
             )
         return None
 
+    def _records_of_recompute(self) -> list[Record]:
+        number = _current_node()._sequence_nr()
+        return [r for r in (ref() for ref in self.records) if r is not None and r.covers(number)]
+
+    def begin_of_recompute(self) -> int | None:
+        """Return when the forward that is now recomputed began, as a sequence number."""
+        return max((r.begin for r in self._records_of_recompute()), default=None)
+
     def _recorded(self, layer: ResLoraLinear) -> list[Tensor | None]:
         """Return what `layer` read in the forward that is now recomputed."""
-        number = _current_node()._sequence_nr()
-        records = [r for r in (ref() for ref in self.records) if r is not None and r.covers(number)]
+        records = self._records_of_recompute()
         if len({r.thread for r in records}) > 1:
             raise RuntimeError(
                 f"[session] {layer.name} cannot be recomputed: forwards of several threads await "

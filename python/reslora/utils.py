@@ -39,14 +39,21 @@ def injection_of(model: nn.Module, op: str) -> Injection:
 
 
 def print_links(model: nn.Module) -> str:
-    """Print every chain and every broken link, and return the text.
+    """Print every chain, every broken link and what is evaluated together, and return the text.
 
     A link is broken by shapes (known at once) or in single forwards (counted: a layer was skipped,
     ran on other tokens, or the chain's root was not called).
     """
     lines = []
-    for chain in injection_of(model, "print_links").chains:
+    injection = injection_of(model, "print_links")
+    for chain in injection.chains:
         lines += _chain_lines(chain)
+    groups = {id(layer.group): layer.group for layer in injection.layers if layer.group is not None}
+    lines += [
+        f"evaluated together: {', '.join(group.names)}"
+        for group in groups.values()
+        if len(group.names) > 1
+    ]
     text = "\n".join(lines)
     print(text)
     return text

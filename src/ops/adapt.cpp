@@ -4,6 +4,7 @@
 //   forward   u = x A^T;  s = u[:, :R] + taps;  y = bias + s B^T;  y += x W^T
 //   backward  ds = gy B + gs;  dB = gy^T s;  du = [ds | gtap];  dx = du A;  dx += gy W;  dA = du^T
 //   x
+// Members that read one x share the down-projection, its mask and the sum in dx.
 // The big GEMMs are ATen's; the thin products beside them are the device's (adapt_kernels.h).
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -18,8 +19,6 @@ namespace reslora {
 namespace ops {
 namespace {
 
-using at::Tensor;
-
 Tensor with_leading_dims(const Tensor& matrix, const Tensor& like) {
   if (like.dim() == 2) return matrix;
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
@@ -27,7 +26,10 @@ Tensor with_leading_dims(const Tensor& matrix, const Tensor& like) {
   return matrix.view(sizes);
 }
 
-const Tensor* pointer_to(const OptTensor& t) { return t ? &*t : nullptr; }
+/// t with memory of its own, where it was a part of u.
+Tensor owned(const Tensor& t, const Tensor& u) {
+  return t.defined() && t.is_alias_of(u) ? t.clone(at::MemoryFormat::Contiguous) : t;
+}
 
 }  // namespace
 
@@ -64,93 +66,107 @@ Mask mask_of(double dropout, const OptTensor& bits) {
   return {true, keep, bits ? *bits : Tensor()};
 }
 
-Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels) {
+std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels) {
   check_adapt(args);
   const Tensor x = as_matrix(args.x);
-  const Columns columns = kernels.stack_columns(args.B, args.scaling, x);
-  const Range own{0, columns.B.size(1)};
+  const size_t count = args.members.size();
+  c10::SmallVector<Columns, 3> columns;
+  c10::SmallVector<Range, 3> own;
+  int64_t first = 0;
+  for (const Member& member : args.members) {
+    columns.push_back(kernels.stack_columns(member.B, member.scaling, x));
+    own.push_back({first, columns.back().B.size(1)});
+    first += own.back().size + (member.has_tap_rows() ? member.A.back().size(0) : 0);
+  }
   Mask mask = mask_of(args.dropout, args.bits);
   Tensor norms;
   const Tensor u = kernels.project(x, mask, kernels.stack_rows(args.A, x), own,
                                    args.want_norms ? &norms : nullptr);
-  auto [s, tap] = kernels.take_taps(u, args.taps, own.size, args.keep_tap);
-  const Tensor base = args.base_out ? as_matrix(*args.base_out) : Tensor();
-  Tensor y = kernels.expand(s, columns.B.t(), columns.alpha,
-                            args.base_out ? &base : pointer_to(args.bias), nullptr);
-  if (args.weight) y.addmm_(x, args.weight->t());
-
-  const bool is_drawn = mask.is_on && !args.bits;
-  if (!norms.defined()) norms = at::empty({0}, x.options().dtype(at::kFloat));
-  tap = tap.defined() ? with_leading_dims(tap, args.x) : at::empty({0}, x.options());
-  return {with_leading_dims(y, args.x), with_leading_dims(s, args.x), tap,
-          is_drawn ? mask.bits : at::empty({0}, x.options().dtype(at::kByte)), norms};
+  std::vector<Tensor> out;
+  out.reserve(3 * count + 2);
+  for (size_t g = 0; g < count; ++g) {
+    const Member& member = args.members[g];
+    const int64_t end = g + 1 < count ? own[g + 1].first : u.size(1);
+    const Tensor part = count == 1 ? u : u.narrow(1, own[g].first, end - own[g].first);
+    auto [s, tap] = kernels.take_taps(part, member.taps, own[g].size, member.keep_tap);
+    if (count > 1) s = owned(s, u), tap = owned(tap, u);
+    const Tensor base = member.base_out ? as_matrix(*member.base_out) : Tensor();
+    Tensor y = kernels.expand(s, columns[g].B.t(), columns[g].alpha,
+                              member.base_out ? &base : member.bias, nullptr);
+    if (member.weight) y.addmm_(x, member.weight->t());
+    out.push_back(with_leading_dims(y, args.x));
+    out.push_back(with_leading_dims(s, args.x));
+    out.push_back(tap.defined() ? with_leading_dims(tap, args.x) : at::empty({0}, x.options()));
+  }
+  out.push_back(mask.is_on && !args.bits ? mask.bits
+                                         : at::empty({0}, x.options().dtype(at::kByte)));
+  out.push_back(norms.defined() ? norms : at::empty({0}, x.options().dtype(at::kFloat)));
+  return out;
 }
 
 namespace {
 
 /// ds and dB, where gy may be missing.
-std::pair<Tensor, std::vector<Tensor>> grads_of_expansion(const BackwardArgs& args,
-                                                          const Tensor& gy,
+std::pair<Tensor, std::vector<Tensor>> grads_of_expansion(const MemberGrads& member, bool needs_dB,
                                                           const DeviceKernels& kernels) {
-  if (gy.defined()) {
-    const Tensor s = as_matrix(args.s);
-    auto grads = kernels.expand_grad(gy, kernels.stack_columns(args.B, args.scaling, gy),
-                                     args.needs[2] ? &s : nullptr, args.B, args.scaling);
-    if (args.gs) grads.first.add_(as_matrix(*args.gs));
+  const Tensor s = as_matrix(*member.s);
+  if (member.gy) {
+    const Tensor gy = as_matrix(*member.gy);
+    auto grads = kernels.expand_grad(gy, kernels.stack_columns(member.B, member.scaling, gy),
+                                     needs_dB ? &s : nullptr, member.B, member.scaling);
+    if (member.gs) grads.first.add_(as_matrix(*member.gs));
     return grads;
   }
   std::vector<Tensor> dB;
-  if (args.needs[2])
-    for (const Tensor& B : args.B) dB.push_back(at::zeros_like(B));
-  return {args.gs ? as_matrix(*args.gs).clone() : at::zeros_like(as_matrix(args.s)), dB};
+  if (needs_dB)
+    for (const Tensor& B : member.B) dB.push_back(at::zeros_like(B));
+  return {member.gs ? as_matrix(*member.gs).clone() : at::zeros_like(s), dB};
 }
 
-/// du [T, RA]: the gradient of the down-projection, from s and from the tap's readers.
-Tensor grad_of_u(const BackwardArgs& args, const Tensor& ds, int64_t tap_rows) {
-  if (args.keep_tap) return args.gtap ? at::add(ds, as_matrix(*args.gtap)) : ds;
-  if (tap_rows == 0) return ds;
-  return at::cat(
-      {ds, args.gtap ? as_matrix(*args.gtap) : at::zeros({ds.size(0), tap_rows}, ds.options())}, 1);
+/// Appends du [T, rows]: the gradient of the down-projection, from s and from the tap's readers.
+void add_grad_of_u(const MemberGrads& member, const Tensor& ds, c10::SmallVector<Tensor, 6>& du) {
+  const bool has_tap_rows = member.A.size() > member.B.size();
+  if (member.keep_tap && member.gtap) {
+    du.push_back(at::add(ds, as_matrix(*member.gtap)));
+    return;
+  }
+  du.push_back(ds);
+  if (!has_tap_rows) return;
+  du.push_back(member.gtap ? as_matrix(*member.gtap)
+                           : at::zeros({ds.size(0), member.A.back().size(0)}, ds.options()));
 }
 
 }  // namespace
 
 Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kernels) {
   const Tensor x = as_matrix(args.x);
-  const Tensor gy = args.gy ? as_matrix(*args.gy) : Tensor();
-  const Mask mask = mask_of(args.dropout, args.bits);
-
-  auto [ds, dB] = grads_of_expansion(args, gy, kernels);
-  Tensor dx = at::empty({0}, x.options());
-  std::vector<Tensor> dA;
-  if (args.needs[0] || args.needs[1]) {
-    const int64_t tap_rows = args.A.size() > args.B.size() ? args.A.back().size(0) : 0;
-    const Tensor du = grad_of_u(args, ds, tap_rows);
-    if (args.needs[1]) dA = kernels.project_grad(du, x, mask, args.A);
-    if (args.needs[0]) {
-      dx =
-          kernels.expand(du, kernels.stack_rows(args.A, x), 1 / mask.keep, nullptr, mask.pointer());
-      if (args.weight && gy.defined()) dx.addmm_(gy, *args.weight);
-      dx = with_leading_dims(dx, args.x);
-    }
+  const auto [needs_dx, needs_dA, needs_dB] = args.needs;
+  std::vector<Tensor> ds, dA, dB;
+  c10::SmallVector<Tensor, 6> parts;
+  for (const MemberGrads& member : args.members) {
+    auto [own, blocks] = grads_of_expansion(member, needs_dB, kernels);
+    add_grad_of_u(member, own, parts);
+    ds.push_back(with_leading_dims(own, args.x));
+    dB.insert(dB.end(), std::make_move_iterator(blocks.begin()),
+              std::make_move_iterator(blocks.end()));
   }
-  return {dx, with_leading_dims(ds, args.x), std::move(dA), std::move(dB)};
+  if (!needs_dx && !needs_dA)
+    return {at::empty({0}, x.options()), std::move(ds), std::move(dA), std::move(dB)};
+
+  const Mask mask = mask_of(args.dropout, args.bits);
+  const Tensor du = parts.size() == 1 ? parts[0] : at::cat(at::TensorList(parts), 1);
+  if (needs_dA) dA = kernels.project_grad(du, x, mask, args.A);
+  Tensor dx = at::empty({0}, x.options());
+  if (needs_dx) {
+    dx = kernels.expand(du, kernels.stack_rows(args.A, x), 1 / mask.keep, nullptr, mask.pointer());
+    for (const MemberGrads& member : args.members)
+      if (member.weight && member.gy) dx.addmm_(as_matrix(*member.gy), *member.weight);
+    dx = with_leading_dims(dx, args.x);
+  }
+  return {dx, std::move(ds), std::move(dA), std::move(dB)};
 }
 
 }  // namespace ops
-
-AdaptOutput adapt(const AdaptInput& in) {
-  using Schema =
-      ops::Outputs(const at::Tensor&, const ops::OptTensor&, const ops::OptTensor&,
-                   const ops::OptTensor&, at::TensorList, at::TensorList, at::ArrayRef<double>,
-                   at::TensorList, double, const ops::OptTensor&, bool, bool);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("reslora::adapt", "").typed<Schema>();
-  auto [y, s, tap, bits, norms] =
-      op.call(in.x, in.weight, in.bias, in.base_out, in.A, in.B, in.scaling, in.taps, in.dropout,
-              in.bits, in.keep_tap, in.want_norms);
-  return {std::move(y), std::move(s), std::move(tap), std::move(bits), std::move(norms)};
-}
 
 void record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Tensor& count) {
   using Schema = void(const at::Tensor&, const at::Tensor&, const at::Tensor&);

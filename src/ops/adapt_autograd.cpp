@@ -15,32 +15,21 @@
 namespace reslora::ops {
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-using AdaptSchema = Outputs(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
-                            at::TensorList, at::TensorList, at::ArrayRef<double>, at::TensorList,
-                            double, const OptTensor&, bool, bool);
-using BackwardSchema = Gradients(const OptTensor&, const OptTensor&, const OptTensor&,
-                                 const Tensor&, const OptTensor&, at::TensorList, at::TensorList,
-                                 at::ArrayRef<double>, const Tensor&, const OptTensor&, double,
-                                 bool, std::array<bool, 3>);
-
-Outputs call_adapt(const AdaptArgs& a) {
+const c10::TypedOperatorHandle<AdaptSchema>& adapt_op() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("reslora::adapt", "").typed<AdaptSchema>();
-  return op.call(a.x, a.weight, a.bias, a.base_out, a.A, a.B, a.scaling, a.taps, a.dropout, a.bits,
-                 a.keep_tap, a.want_norms);
+  return op;
 }
 
-Gradients call_backward(const BackwardArgs& a) {
+const c10::TypedOperatorHandle<BackwardSchema>& backward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("reslora::adapt_backward", "")
                              .typed<BackwardSchema>();
-  return op.call(a.gy, a.gs, a.gtap, a.x, a.weight, a.A, a.B, a.scaling, a.s, a.bits, a.dropout,
-                 a.keep_tap, a.needs);
+  return op;
 }
 
 constexpr const char* kNoTransforms =
@@ -65,101 +54,135 @@ bool any_requires_grad(at::TensorList tensors) {
   return false;
 }
 
-bool requires_grad(const OptTensor& t) { return t && t->defined() && t->requires_grad(); }
-
-OptTensor optional_of(const Tensor& t) { return t.defined() ? OptTensor(t) : std::nullopt; }
-
-/// Order of the saved tensors: x, weight, s, bits, then A..., then B....
+/// Where the saved tensors lie: x, bits, then the weights, s of each member, A, B.
 struct Saved {
-  explicit Saved(AutogradContext* ctx) : tensors(ctx->get_saved_variables()) {
+  Saved(AutogradContext* ctx, size_t members) : tensors(ctx->get_saved_variables()), list(tensors) {
+    const size_t weights = ctx->saved_data["weights"].toInt();
     const size_t a_blocks = ctx->saved_data["a_blocks"].toInt();
-    const at::TensorList blocks = at::TensorList(tensors).slice(4);
-    A = blocks.slice(0, a_blocks);
-    B = blocks.slice(a_blocks);
+    const at::TensorList rest = list.slice(2);
+    this->weights = rest.slice(0, weights);
+    s = rest.slice(weights, members);
+    A = rest.slice(weights + members, a_blocks);
+    B = rest.slice(weights + members + a_blocks);
   }
   variable_list tensors;
-  at::TensorList A, B;
+  at::TensorList list, weights, s, A, B;
 };
+
+/// Gradients for every entry of a list, undefined where they are not wanted.
+void append(variable_list& out, at::TensorList grads, size_t count) {
+  if (grads.empty()) {
+    out.insert(out.end(), count, Tensor());
+  } else {
+    out.insert(out.end(), grads.begin(), grads.end());
+  }
+}
 
 class Adapt : public Function<Adapt> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight,
-                               const OptTensor& bias, const OptTensor& base_out, at::TensorList A,
-                               at::TensorList B, at::ArrayRef<double> scaling, at::TensorList taps,
-                               double dropout, const OptTensor& bits, bool keep_tap,
-                               bool want_norms) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList bases,
+                               at::IntArrayRef layout, at::TensorList A, at::TensorList B,
+                               at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
+                               const OptTensor& bits, bool want_norms) {
     at::AutoDispatchBelowAutograd guard;
-    auto [y, s, tap, drawn, norms] = call_adapt(
-        {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms});
+    variable_list out =
+        adapt_op().call(x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms);
+    const AdaptArgs args =
+        sorted_args(x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms);
+    const size_t members = args.members.size();
     ctx->set_materialize_grads(false);
-    if (returns_tap(A.size(), B.size(), keep_tap)) {
-      ctx->mark_non_differentiable({drawn, norms});
-    } else {
-      ctx->mark_non_differentiable({drawn, norms, tap});
-    }
-    const bool needs_dx = x.requires_grad();
-    const bool needs_dA = any_requires_grad(A);
+    variable_list constant(out.end() - 2, out.end());  // bits and norms
+    for (size_t g = 0; g < members; ++g)
+      if (!args.members[g].returns_tap()) constant.push_back(out[3 * g + 2]);
+    ctx->mark_non_differentiable(constant);
     // x is read for dA (and, as a shape, for dx); W only for dx; the bits wherever x or dx is
     // masked.
-    variable_list saved = {x, needs_dx && weight ? *weight : Tensor(), s,
-                           dropout > 0 ? (bits ? *bits : drawn) : Tensor()};
+    const bool needs_dx = x.requires_grad();
+    variable_list saved = {x, dropout > 0 ? (bits ? *bits : out[3 * members]) : Tensor()};
+    for (const Member& member : args.members)
+      if (needs_dx && member.weight) saved.push_back(*member.weight);
+    ctx->saved_data["weights"] = static_cast<int64_t>(saved.size()) - 2;
+    for (size_t g = 0; g < members; ++g) saved.push_back(out[3 * g + 1]);
     saved.insert(saved.end(), A.begin(), A.end());
     saved.insert(saved.end(), B.begin(), B.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["a_blocks"] = static_cast<int64_t>(A.size());
+    ctx->saved_data["layout"] = layout.vec();
     ctx->saved_data["scaling"] = scaling.vec();
     ctx->saved_data["dropout"] = dropout;
-    ctx->saved_data["keep_tap"] = keep_tap;
-    ctx->saved_data["taps"] = static_cast<int64_t>(taps.size());
     ctx->saved_data["needs_dx"] = needs_dx;
-    ctx->saved_data["needs_dA"] = needs_dA;
+    ctx->saved_data["needs_dA"] = any_requires_grad(A);
     ctx->saved_data["needs_dB"] = any_requires_grad(B);
-    ctx->saved_data["needs_base"] = requires_grad(base_out);
-    return {y, s, tap, drawn, norms};
+    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Saved saved(ctx);
     auto& data = ctx->saved_data;
+    const std::vector<int64_t> layout = data["layout"].toIntVector();
+    const size_t members = layout.size() / kLayout;
+    const Saved saved(ctx, members);
+    const std::vector<double> scaling = data["scaling"].toDoubleVector();
     const std::array<bool, 3> needs = {data["needs_dx"].toBool(), data["needs_dA"].toBool(),
                                        data["needs_dB"].toBool()};
-    const std::vector<double> scaling = data["scaling"].toDoubleVector();
-    const auto [dx, ds, dA, dB] =
-        call_backward({optional_of(grads[0]), optional_of(grads[1]), optional_of(grads[2]),
-                       saved.tensors[0], optional_of(saved.tensors[1]), saved.A, saved.B, scaling,
-                       saved.tensors[2], optional_of(saved.tensors[3]), data["dropout"].toDouble(),
-                       data["keep_tap"].toBool(), needs});
+    variable_list given, of_bases;
+    std::vector<int64_t> grad_layout;
+    size_t weights = 0;
+    for (size_t g = 0; g < members; ++g) {
+      const int64_t* own = layout.data() + kLayout * g;
+      int64_t has = 0;
+      for (int k = 0; k < 3; ++k) {  // gy, gs, gtap
+        if (!grads[3 * g + k].defined()) continue;
+        given.push_back(grads[3 * g + k]);
+        has |= int64_t{1} << k;
+      }
+      if (own[0] != kBaseOut && needs[0]) {
+        given.push_back(saved.weights[weights++]);
+        has |= kGivenWeight;
+      }
+      grad_layout.insert(grad_layout.end(), {has, own[1], own[2], own[4]});
+      of_bases.push_back(own[0] == kBaseOut ? grads[3 * g] : Tensor());
+      if (own[0] == kWeightAndBias) of_bases.emplace_back();
+    }
+    const Tensor& bits = saved.tensors[1];
+    const auto [dx, ds, dA, dB] = backward_op().call(
+        given, grad_layout, saved.tensors[0], saved.s, saved.A, saved.B, scaling,
+        bits.defined() ? OptTensor(bits) : std::nullopt, data["dropout"].toDouble(), needs);
     // One gradient per argument of forward, a list counting as its elements.
-    variable_list out = {needs[0] ? dx : Tensor(), Tensor(), Tensor(),
-                         data["needs_base"].toBool() ? grads[0] : Tensor()};
-    for (size_t k = 0; k < saved.A.size(); ++k) out.push_back(needs[1] ? dA[k] : Tensor());
-    for (size_t k = 0; k < saved.B.size(); ++k) out.push_back(needs[2] ? dB[k] : Tensor());
-    out.emplace_back();                                                    // scaling
-    for (int64_t k = 0; k < data["taps"].toInt(); ++k) out.push_back(ds);  // taps
-    out.insert(out.end(), 4, Tensor());  // dropout, bits, keep_tap, want_norms
+    variable_list out = {needs[0] ? dx : Tensor()};
+    append(out, of_bases, of_bases.size());
+    out.emplace_back();  // layout
+    append(out, dA, saved.A.size());
+    append(out, dB, saved.B.size());
+    out.emplace_back();  // scaling
+    for (size_t g = 0; g < members; ++g) out.insert(out.end(), layout[kLayout * g + 3], ds[g]);
+    out.insert(out.end(), 3, Tensor());  // dropout, bits, want_norms
     return out;
   }
 };
 
-Outputs adapt_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                       const OptTensor& base_out, at::TensorList A, at::TensorList B,
-                       at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                       const OptTensor& bits, bool keep_tap, bool want_norms) {
+std::vector<Tensor> adapt_autograd(const Tensor& x, at::TensorList bases, at::IntArrayRef layout,
+                                   at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
+                                   at::TensorList taps, double dropout, const OptTensor& bits,
+                                   bool want_norms) {
   refuse_transforms();
-  const bool records = at::GradMode::is_enabled();
-  RESLORA_CHECK(
-      !records || (!requires_grad(weight) && !requires_grad(bias)),
-      "[adapt] weight and bias are frozen here; got one that requires grad: call the base "
-      "layer yourself and pass its output as base_out");
-  if (!records || !(x.requires_grad() || requires_grad(base_out) || any_requires_grad(A) ||
-                    any_requires_grad(B) || any_requires_grad(taps))) {
-    at::AutoDispatchBelowAutograd guard;
-    return call_adapt(
-        {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms});
+  bool needs_grad = false;
+  if (at::GradMode::is_enabled()) {
+    const AdaptArgs args =
+        sorted_args(x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms);
+    for (const Member& member : args.members) {
+      RESLORA_CHECK(!(member.weight && member.weight->requires_grad()) &&
+                        !(member.bias && member.bias->requires_grad()),
+                    "[adapt] weight and bias are frozen here; got one that requires grad: call "
+                    "the base layer yourself and pass its output as base_out");
+      needs_grad |= member.base_out && member.base_out->requires_grad();
+    }
+    needs_grad |= x.requires_grad() || any_requires_grad(A) || any_requires_grad(B) ||
+                  any_requires_grad(taps);
   }
-  variable_list out = Adapt::apply(x, weight, bias, base_out, A, B, scaling, taps, dropout, bits,
-                                   keep_tap, want_norms);
-  return {out[0], out[1], out[2], out[3], out[4]};
+  if (needs_grad)
+    return Adapt::apply(x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms);
+  at::AutoDispatchBelowAutograd guard;
+  return adapt_op().call(x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms);
 }
 
 /// First derivatives only: what comes out of adapt_backward refuses to be differentiated again.
@@ -177,38 +200,32 @@ class RefuseSecondBackward : public Function<RefuseSecondBackward> {
   }
 };
 
-Gradients backward_autograd(const OptTensor& gy, const OptTensor& gs, const OptTensor& gtap,
-                            const Tensor& x, const OptTensor& weight, at::TensorList A,
-                            at::TensorList B, at::ArrayRef<double> scaling, const Tensor& s,
-                            const OptTensor& bits, double dropout, bool keep_tap,
+Gradients backward_autograd(at::TensorList given, at::IntArrayRef layout, const Tensor& x,
+                            at::TensorList s, at::TensorList A, at::TensorList B,
+                            at::ArrayRef<double> scaling, const OptTensor& bits, double dropout,
                             std::array<bool, 3> needs) {
-  const BackwardArgs args = {gy,      gs, gtap, x,       weight,   A,    B,
-                             scaling, s,  bits, dropout, keep_tap, needs};
   Gradients result;
   const auto compute = [&]() -> variable_list {
     at::AutoDispatchBelowAutograd guard;
-    result = call_backward(args);
+    result = backward_op().call(given, layout, x, s, A, B, scaling, bits, dropout, needs);
     auto& [dx, ds, dA, dB] = result;
-    variable_list flat = {dx, ds};
-    flat.insert(flat.end(), dA.begin(), dA.end());
-    flat.insert(flat.end(), dB.begin(), dB.end());
+    variable_list flat = {dx};
+    for (const auto* list : {&ds, &dA, &dB}) flat.insert(flat.end(), list->begin(), list->end());
     return flat;
   };
-  variable_list inputs = {x, s};
-  for (const OptTensor& g : {gy, gs, gtap})
-    if (g) inputs.push_back(*g);
-  inputs.insert(inputs.end(), A.begin(), A.end());
-  inputs.insert(inputs.end(), B.begin(), B.end());
+  variable_list inputs = {x};
+  for (const at::TensorList list : {given, s, A, B})
+    inputs.insert(inputs.end(), list.begin(), list.end());
   if (!at::GradMode::is_enabled() || !any_requires_grad(inputs)) {
     compute();
     return result;
   }
   const variable_list flat = RefuseSecondBackward::apply(at::TensorList(inputs), compute);
   auto& [dx, ds, dA, dB] = result;
-  dx = flat[0];
-  ds = flat[1];
-  for (size_t k = 0; k < dA.size(); ++k) dA[k] = flat[2 + k];
-  for (size_t k = 0; k < dB.size(); ++k) dB[k] = flat[2 + dA.size() + k];
+  auto next = flat.begin();
+  dx = *next++;
+  for (auto* list : {&ds, &dA, &dB})
+    for (Tensor& t : *list) t = *next++;
   return result;
 }
 
@@ -225,24 +242,23 @@ void record_norms_inplace_or_view(const Tensor& norms, const Tensor& ring, const
     if (!changed.is_inference()) torch::autograd::impl::bump_version(changed);
 }
 
-/// Casts x and the base to the autocast dtype; A, B and the taps follow x inside the op.
+/// Casts x and the bases to the autocast dtype; A, B and the taps follow x inside the op.
 template <c10::DeviceType device>
-Outputs adapt_autocast(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                       const OptTensor& base_out, at::TensorList A, at::TensorList B,
-                       at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                       const OptTensor& bits, bool keep_tap, bool want_norms) {
+std::vector<Tensor> adapt_autocast(const Tensor& x, at::TensorList bases, at::IntArrayRef layout,
+                                   at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
+                                   at::TensorList taps, double dropout, const OptTensor& bits,
+                                   bool want_norms) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto dtype = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const OptTensor& t) -> OptTensor {
-    return t ? OptTensor(at::autocast::cached_cast(dtype, *t, device)) : std::nullopt;
-  };
-  return call_adapt({*cast(x), cast(weight), cast(bias), cast(base_out), A, B, scaling, taps,
-                     dropout, bits, keep_tap, want_norms});
+  variable_list cast;
+  for (const Tensor& base : bases) cast.push_back(at::autocast::cached_cast(dtype, base, device));
+  return adapt_op().call(at::autocast::cached_cast(dtype, x, device), cast, layout, A, B, scaling,
+                         taps, dropout, bits, want_norms);
 }
 
-Outputs adapt_batched(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
-                      at::TensorList, at::TensorList, at::ArrayRef<double>, at::TensorList, double,
-                      const OptTensor&, bool, bool) {
+std::vector<Tensor> adapt_batched(const Tensor&, at::TensorList, at::IntArrayRef, at::TensorList,
+                                  at::TensorList, at::ArrayRef<double>, at::TensorList, double,
+                                  const OptTensor&, bool) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, kNoTransforms);
 }
 

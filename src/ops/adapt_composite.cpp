@@ -10,8 +10,6 @@
 namespace reslora::ops {
 namespace {
 
-using at::Tensor;
-
 Tensor powers_of_two(const Tensor& like) {
   return at::bitwise_left_shift(at::ones({8}, like.options().dtype(at::kByte)),
                                 at::arange(8, like.options().dtype(at::kByte)));
@@ -134,23 +132,7 @@ void record_norms_aten(const Tensor& norms, const Tensor& ring, const Tensor& co
   written.add_(1);
 }
 
-Outputs adapt_aten(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                   const OptTensor& base_out, at::TensorList A, at::TensorList B,
-                   at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                   const OptTensor& bits, bool keep_tap, bool want_norms) {
-  return evaluate(
-      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms},
-      kAtenKernels);
-}
-
-Gradients adapt_backward_aten(const OptTensor& gy, const OptTensor& gs, const OptTensor& gtap,
-                              const Tensor& x, const OptTensor& weight, at::TensorList A,
-                              at::TensorList B, at::ArrayRef<double> scaling, const Tensor& s,
-                              const OptTensor& bits, double dropout, bool keep_tap,
-                              std::array<bool, 3> needs) {
-  return evaluate_backward(
-      {gy, gs, gtap, x, weight, A, B, scaling, s, bits, dropout, keep_tap, needs}, kAtenKernels);
-}
+const DeviceKernels& aten_kernels() { return kAtenKernels; }
 
 }  // namespace
 
@@ -168,8 +150,8 @@ const DeviceKernels kAtenKernels = {stack_rows, stack_columns, project,    take_
                                     expand,     project_grad,  expand_grad};
 
 TORCH_LIBRARY_IMPL(reslora, CompositeExplicitAutograd, m) {
-  m.impl("adapt", adapt_aten);
-  m.impl("adapt_backward", adapt_backward_aten);
+  m.impl("adapt", adapt_with<aten_kernels>);
+  m.impl("adapt_backward", adapt_backward_with<aten_kernels>);
   m.impl("record_norms", record_norms_aten);
 }
 

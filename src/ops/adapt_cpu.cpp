@@ -19,8 +19,6 @@
 namespace reslora::ops {
 namespace {
 
-using at::Tensor;
-
 Tensor draw_bits(const Tensor& x, double keep) {
   uint64_t seed = 0;
   {
@@ -228,33 +226,14 @@ const DeviceKernels& chosen_kernels() {
   return chosen;
 }
 
-Outputs adapt_cpu(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                  const OptTensor& base_out, at::TensorList A, at::TensorList B,
-                  at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                  const OptTensor& bits, bool keep_tap, bool want_norms) {
-  return evaluate(
-      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms},
-      chosen_kernels());
-}
-
-Gradients adapt_backward_cpu(const OptTensor& gy, const OptTensor& gs, const OptTensor& gtap,
-                             const Tensor& x, const OptTensor& weight, at::TensorList A,
-                             at::TensorList B, at::ArrayRef<double> scaling, const Tensor& s,
-                             const OptTensor& bits, double dropout, bool keep_tap,
-                             std::array<bool, 3> needs) {
-  return evaluate_backward(
-      {gy, gs, gtap, x, weight, A, B, scaling, s, bits, dropout, keep_tap, needs},
-      chosen_kernels());
-}
-
 }  // namespace
 
 const DeviceKernels kCpuKernels = {stack_rows, stack_columns, project,    take_taps,
                                    expand,     project_grad,  expand_grad};
 
 TORCH_LIBRARY_IMPL(reslora, CPU, m) {
-  m.impl("adapt", adapt_cpu);
-  m.impl("adapt_backward", adapt_backward_cpu);
+  m.impl("adapt", adapt_with<chosen_kernels>);
+  m.impl("adapt_backward", adapt_backward_with<chosen_kernels>);
   m.impl("record_norms", record_norms_cpu);
 }
 

@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymIntArrayRef.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
 #include <optional>
@@ -16,43 +17,93 @@
 namespace reslora::ops {
 
 using OptTensor = std::optional<at::Tensor>;
-// y, s, tap, bits, norms
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Gradients =
-    std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>>;
+using at::Tensor;
+using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
 
-/// The arguments of `adapt` as the dispatcher hands them over (see include/reslora/ops.h).
-struct AdaptArgs {
-  const at::Tensor& x;
-  const OptTensor& weight;
-  const OptTensor& bias;
-  const OptTensor& base_out;
+// ---- The op's arguments, as the dispatcher hands them over --------------------------------------
+//
+// One call evaluates one layer, or several members that read the same x. What belongs to a member
+// stands in lists; `layout` says how much of each list is whose. See include/reslora/ops.h.
+
+/// kLayout integers for each member: Base, number of A, of B, of taps, keep_tap.
+constexpr size_t kLayout = 5;
+enum Base : int64_t { kWeight = 0, kWeightAndBias = 1, kBaseOut = 2 };
+
+/// kGradLayout integers for each member: which of `given` it has (bits of Given), number of A, of
+/// B, keep_tap.
+constexpr size_t kGradLayout = 4;
+enum Given : int64_t { kGy = 1, kGs = 2, kGtap = 4, kGivenWeight = 8 };
+
+// Returns y, s, tap for each member, then bits and norms.
+using AdaptSchema = std::vector<Tensor>(const Tensor& x, at::TensorList bases,
+                                        at::IntArrayRef layout, at::TensorList A, at::TensorList B,
+                                        at::ArrayRef<double> scaling, at::TensorList taps,
+                                        double dropout, const OptTensor& bits, bool want_norms);
+// Returns dx, ds of each member, dA, dB. needs = {x, A, B}: which gradients are wanted.
+using BackwardSchema = Gradients(at::TensorList given, at::IntArrayRef layout, const Tensor& x,
+                                 at::TensorList s, at::TensorList A, at::TensorList B,
+                                 at::ArrayRef<double> scaling, const OptTensor& bits,
+                                 double dropout, std::array<bool, 3> needs);
+
+/// A layer of a call of `adapt`. Null where there is none.
+struct Member {
+  const Tensor* weight = nullptr;
+  const Tensor* bias = nullptr;
+  const Tensor* base_out = nullptr;
   at::TensorList A;
   at::TensorList B;
   at::ArrayRef<double> scaling;
   at::TensorList taps;
+  bool keep_tap = false;
+
+  const Tensor& base() const { return weight ? *weight : *base_out; }
+  bool has_tap_rows() const { return A.size() > B.size(); }
+  /// True where `adapt` returns a tap of its own.
+  bool returns_tap() const { return has_tap_rows() || keep_tap; }
+};
+
+struct AdaptArgs {
+  const Tensor& x;
+  c10::SmallVector<Member, 3> members;
+  at::TensorList A;  // of all members
   double dropout;
   const OptTensor& bits;
-  bool keep_tap;
   bool want_norms;
 };
 
-/// The arguments of `adapt_backward`. needs = {x, A, B}: which gradients are wanted; ds always is.
-struct BackwardArgs {
-  const OptTensor& gy;
-  const OptTensor& gs;
-  const OptTensor& gtap;
-  const at::Tensor& x;
-  const OptTensor& weight;
+/// Sorts the lists by member. Throws where the layout does not fit them.
+AdaptArgs sorted_args(const Tensor& x, at::TensorList bases, at::IntArrayRef layout,
+                      at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
+                      at::TensorList taps, double dropout, const OptTensor& bits, bool want_norms);
+
+/// What the backward of a member reads. Null where there is none.
+struct MemberGrads {
+  const Tensor* gy = nullptr;
+  const Tensor* gs = nullptr;
+  const Tensor* gtap = nullptr;
+  const Tensor* weight = nullptr;
   at::TensorList A;
   at::TensorList B;
   at::ArrayRef<double> scaling;
-  const at::Tensor& s;
+  const Tensor* s = nullptr;
+  bool keep_tap = false;
+};
+
+struct BackwardArgs {
+  const Tensor& x;
+  c10::SmallVector<MemberGrads, 3> members;
+  at::TensorList A;  // of all members
   const OptTensor& bits;
   double dropout;
-  bool keep_tap;
   std::array<bool, 3> needs;
 };
+
+BackwardArgs sorted_grads(at::TensorList given, at::IntArrayRef layout, const Tensor& x,
+                          at::TensorList s, at::TensorList A, at::TensorList B,
+                          at::ArrayRef<double> scaling, const OptTensor& bits, double dropout,
+                          std::array<bool, 3> needs);
+
+// ---- What a device does its own way -------------------------------------------------------------
 
 /// The B blocks of a layer in x's dtype on x's device, stacked.
 struct Columns {
@@ -87,7 +138,8 @@ struct DeviceKernels {
   at::Tensor (*project)(const at::Tensor& x, Mask& mask, const at::Tensor& A,
                         at::ArrayRef<Range> own, at::Tensor* norms);
   /// Returns s [T, R] = u[:, :R] + the taps, and the tap that is handed on: u[:, R:] where there is
-  /// such, else u with `keep_tap`, else undefined. Neither shares memory with the other.
+  /// such, else u with `keep_tap`, else undefined. Neither shares memory with the other. The rows
+  /// of u are dense, with any stride between them.
   std::pair<at::Tensor, at::Tensor> (*take_taps)(const at::Tensor& u, at::TensorList taps,
                                                  int64_t R, bool keep_tap);
   /// Returns [T, n] = kept (base + alpha * u P) for u [T, R], P [R, n]; base is null, [n] or
@@ -113,11 +165,6 @@ extern const DeviceKernels kAtenKernels;  // adapt_composite.cpp
 void check_adapt(const AdaptArgs& args);
 void check_record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Tensor& count);
 
-/// True where `adapt` returns a tap of its own.
-inline bool returns_tap(size_t a_blocks, size_t b_blocks, bool keep_tap) {
-  return a_blocks > b_blocks || keep_tap;
-}
-
 /// The mask for a dropout; what is kept is drawn with 1 - dropout to the nearest 1/65536, at least
 /// one of them.
 Mask mask_of(double dropout, const OptTensor& bits);
@@ -134,7 +181,26 @@ bool is_uniform(at::ArrayRef<double> scaling);
 /// blocks are copies: outputs of an op must not share memory.
 std::vector<at::Tensor> unstack(const at::Tensor& stacked, at::TensorList blocks, int64_t dim);
 
-Outputs evaluate(const AdaptArgs& args, const DeviceKernels& kernels);
+std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels);
 Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kernels);
+
+/// The op and its backward for a device, whose kernels `choose` returns.
+template <const DeviceKernels& (*choose)()>
+std::vector<Tensor> adapt_with(const Tensor& x, at::TensorList bases, at::IntArrayRef layout,
+                               at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
+                               at::TensorList taps, double dropout, const OptTensor& bits,
+                               bool want_norms) {
+  return evaluate(sorted_args(x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms),
+                  choose());
+}
+
+template <const DeviceKernels& (*choose)()>
+Gradients adapt_backward_with(at::TensorList given, at::IntArrayRef layout, const Tensor& x,
+                              at::TensorList s, at::TensorList A, at::TensorList B,
+                              at::ArrayRef<double> scaling, const OptTensor& bits, double dropout,
+                              std::array<bool, 3> needs) {
+  return evaluate_backward(sorted_grads(given, layout, x, s, A, B, scaling, bits, dropout, needs),
+                           choose());
+}
 
 }  // namespace reslora::ops

@@ -8,8 +8,6 @@
 namespace reslora::ops {
 namespace {
 
-using at::Tensor;
-
 std::string shape(const Tensor& t) {
   std::string text = "[";
   for (const auto& size : t.sym_sizes()) {
@@ -26,71 +24,66 @@ bool has_leading_dims_of(const Tensor& t, const Tensor& x) {
 
 const char* type_name(const Tensor& t) { return c10::toString(t.scalar_type()); }
 
-void check_base(const AdaptArgs& args) {
-  const Tensor& x = args.x;
-  RESLORA_CHECK(args.weight.has_value() != args.base_out.has_value(),
-                "[adapt] pass either weight or base_out; got {}", args.weight ? "both" : "neither");
-  const Tensor& out = args.weight ? *args.weight : *args.base_out;
+void check_base(const Tensor& x, const Member& member) {
+  const Tensor& out = member.base();
+  const char* what = member.weight ? "weight" : "base_out";
   RESLORA_CHECK(out.scalar_type() == x.scalar_type(),
-                "[adapt] x and the base must have one dtype; got x {}, {} {}", type_name(x),
-                args.weight ? "weight" : "base_out", type_name(out));
+                "[adapt] x and the base must have one dtype; got x {}, {} {}", type_name(x), what,
+                type_name(out));
   RESLORA_CHECK(out.device() == x.device(),
                 "[adapt] x and the base must be on one device; got x on {}, {} on {}",
-                x.device().str(), args.weight ? "weight" : "base_out", out.device().str());
-  if (args.weight) {
-    RESLORA_CHECK(args.weight->dim() == 2 && args.weight->sym_size(1) == x.sym_size(-1),
+                x.device().str(), what, out.device().str());
+  if (member.weight) {
+    RESLORA_CHECK(out.dim() == 2 && out.sym_size(1) == x.sym_size(-1),
                   "[adapt] x and weight must agree on in_features; got x {}, weight {}", shape(x),
-                  shape(*args.weight));
+                  shape(out));
   } else {
-    RESLORA_CHECK(has_leading_dims_of(*args.base_out, x) && !args.bias,
-                  "[adapt] base_out must have x's leading dimensions and no bias beside it; got "
-                  "base_out {}, x {}, {}",
-                  shape(*args.base_out), shape(x), args.bias ? "a bias" : "no bias");
+    RESLORA_CHECK(has_leading_dims_of(out, x),
+                  "[adapt] base_out must have x's leading dimensions; got base_out {}, x {}",
+                  shape(out), shape(x));
   }
-  if (args.bias) {
-    RESLORA_CHECK(args.bias->dim() == 1 && args.bias->sym_size(0) == out.sym_size(0) &&
-                      args.bias->scalar_type() == x.scalar_type(),
-                  "[adapt] bias must be [out] in x's dtype; got bias {} {}, weight {} {}",
-                  shape(*args.bias), type_name(*args.bias), shape(out), type_name(x));
-  }
+  if (!member.bias) return;
+  RESLORA_CHECK(member.bias->dim() == 1 && member.bias->sym_size(0) == out.sym_size(0) &&
+                    member.bias->scalar_type() == x.scalar_type(),
+                "[adapt] bias must be [out] in x's dtype; got bias {} {}, weight {} {}",
+                shape(*member.bias), type_name(*member.bias), shape(out), type_name(x));
 }
 
-void check_blocks(const AdaptArgs& args) {
-  const Tensor& x = args.x;
-  const Tensor& base = args.weight ? *args.weight : *args.base_out;
-  const c10::SymInt out = args.weight ? base.sym_size(0) : base.sym_size(-1);
-  RESLORA_CHECK(
-      !args.B.empty() && args.scaling.size() == args.B.size() &&
-          (args.A.size() == args.B.size() || args.A.size() == args.B.size() + 1),
-      "[adapt] needs one scaling for each B and as many A as B, or one more; got {} A, {} "
-      "B, {} scaling",
-      args.A.size(), args.B.size(), args.scaling.size());
-  RESLORA_CHECK(args.A.size() == args.B.size() || !args.keep_tap,
+void check_has_values(const Tensor& block, const char* name, size_t k, const Tensor& x) {
+  RESLORA_CHECK(!block.is_meta() || x.is_meta(),
+                "[adapt] {} must have values; got {}[{}] on meta: keep the adapters of a chain on "
+                "a real device when offloading",
+                name, name, k);
+}
+
+void check_blocks(const Tensor& x, const Member& member) {
+  const Tensor& base = member.base();
+  const c10::SymInt out = member.weight ? base.sym_size(0) : base.sym_size(-1);
+  RESLORA_CHECK(!member.B.empty() &&
+                    (member.A.size() == member.B.size() || member.has_tap_rows()) &&
+                    member.A.size() <= member.B.size() + 1,
+                "[adapt] needs as many A as B, or one more; got {} A, {} B", member.A.size(),
+                member.B.size());
+  RESLORA_CHECK(!member.has_tap_rows() || !member.keep_tap,
                 "[adapt] one tap at most; got keep_tap together with tap rows");
-  for (size_t k = 0; k < args.A.size(); ++k) {
-    const Tensor& A = args.A[k];
+  for (size_t k = 0; k < member.A.size(); ++k) {
+    const Tensor& A = member.A[k];
     RESLORA_CHECK(
         A.dim() == 2 && A.sym_size(1) == x.sym_size(-1) && at::isFloatingType(A.scalar_type()),
         "[adapt] x and A must agree on in_features; got x {}, A[{}] {} {}", shape(x), k, shape(A),
         type_name(A));
-    RESLORA_CHECK(!A.is_meta() || x.is_meta(),
-                  "[adapt] A must have values; got A[{}] on meta: keep the adapters of a chain "
-                  "on a real device when offloading",
-                  k);
-    if (k == args.B.size()) break;
-    const Tensor& B = args.B[k];
+    check_has_values(A, "A", k, x);
+    if (k == member.B.size()) break;
+    const Tensor& B = member.B[k];
     RESLORA_CHECK(B.dim() == 2 && B.sym_size(0) == out && B.sym_size(1) == A.sym_size(0) &&
                       at::isFloatingType(B.scalar_type()),
                   "[adapt] B must be [out, r]; got B[{}] {} {} with A[{}] {} and base {}", k,
                   shape(B), type_name(B), k, shape(A), shape(base));
-    RESLORA_CHECK(!B.is_meta() || x.is_meta(),
-                  "[adapt] B must have values; got B[{}] on meta: keep the adapters of a chain "
-                  "on a real device when offloading",
-                  k);
+    check_has_values(B, "B", k, x);
   }
   c10::SymInt R = 0;
-  for (const Tensor& B : args.B) R = R + B.sym_size(1);
-  for (const Tensor& tap : args.taps)
+  for (const Tensor& B : member.B) R = R + B.sym_size(1);
+  for (const Tensor& tap : member.taps)
     RESLORA_CHECK(has_leading_dims_of(tap, x) && tap.sym_size(-1) == R &&
                       at::isFloatingType(tap.scalar_type()),
                   "[adapt] a tap must have x's leading dimensions and {} columns; got tap {}, x {}",
@@ -119,27 +112,30 @@ Tensor like_with_columns(const Tensor& x, const c10::SymInt& columns) {
   return at::empty_symint(sizes, x.options());
 }
 
-Outputs adapt_meta(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                   const OptTensor& base_out, at::TensorList A, at::TensorList B,
-                   at::ArrayRef<double> scaling, at::TensorList taps, double dropout,
-                   const OptTensor& bits, bool keep_tap, bool want_norms) {
-  check_adapt(
-      {x, weight, bias, base_out, A, B, scaling, taps, dropout, bits, keep_tap, want_norms});
-  c10::SymInt R = 0;
-  for (const Tensor& block : B) R = R + block.sym_size(1);
-  const c10::SymInt out = weight ? weight->sym_size(0) : base_out->sym_size(-1);
-  const Tensor nothing = at::empty({0}, x.options());
-  const bool has_rows = A.size() > B.size();
-  const Tensor tap = has_rows   ? like_with_columns(x, A.back().sym_size(0))
-                     : keep_tap ? like_with_columns(x, R)
-                                : nothing;
-  const bool draws = dropout > 0 && !bits;
+std::vector<Tensor> adapt_meta(const Tensor& x, at::TensorList bases, at::IntArrayRef layout,
+                               at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
+                               at::TensorList taps, double dropout, const OptTensor& bits,
+                               bool want_norms) {
+  const AdaptArgs args =
+      sorted_args(x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms);
+  check_adapt(args);
+  std::vector<Tensor> out;
+  for (const Member& member : args.members) {
+    c10::SymInt R = 0;
+    for (const Tensor& block : member.B) R = R + block.sym_size(1);
+    out.push_back(like_with_columns(x, member.base().sym_size(member.weight ? 0 : -1)));
+    out.push_back(like_with_columns(x, R));
+    out.push_back(member.has_tap_rows() ? like_with_columns(x, member.A.back().sym_size(0))
+                  : member.keep_tap     ? like_with_columns(x, R)
+                                        : at::empty({0}, x.options()));
+  }
   const c10::SymInt T = x.sym_numel() / x.sym_size(-1);
-  const Tensor drawn =
-      draws ? at::empty_symint({T, (x.sym_size(-1) + 7) / 8}, x.options().dtype(at::kByte))
-            : at::empty({0}, x.options().dtype(at::kByte));
-  const Tensor norms = at::empty({want_norms ? 2 : 0}, x.options().dtype(at::kFloat));
-  return {like_with_columns(x, out), like_with_columns(x, R), tap, drawn, norms};
+  out.push_back(dropout > 0 && !bits
+                    ? at::empty_symint({T, (x.sym_size(-1) + 7) / 8}, x.options().dtype(at::kByte))
+                    : at::empty({0}, x.options().dtype(at::kByte)));
+  const auto members = static_cast<int64_t>(args.members.size());
+  out.push_back(at::empty({want_norms ? 2 * members : 0}, x.options().dtype(at::kFloat)));
+  return out;
 }
 
 std::vector<Tensor> grads_like(at::TensorList blocks, bool is_needed) {
@@ -150,13 +146,11 @@ std::vector<Tensor> grads_like(at::TensorList blocks, bool is_needed) {
   return grads;
 }
 
-Gradients adapt_backward_meta(const OptTensor&, const OptTensor&, const OptTensor&, const Tensor& x,
-                              const OptTensor&, at::TensorList A, at::TensorList B,
-                              at::ArrayRef<double>, const Tensor& s, const OptTensor&, double, bool,
-                              std::array<bool, 3> needs) {
+Gradients adapt_backward_meta(at::TensorList, at::IntArrayRef, const Tensor& x, at::TensorList s,
+                              at::TensorList A, at::TensorList B, at::ArrayRef<double>,
+                              const OptTensor&, double, std::array<bool, 3> needs) {
   Tensor dx = needs[0] ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
-  return {dx, at::empty_symint(s.sym_sizes(), s.options()), grads_like(A, needs[1]),
-          grads_like(B, needs[2])};
+  return {dx, grads_like(s, true), grads_like(A, needs[1]), grads_like(B, needs[2])};
 }
 
 void record_norms_meta(const Tensor& norms, const Tensor& ring, const Tensor& count) {
@@ -181,8 +175,10 @@ void check_adapt(const AdaptArgs& args) {
       args.x.dim() >= 1 && at::isFloatingType(args.x.scalar_type()) && args.x.sym_size(-1) >= 1,
       "[adapt] x must be floating point with at least one feature; got x {} {}", shape(args.x),
       type_name(args.x));
-  check_base(args);
-  check_blocks(args);
+  for (const Member& member : args.members) {
+    check_base(args.x, member);
+    check_blocks(args.x, member);
+  }
   check_dropout(args);
 }
 

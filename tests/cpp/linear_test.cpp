@@ -187,6 +187,33 @@ TEST_P(Shortcuts, SerializesByParameterName) {
   EXPECT_TRUE(torch::equal(other->forward(x), net->forward(x)));
 }
 
+TEST_P(Shortcuts, LayersTogetherEqualLayersApart) {
+  const Case c = GetParam();
+  Net q(3), k(3);
+  const LinkedChain chains[] = {link(q->blocks, config_of(c)), link(k->blocks, config_of(c))};
+  for (const LinkedChain& chain : chains) randomise(chain);
+  std::vector<at::Tensor> parameters = chains[0].parameters();
+  for (const at::Tensor& parameter : chains[1].parameters()) parameters.push_back(parameter);
+  const at::Tensor start = torch::randn({4, kWidth});
+  std::vector<std::vector<at::Tensor>> results;
+  for (const bool is_together : {true, false}) {
+    at::Tensor x = start;
+    for (int64_t n = 0; n < 3; ++n) {
+      const auto y =
+          is_together ? forward_together({q->blocks[n].ptr(), k->blocks[n].ptr()}, x)
+                      : std::vector<at::Tensor>{q->blocks[n]->forward(x), k->blocks[n]->forward(x)};
+      x = torch::tanh(y[0] - y[1]);
+    }
+    results.push_back(torch::autograd::grad({x.pow(2).sum()}, parameters));
+    results.back().push_back(x);
+  }
+  for (size_t j = 0; j < results[0].size(); ++j)
+    EXPECT_TRUE(torch::allclose(results[0][j], results[1][j], 1e-4, 1e-5));
+  EXPECT_EQ(chains[0].missed_links(2), 0);
+  const auto norms = q->blocks[1]->norms.norms();
+  EXPECT_TRUE(torch::allclose(norms.select(1, 0), norms.select(1, 1)));
+}
+
 INSTANTIATE_TEST_SUITE_P(All, Shortcuts,
                          testing::Values(Case{"none", 0}, Case{"is", 1}, Case{"bs", 1},
                                          Case{"bs", -1}, Case{"ms", 1}, Case{"ms", 2},
@@ -280,6 +307,17 @@ TEST(Passes, ThreadsDoNotShareThem) {
   run(x2, y2, is_equal2);
   other.join();
   EXPECT_TRUE(is_equal1 && is_equal2);
+}
+
+TEST(Passes, LayersTogetherMayBePlainAndAreOfDifferentChains) {
+  Net net(2);
+  const at::Tensor x = torch::randn({3, kWidth});
+  const std::vector<std::shared_ptr<ResLoraLinearImpl>> layers = {net->blocks[0].ptr(),
+                                                                  net->blocks[1].ptr()};
+  EXPECT_TRUE(torch::equal(forward_together(layers, x)[1], net->blocks[1]->forward(x)));
+  const LinkedChain chain = link(net->blocks, config_of({"is", 1}));
+  EXPECT_THROW(forward_together(layers, x), c10::ValueError);
+  EXPECT_EQ(chain.missed_links(1), 0);
 }
 
 TEST(Link, RefusesALayerTwiceAndChangesNothing) {

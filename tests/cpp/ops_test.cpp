@@ -52,6 +52,52 @@ TEST(Adapt, OutputsShareNoMemory) {
   }
 }
 
+TEST(Adapt, EvaluatesLayersTogetherAsApart) {
+  std::vector<AdaptInput> inputs = {plain_layer(), plain_layer(6, 3, 2)};
+  inputs[1].bias = std::nullopt;
+  inputs[1].A.push_back(torch::randn({4, 6}, torch::kDouble).requires_grad_());
+  inputs[1].x = inputs[0].x;
+  for (AdaptInput& input : inputs) input.want_norms = true;
+  const std::vector<AdaptOutput> together = adapt_together(inputs);
+  at::Tensor loss = torch::zeros({}, torch::kDouble), other = loss.clone();
+  std::vector<at::Tensor> wanted = {inputs[0].x};
+  ASSERT_EQ(together.size(), 2U);
+  for (size_t k = 0; k < inputs.size(); ++k) {
+    const AdaptOutput apart = adapt(inputs[k]);
+    EXPECT_TRUE(torch::allclose(together[k].y, apart.y));
+    EXPECT_TRUE(torch::allclose(together[k].s, apart.s));
+    EXPECT_TRUE(torch::allclose(together[k].tap, apart.tap));
+    EXPECT_TRUE(torch::allclose(together[k].norms, apart.norms));
+    loss = loss + together[k].y.pow(2).sum() + together[k].tap.sum();
+    other = other + apart.y.pow(2).sum() + apart.tap.sum();
+    wanted.insert(wanted.end(), inputs[k].A.begin(), inputs[k].A.end());
+    wanted.push_back(inputs[k].B[0]);
+  }
+  const auto have = torch::autograd::grad({loss}, wanted);
+  const auto want = torch::autograd::grad({other}, wanted);
+  for (size_t k = 0; k < wanted.size(); ++k) EXPECT_TRUE(torch::allclose(have[k], want[k]));
+}
+
+TEST(Adapt, LayersTogetherShareOneMask) {
+  std::vector<AdaptInput> inputs = {plain_layer(64), plain_layer(64)};
+  inputs[1].x = inputs[0].x;
+  for (AdaptInput& input : inputs) input.dropout = 0.5;
+  std::vector<AdaptOutput> together = adapt_together(inputs);
+  for (size_t k = 0; k < inputs.size(); ++k) {
+    inputs[k].bits = together[0].bits;
+    EXPECT_TRUE(torch::allclose(together[k].y, adapt(inputs[k]).y));
+  }
+}
+
+TEST(Adapt, RefusesLayersTogetherThatReadOthers) {
+  const std::vector<AdaptInput> inputs = {plain_layer(), plain_layer()};
+  EXPECT_THROW(adapt_together(inputs), c10::ValueError);
+  EXPECT_THROW(adapt_together({}), c10::ValueError);
+  AdaptInput input = plain_layer();
+  input.base_out = torch::zeros({4, 5}, torch::kDouble);
+  EXPECT_THROW(adapt(input), c10::ValueError);
+}
+
 TEST(Adapt, RefusesADoubleBackward) {
   const AdaptInput input = plain_layer();
   const auto dx = torch::autograd::grad({adapt(input).y.pow(2).sum()}, {input.x}, {}, std::nullopt,

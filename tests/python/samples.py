@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from reslora import _C
-
-adapt = torch.ops.reslora.adapt
+from reslora import _C, ops
 
 # (res_mode, pre_num): every shortcut, with m below, at and beyond what a chain of 4 can reach.
 SHORTCUTS = [
@@ -25,6 +23,25 @@ SHORTCUTS = [
     ("ms", 0),
 ]
 LENGTH = 4
+
+
+def adapt(
+    x,
+    weight,
+    bias,
+    base_out,
+    A,
+    B,
+    scaling,
+    taps,
+    dropout=0.0,
+    bits=None,
+    keep_tap=False,
+    want_norms=False,
+):
+    """Evaluate one layer; returns y, s, tap, bits, norms."""
+    member = ops.Member(weight, bias, base_out, A, B, scaling, taps, keep_tap)
+    return ops.adapt(x, [member], dropout=dropout, bits=bits, want_norms=want_norms)
 
 
 def contiguous(shape, **kw):

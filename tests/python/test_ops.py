@@ -434,7 +434,7 @@ BAD = [
     ({"A": [torch.randn(2, 7)]}, "in_features"),
     ({"A": [torch.ones(2, 6, dtype=torch.int32)]}, "in_features"),
     ({"B": [torch.randn(5, 3)]}, r"B must be \[out, r\]"),
-    ({"B": []}, "as many A as B"),
+    ({"B": [], "scaling": []}, "as many A as B"),
     ({"scaling": []}, "one scaling"),
     ({"taps": [torch.randn(3, 3)]}, "a tap must have"),
     ({"taps": [torch.randn(4, 2)]}, "a tap must have"),

@@ -16,22 +16,31 @@ BACKWARD = torch.ops.reslora.adapt_backward.default
 
 
 def arguments(sample, **changes):
+    """What the dispatcher's op takes for a sample."""
     w = sample.wiring
-    names = ["x", "weight", "bias", "base_out", "A", "B", "scaling", "taps", "dropout", "bits"]
-    values = [
-        sample.x,
-        sample.weight,
-        sample.bias,
-        None,
-        sample.A,
-        sample.B,
-        w.scaling,
-        sample.taps,
-    ]
-    named = dict(zip(names, [*values, sample.dropout, sample.bits], strict=True))
-    named["keep_tap"] = w.handed == "tap" and len(w.a) == len(w.b)
-    named.update(changes)
-    return tuple(named.values())
+    keep_tap = w.handed == "tap" and len(w.a) == len(w.b)
+    bases, kind = [sample.weight, sample.bias], 1
+    if "base_out" in changes:
+        bases, kind = [changes.pop("base_out")], 2
+    named = {
+        "x": sample.x,
+        "bases": bases,
+        "layout": [kind, len(sample.A), len(sample.B), len(sample.taps), int(keep_tap)],
+        "A": sample.A,
+        "B": sample.B,
+        "scaling": w.scaling,
+        "taps": sample.taps,
+        "dropout": sample.dropout,
+        "bits": sample.bits,
+    }
+    return tuple({**named, **changes}.values())
+
+
+def together(first, second):
+    """The arguments of two layers that read the first one's x."""
+    one, two = arguments(first), arguments(second)
+    lists = [[*one[k], *two[k]] for k in range(1, 7)]
+    return (one[0], *lists, *one[7:])
 
 
 @pytest.mark.parametrize("variant", ["plain", "fixed bits", "drawn bits", "norms", "black box"])
@@ -51,8 +60,16 @@ def test_opcheck(res_mode, pre_num, variant):
     if variant == "norms":
         kwargs = {"want_norms": True}
     if variant == "black box":
-        changes.update(weight=None, bias=None, base_out=torch.randn(2, 3, 6, requires_grad=True))
+        changes.update(base_out=torch.randn(2, 3, 6, requires_grad=True))
     torch.library.opcheck(ADAPT, arguments(sample, **changes), kwargs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_opcheck_of_layers_together(dropout):
+    samples = [make_sample(mode, m, 2, dtype=torch.float32) for mode, m in [("is", 1), ("bs", 2)]]
+    arguments = list(together(*samples))
+    arguments[7] = dropout
+    torch.library.opcheck(ADAPT, tuple(arguments), {"want_norms": True})
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -60,25 +77,41 @@ def test_opcheck(res_mode, pre_num, variant):
 def test_opcheck_of_the_backward(res_mode, pre_num, dropout):
     sample = make_sample(res_mode, pre_num, 2, dropout=dropout, dtype=torch.float32)
     outputs = [t.detach() for t in sample.call(*sample.differentiable())]
-    y, s, tap = (*outputs, None)[:3]
-    args = arguments(sample)
-    grads = [torch.randn_like(t) if t is not None else None for t in (y, s, tap)]
-    detached = [[t.detach() for t in args[k]] for k in (4, 5)]
+    named = dict(zip(("y", "s", "tap"), outputs, strict=False))
+    x, bases, layout, A, B, scaling, _, dropout, bits = arguments(sample)
+    given = [torch.randn_like(t) for t in named.values()] + [bases[0]]
+    has = sum(1 << k for k in range(len(named))) + 8
     torch.library.opcheck(
         BACKWARD,
         (
-            *grads,
-            args[0].detach(),
-            args[1],
-            *detached,
-            args[6],
-            s,
-            args[9],
-            args[8],
-            args[10],
+            given,
+            [has, layout[1], layout[2], layout[4]],
+            x.detach(),
+            [named["s"]],
+            [t.detach() for t in A],
+            [t.detach() for t in B],
+            scaling,
+            bits,
+            dropout,
             [True] * 3,
         ),
     )
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (2, [1, 1, 1, 0], "5 integers for each member; got 4"),
+        (2, [3, 1, 1, 0, 0], "kind of base, 0 to 2; got 3"),
+        (2, [1, 2, 1, 0, 0], "layout must share out every list"),
+        (2, [0, 1, 1, 0, 0], "layout must share out every list"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(place, change, message):
+    wrong = list(arguments(make_sample("none", 0, 0)))
+    wrong[place] = change
+    with pytest.raises(ValueError, match=message):
+        ADAPT(*wrong)
 
 
 def test_opcheck_of_the_norm_ring():
