@@ -182,7 +182,9 @@ def with_peft(case: Case, dropout: float) -> nn.Module:
     return peft.inject_adapter_in_model(config, Stack(case))
 
 
-def with_reslora(case: Case, shortcut: str, dropout: float) -> nn.Module:
+def with_reslora(
+    case: Case, shortcut: str, dropout: float, pre_num: int | None = None
+) -> nn.Module:
     """Make the chain with reslora's layers, as a user does."""
     config = reslora.ResLoraConfig(
         r=case.rank,
@@ -190,17 +192,18 @@ def with_reslora(case: Case, shortcut: str, dropout: float) -> nn.Module:
         lora_dropout=dropout,
         target_modules=TARGETS,
         res_mode=shortcut,
-        pre_num=REACH[shortcut],
+        pre_num=REACH[shortcut] if pre_num is None else pre_num,
     )
     return reslora.inject(Stack(case), config)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the chain: its shortcut ("" for the frozen one) and how to make it."""
+    """One way to run the chain: its shortcut ("" for the frozen one), how to make it, and m."""
 
     shortcut: str
     make: Callable[[Case], nn.Module]
+    pre_num: int | None = None  # None: REACH
 
 
 def variants(case: Case, dropouts: list[float]) -> dict[str, Variant]:
@@ -245,9 +248,10 @@ def fill(model: nn.Module) -> None:
             tensor.copy_(drawn * tensor.shape[-1] ** -0.5)
 
 
-def expected(model: nn.Module, shortcut: str, case: Case, x: Tensor) -> Tensor:
+def expected(model: nn.Module, variant: Variant, case: Case, x: Tensor) -> Tensor:
     """Evaluate the chain with the literal formulas."""
-    f, m = _C.formulas, REACH.get(shortcut, 0)
+    f, shortcut = _C.formulas, variant.shortcut
+    m = REACH.get(shortcut, 0) if variant.pre_num is None else variant.pre_num
     layers = [tensors_of(layer) for layer in model.layers]
     blocks: list[Any] = [(*tensors, case.scaling) for tensors in layers]
     xs: list[Tensor] = []
@@ -276,7 +280,7 @@ def validate(name: str, variant: Variant, case: Case) -> float:
     fill(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     x = torch.randn(small.tokens, small.in_features, dtype=torch.float64, requires_grad=True)
-    y, literal = model(x), expected(model, variant.shortcut, small, x)
+    y, literal = model(x), expected(model, variant, small, x)
     dy = torch.randn_like(y)
     errors = [harness.require_close(name, y, literal, relative=1e-10)]
     got = torch.autograd.grad(y, [x, *trained], dy)
@@ -294,7 +298,7 @@ def step_of(name: str, variant: Variant, case: Case, x: Tensor, dy: Tensor) -> C
     model = variant.make(case).eval()
     fill(model)
     with torch.no_grad():
-        literal = expected(model, variant.shortcut, case, x)
+        literal = expected(model, variant, case, x)
         harness.require_close(name, model(x), literal, relative=1e-4)
     model.train()
 

@@ -192,11 +192,11 @@ class ResLoraLinear(nn.Module):
 
     def plain_base(self) -> tuple[Tensor, Tensor | None] | None:
         """Return (weight, bias) of a base layer that the op can evaluate, else None."""
-        base: Any = self.base_layer
-        if type(self.base_layer) is not self.plain_type:
+        base: Any = self._modules["base_layer"]  # attributes of modules are slow to look up
+        if type(base) is not self.plain_type or _has_hooks(base):
             return None
         weight = base_weight(base)
-        if weight is None or weight.requires_grad or _has_hooks(base):
+        if weight is None or weight.requires_grad:
             return None
         return weight, base.bias
 
@@ -214,12 +214,13 @@ class ResLoraLinear(nn.Module):
         taps: list[Tensor],
     ) -> ops.Member:
         """Return this layer as the op takes it."""
-        wiring, layers = self.wiring, self.chain.layers
-        A = [layers[j].reslora_A for j in wiring.a]
-        B = [layers[j].reslora_B for j in wiring.b]
-        if len(A) + len(B) > 2:
+        a, b, scaling, _, _, keep_tap = self.wiring
+        layers = self.chain.layers
+        A = [layers[j].reslora_A for j in a]
+        B = [layers[j].reslora_B for j in b]
+        if len(a) + len(b) > 2:
             self._check_present(x, A, B)
-        return ops.Member(weight, bias, base_out, A, B, wiring.scaling, taps, wiring.keep_tap)
+        return ops.member(weight, bias, base_out, A, B, scaling, taps, keep_tap)
 
     def adapt(self, x: Tensor, members: list[ops.Member], want_norms: bool) -> list[Tensor]:
         """Call the op; its errors get this layer's name."""

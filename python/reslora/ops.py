@@ -6,34 +6,57 @@ wiring of a chain (``include/reslora/chain.h``), its semantics are in ``include/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Member(NamedTuple):
-    """One layer of a call of `adapt`.
+    """One layer of a call of `adapt`, as the op takes it; made by `member`."""
 
-    weight: [out, in] frozen, or None where `base_out` is given.
-    bias: [out] frozen, or None.
-    base_out: [..., out], the finished output of a black-box base layer.
-    A: each [r_k, in]; as many as `B`, or one more whose product is the tap.
-    B: each [out, r_k].
-    scaling: one factor for each `B`.
-    taps: each [..., R], added to what enters `B`.
-    keep_tap: return the own product as the tap.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    base_out: Tensor | None
+    bases: list[Tensor]
+    layout: tuple[int, int, int, int, int]  # kind of base, number of A, B and taps, keep_tap
     A: Sequence[Tensor]
     B: Sequence[Tensor]
     scaling: Sequence[float]
-    taps: Sequence[Tensor] = ()
-    keep_tap: bool = False
+    taps: Sequence[Tensor]
+
+
+def member(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_out: Tensor | None,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scaling: Sequence[float],
+    taps: Sequence[Tensor] = (),
+    keep_tap: bool = False,
+) -> Member:
+    """Describe a layer to `adapt`.
+
+    Args:
+        weight: [out, in] frozen, or None where `base_out` is given.
+        bias: [out] frozen, or None.
+        base_out: [..., out], the finished output of a black-box base layer.
+        A: each [r_k, in]; as many as `B`, or one more whose product is the tap.
+        B: each [out, r_k].
+        scaling: one factor for each `B`.
+        taps: each [..., R], added to what enters `B`.
+        keep_tap: return the own product as the tap.
+    """
+    if base_out is not None:
+        if weight is not None or bias is not None:
+            raise ValueError("[adapt] pass either weight or base_out; got both")
+        bases, kind = [base_out], 2
+    elif weight is None:
+        raise ValueError("[adapt] pass either weight or base_out; got neither")
+    elif bias is None:
+        bases, kind = [weight], 0
+    else:
+        bases, kind = [weight, bias], 1
+    return Member(bases, (kind, len(A), len(B), len(taps), int(keep_tap)), A, B, scaling, taps)
 
 
 def adapt(
@@ -57,34 +80,14 @@ def adapt(
         For each member y [..., out], s [..., R] (what entered `B`) and the tap [..., r] or an empty
         tensor; then the drawn bits or an empty tensor; then fp32 [2 per member], |x|_F and the norm
         of the own product, or an empty tensor.
+
+    Raises:
+        ValueError: where shapes, dtypes or devices do not fit together.
     """
-    bases: list[Tensor] = []
-    layout: list[int] = []
-    if len(members) == 1:
-        A, B, scaling, taps = members[0][3:7]
-    else:
-        A = [t for m in members for t in m.A]
-        B = [t for m in members for t in m.B]
-        scaling = [s for m in members for s in m.scaling]
-        taps = [t for m in members for t in m.taps]
-    for weight, bias, base_out, own_A, own_B, _, own_taps, keep_tap in members:
-        kind = 2
-        if base_out is not None:
-            if weight is not None or bias is not None:
-                raise ValueError("[adapt] pass either weight or base_out; got both")
-            bases.append(base_out)
-        elif weight is None:
-            raise ValueError("[adapt] pass either weight or base_out; got neither")
-        elif bias is None:
-            kind = 0
-            bases.append(weight)
-        else:
-            kind = 1
-            bases += (weight, bias)
-        layout += (kind, len(own_A), len(own_B), len(own_taps), int(keep_tap))
-    return torch.ops.reslora.adapt.default(
-        x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms
-    )
+    lists: Iterable[Sequence[Any]] = members[0]
+    if len(members) > 1:
+        lists = [[item for own in column for item in own] for column in zip(*members, strict=True)]
+    return torch.ops.reslora.adapt.default(x, *lists, dropout, bits, want_norms)
 
 
 def record_norms(norms: Tensor, ring: Tensor, count: Tensor) -> None:

@@ -249,7 +249,7 @@ def plain_lora(
     """Return the layer as the plain LoRA W x + scaling B A x, without shortcut."""
 
     def run(x: Tensor) -> Tensor:
-        y = ops.adapt(x, [ops.Member(*layer.evaluate_base(x), [A], [B], [scaling])])[0]
+        y = ops.adapt(x, [ops.member(*layer.evaluate_base(x), [A], [B], [scaling])])[0]
         return y if bias is None else y + bias.to(y.dtype)
 
     return run

@@ -175,7 +175,8 @@ class Session:
             read_outside = _read_outside_of_compile if is_compiling else Session._read_outside
             found = read_outside(self, layer)
             return [] if found is None else self._fitting(layer, found, x, False)
-        self._refuse_reentrant(layer, current)
+        if not torch.is_grad_enabled():
+            self._refuse_reentrant(layer, current)
         key = layer.chain.key
         found = [current.taps.get((key, j)) for j in layer.wiring.taps]
         taps = self._fitting(layer, found, x, is_compiling or current.task == NO_GRAPH_TASK)
@@ -208,12 +209,12 @@ class Session:
     def _fitting(
         self, layer: ResLoraLinear, found: list[Tensor | None], x: Tensor, is_forward: bool
     ) -> list[Tensor]:
-        taps = []
+        taps, rows = [], x.shape[:-1]
         for j, tap in zip(layer.wiring.taps, found, strict=True):
             reason = None
             if tap is None:
                 reason = f"{layer.chain.names[j]} did not run before it"
-            elif tap.shape[:-1] != x.shape[:-1]:
+            elif tap.shape[:-1] != rows:
                 reason = f"{layer.chain.names[j]} ran on another number of tokens"
             else:
                 taps.append(tap)
@@ -274,7 +275,7 @@ class Session:
         return record.reads[place]
 
     def _refuse_reentrant(self, layer: ResLoraLinear, current: ForwardPass) -> None:
-        if torch.is_grad_enabled() or not (current.is_grad_enabled and layer.training):
+        if not (current.is_grad_enabled and layer.training):
             return
         if layer.reslora_A.requires_grad:
             raise RuntimeError(

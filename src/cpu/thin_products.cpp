@@ -151,8 +151,11 @@ void project_and_reduce(const Tile& x, Rows p, Rows v, int64_t r, float* u, floa
 }
 
 void transpose(const float* from, int64_t r, int64_t c, float scale, float* to, int64_t stride) {
-  for (int64_t j = 0; j < c; ++j)
-    for (int64_t i = 0; i < r; ++i) to[j * stride + i] = scale * from[i * c + j];
+  constexpr int64_t kBlock = 64;  // rows of `from` that stay in L1 while their columns are written
+  for (int64_t first = 0; first < r; first += kBlock)
+    for (int64_t j = 0; j < c; ++j)
+      for (int64_t i = first; i < std::min(r, first + kBlock); ++i)
+        to[j * stride + i] = scale * from[i * c + j];
 }
 
 }  // namespace reslora::thin

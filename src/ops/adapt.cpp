@@ -47,7 +47,7 @@ std::vector<Tensor> unstack(const Tensor& stacked, at::TensorList blocks, int64_
   std::vector<Tensor> out;
   out.reserve(blocks.size());
   if (blocks.size() == 1) {
-    out.push_back(stacked.to(blocks[0].options()));
+    out.push_back(stacked.to(blocks[0].options()).contiguous());
     return out;
   }
   int64_t start = 0;

@@ -5,6 +5,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "ops/adapt_kernels.h"
 
 namespace reslora::ops {
@@ -54,8 +56,16 @@ Columns stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tens
 
 /// |t|_F as a 0-d tensor, summed in fp32 at least.
 Tensor frobenius_norm(const Tensor& t) {
-  return at::linalg_vector_norm(t, 2, std::nullopt, false,
-                                t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto dtype = t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto norm = [&](const Tensor& part) {
+    return at::linalg_vector_norm(part, 2, std::nullopt, false, dtype);
+  };
+  if (!t.is_cpu() || t.scalar_type() == dtype) return norm(t);
+  constexpr int64_t kRows = 64;  // on the CPU ATen copies what it casts: a few rows at a time
+  std::vector<Tensor> parts = {at::zeros({}, t.options().dtype(dtype))};
+  for (int64_t row = 0; row < t.size(0); row += kRows)
+    parts.push_back(norm(t.narrow(0, row, std::min(kRows, t.size(0) - row))));
+  return norm(at::stack(parts));
 }
 
 Tensor project(const Tensor& x, Mask& mask, const Tensor& A, at::ArrayRef<Range> own,
@@ -115,9 +125,10 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Colum
   Tensor ds = at::empty({gy.size(0), columns.B.size(1)}, gy.options());
   ds.addmm_(gy, columns.B, 0, columns.alpha);
   if (!s) return {ds, {}};
-  Tensor dB = at::empty(columns.B.sizes(), gy.options());
-  dB.addmm_(gy.t(), *s, 0, columns.alpha);
-  std::vector<Tensor> blocks = unstack(dB, B, 1);
+  // The wide matrix stands on the right: transposed on the left it would be copied for bf16.
+  Tensor dBt = at::empty({s->size(1), gy.size(1)}, gy.options());
+  dBt.addmm_(s->t(), gy, 0, columns.alpha);
+  std::vector<Tensor> blocks = unstack(dBt.t(), B, 1);
   if (!is_uniform(scaling))
     for (size_t k = 0; k < blocks.size(); ++k) blocks[k].mul_(scaling[k]);
   return {ds, std::move(blocks)};

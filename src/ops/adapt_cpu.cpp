@@ -54,8 +54,32 @@ Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.conti
 
 thin::Rows rows_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0)}; }
 
+bool is_plain(const Tensor& t) { return t.scalar_type() == at::kFloat && t.is_cpu(); }
+
+/// t as dense fp32 on the CPU: t itself where it is that. (A call of `to` that does nothing costs
+/// as much as a small product.)
+Tensor plain(const Tensor& t, const Tensor& like) {
+  return is_plain(t) && t.is_contiguous() ? t : t.to(like.options()).contiguous();
+}
+
+/// A gradient in the dtype and on the device of its block.
+Tensor for_block(Tensor grad, const Tensor& block) {
+  return is_plain(block) ? grad : grad.to(block.options());
+}
+
+/// Blocks of rows below one another: at::cat in one copy.
 Tensor stack_rows(at::TensorList A, const Tensor& like) {
-  return kAtenKernels.stack_rows(A, like).contiguous();
+  if (like.scalar_type() != at::kFloat) return kAtenKernels.stack_rows(A, like).contiguous();
+  if (A.size() == 1) return plain(A[0], like);
+  int64_t rows = 0;
+  for (const Tensor& block : A) rows += block.size(0);
+  Tensor stacked = at::empty({rows, A[0].size(1)}, like.options());
+  float* to = stacked.mutable_data_ptr<float>();
+  for (const Tensor& block : A) {
+    const Tensor dense = plain(block, like);
+    to = std::copy_n(dense.const_data_ptr<float>(), dense.numel(), to);
+  }
+  return stacked;
 }
 
 /// B is kept as the transpose of a dense [R, out] that has the scaling.
@@ -66,7 +90,7 @@ Columns stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tens
   Tensor Bt = at::empty({R, B[0].size(0)}, like.options());
   float* rows = Bt.mutable_data_ptr<float>();
   for (size_t k = 0; k < B.size(); ++k) {
-    const Tensor block = B[k].to(like.options()).contiguous();
+    const Tensor block = plain(B[k], like);
     thin::transpose(block.const_data_ptr<float>(), block.size(0), block.size(1),
                     static_cast<float>(scaling[k]), rows, Bt.size(1));
     rows += block.size(1) * Bt.size(1);
@@ -125,7 +149,7 @@ std::pair<Tensor, Tensor> take_taps(const Tensor& u, at::TensorList taps, int64_
     if (rest) std::copy_n(from + row * stride + R, width - R, rest + row * (width - R));
   }
   for (const Tensor& one : taps) {
-    const Tensor addend = as_matrix(one).to(u.options()).contiguous();
+    const Tensor addend = plain(as_matrix(one), u);
     const float* values = addend.const_data_ptr<float>();
     for (int64_t i = 0; i < T * R; ++i) sum[i] += values[i];
   }
@@ -160,14 +184,14 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   thin::reduce(tile_of(x, mask.pointer()), rows_of(rows), du.size(1),
                stacked.mutable_data_ptr<float>());
   if (mask.is_on) stacked.mul_(1 / mask.keep);
-  if (A.size() == 1) return {stacked.to(A[0].options())};
+  if (A.size() == 1) return {for_block(std::move(stacked), A[0])};
   std::vector<Tensor> dA;
   const float* from = stacked.const_data_ptr<float>();
   for (const Tensor& A_k : A) {
     Tensor block = at::empty(A_k.sizes(), x.options());
     std::copy_n(from, block.numel(), block.mutable_data_ptr<float>());
     from += block.numel();
-    dA.push_back(block.to(A_k.options()));
+    dA.push_back(for_block(std::move(block), A_k));
   }
   return dA;
 }
@@ -196,7 +220,7 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Colum
     thin::transpose(from, r, out, static_cast<float>(scaling[k]), block.mutable_data_ptr<float>(),
                     r);
     from += r * out;
-    dB.push_back(block.to(B[k].options()));
+    dB.push_back(for_block(std::move(block), B[k]));
   }
   return {ds, std::move(dB)};
 }

@@ -40,7 +40,7 @@ def adapt(
     want_norms=False,
 ):
     """Evaluate one layer; returns y, s, tap, bits, norms."""
-    member = ops.Member(weight, bias, base_out, A, B, scaling, taps, keep_tap)
+    member = ops.member(weight, bias, base_out, A, B, scaling, taps, keep_tap)
     return ops.adapt(x, [member], dropout=dropout, bits=bits, want_norms=want_norms)
 
 

@@ -1,0 +1,48 @@
+"""How much memory a piece of work holds at most, and what it saves for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def changes_of(work: Callable[[], Any]) -> list[int]:
+    """Return what the CPU allocator gave (bytes > 0) and took back (< 0) in `work`, in order."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [event for event in events if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
+
+
+def allocations(work: Callable[[], Any]) -> list[int]:
+    """Return the size of every allocation of `work`."""
+    return [change for change in changes_of(work) if change > 0]
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Return the most bytes that were held at once above where `work` began."""
+    return max(accumulate(changes_of(work), initial=0))
+
+
+def saved_bytes(work: Callable[[], Any], known: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd saves in `work`, beyond the storage of `known` tensors."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = work()
+    del kept
+    return sum(sizes.values())
