@@ -217,8 +217,9 @@ def run_cell(task: Task, method: str, seed: int, settings: Settings) -> dict[str
     trainer.run(settings.steps)
     record["unmerged"], reference = evaluate(model, task)
     if is_exact:
-        with merged_by(model, "exact"):
-            record["rules"] = {"exact": evaluate(model, task, reference)[0]}
+        reslora.merge(model)  # into the weights: what is left is their rounding
+        record["rules"] = {"exact": evaluate(model, task, reference)[0]}
+        reslora.unmerge(model)
     else:
         record["rules"] = remove_shortcut(model, task, seed, settings)
         fresh = task.training(7000 + seed)
