@@ -138,11 +138,12 @@ def check_chains(names: list[str], adapter: _C.AdapterFile, config: ResLoraConfi
     """Refuse a base with more layers of a kind than the adapter has, where it should have all."""
     if config.layers_to_transform is not None or config.exclude_modules is not None:
         return
-    if not isinstance(config.target_modules, list):
-        return
+    targets = config.target_modules
     for chain, layers in adapter.chains:
         pattern = re.escape(f"{chain}.weight").replace(r"\*", r"\d+")
         found = [name for name in names if re.fullmatch(pattern, name)]
+        if isinstance(targets, str) and targets != "all-linear":  # may name some layers of a kind
+            found = [n for n in found if re.fullmatch(targets, n.removesuffix(".weight"))]
         if len(found) > len(layers):
             raise ValueError(
                 f"[merge] the base must be that of the adapter; got {len(found)} layers {chain}, "

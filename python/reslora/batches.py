@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+IGNORED = -100  # labels that are no targets, as in transformers
 
 
 def as_batches(data: Any, op: str) -> Iterable[Any]:
     """Return data as an iterable of batches."""
     if isinstance(data, Mapping | Tensor):
         return [data]
+    if isinstance(data, list | tuple) and not data:
+        raise ValueError(f"[{op}] data must hold a batch; got an empty {type(data).__name__}")
     if isinstance(data, str) or not isinstance(data, Iterable):
         raise ValueError(
             f"[{op}] data must be batches (mappings, tuples or tensors); got {type(data).__name__}"
@@ -81,37 +84,81 @@ def masks_of(model: nn.Module, batch: Any, op: str) -> list[Tensor]:
     """Return the padding masks of a batch, bool [batch, tokens].
 
     Raises:
-        ValueError: where input_ids are padded and no attention_mask says where, and where the masks
-            of encoder and decoder cannot be told apart.
+        ValueError: where tokens are padded and neither a mask nor labels of -100 say where, for a
+            mask of other values than 0 and 1, and where the masks of encoder and decoder cannot be
+            told apart.
     """
     if not isinstance(batch, Mapping):
         values = batch if isinstance(batch, tuple | list) else [batch]
         _refuse_padding(model, next((v for v in values if isinstance(v, Tensor)), None), op)
         return []
     given = [batch[name] for name in MASKS if isinstance(batch.get(name), Tensor)]
-    masks = [mask.bool() for mask in given if mask.dim() == 2]
+    for mask in given:
+        if mask.dim() == 2 and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                f"[{op}] a mask [batch, tokens] must hold 1 for tokens and 0 for padding; got "
+                f"values from {float(mask.min()):g} to {float(mask.max()):g}"
+            )
+    encoder, decoder = (_mask(batch.get(name)) for name in MASKS)
     if not any(mask.dim() == 2 for mask in given):
         _refuse_padding(model, batch.get("input_ids"), op)
-    _refuse_alike(model, batch, masks, op)
-    return masks
+    if _is_encoder_decoder(model):
+        encoder = _all_ones(batch.get("input_ids")) if encoder is None else encoder
+        decoder = _decoder_mask(model, batch, op) if decoder is None else decoder
+    _refuse_alike(model, batch, encoder, decoder, op)
+    return [mask for mask in (encoder, decoder) if mask is not None]
 
 
-def _refuse_alike(model: nn.Module, batch: Mapping[str, Any], masks: list[Tensor], op: str) -> None:
+def _mask(value: Any) -> Tensor | None:
+    return value.bool() if isinstance(value, Tensor) and value.dim() == 2 else None
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _all_ones(tokens: Any) -> Tensor | None:
+    is_matrix = isinstance(tokens, Tensor) and tokens.dim() == 2
+    return torch.ones_like(tokens, dtype=torch.bool) if is_matrix else None
+
+
+def _decoder_mask(model: nn.Module, batch: Mapping[str, Any], op: str) -> Tensor | None:
+    """Return the decoder's mask as the labels tell it; refuse padding that nothing tells."""
+    labels, tokens = batch.get("labels"), batch.get("decoder_input_ids")
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        return labels != IGNORED
+    if isinstance(tokens, Tensor) and tokens.dim() == 2:
+        # The first token starts the text, and is the padding token in T5.
+        _refuse_padding(model, tokens[:, 1:], op, "decoder_input_ids", MASKS[1])
+    return _all_ones(tokens)
+
+
+def _refuse_alike(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    encoder: Tensor | None,
+    decoder: Tensor | None,
+    op: str,
+) -> None:
     """Refuse an encoder and a decoder of one length whose padding differs: rows look the same."""
-    is_alike = len(masks) > 1 and masks[0].shape == masks[1].shape
-    is_ambiguous = is_alike and not torch.equal(*masks)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and len(masks) == 1:
-        target = batch.get("decoder_input_ids", batch.get("labels"))
-        has_shape = isinstance(target, Tensor) and target.shape == masks[0].shape
-        is_ambiguous = has_shape and not bool(masks[0].all())
-    if is_ambiguous:
+    masks = [mask for mask in (encoder, decoder) if mask is not None]
+    source = batch.get("input_ids", encoder)
+    target = batch.get("decoder_input_ids", batch.get("labels", decoder))
+    if not masks or not isinstance(source, Tensor) or not isinstance(target, Tensor):
+        return
+    if source.shape != target.shape or not (_is_encoder_decoder(model) or len(masks) == 2):
+        return
+    ones = torch.ones_like(masks[0])
+    if not torch.equal(ones if encoder is None else encoder, ones if decoder is None else decoder):
         raise ValueError(
             f"[{op}] padded encoder and decoder inputs must differ in length to tell whose rows "
-            f"are whose; got {list(masks[0].shape)} for both: pad one side to another length"
+            f"are whose; got {list(source.shape)} for both: pad one side to another length"
         )
 
 
-def _refuse_padding(model: nn.Module, tokens: Any, op: str) -> None:
+def _refuse_padding(
+    model: nn.Module, tokens: Any, op: str, name: str = "input_ids", mask: str = MASKS[0]
+) -> None:
     config = getattr(model, "config", None)
     pad = getattr(config, "pad_token_id", None)
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or not isinstance(pad, int):
@@ -127,7 +174,7 @@ def _refuse_padding(model: nn.Module, tokens: Any, op: str) -> None:
     if count:
         raise ValueError(
             f"[{op}] a padded batch must say where its padding is; got {count} of {len(tokens)} "
-            f"rows of input_ids that begin or end with pad_token_id {pad}, and no attention_mask "
+            f"rows of {name} that begin or end with pad_token_id {pad}, and no {mask} "
             "[batch, tokens]: pass a mapping with one (all ones if the tokens are meant)"
         )
 

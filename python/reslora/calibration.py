@@ -112,7 +112,7 @@ def calibrate(
 
     Cost: forwards (with move_taps four more a chain), T in (in + 2r) for each x, in^3/3 a layer.
     """
-    injection = _ready(model)
+    injection = _ready(model, max_cov_bytes)
     start = time.monotonic()
     if isinstance(data, list | tuple) and not data:
         injection.calibrated = None
@@ -149,7 +149,11 @@ def _move_taps(
         result.moved, result.distance_before, result.distance = moves
 
 
-def _ready(model: nn.Module) -> Injection:
+def _ready(model: nn.Module, max_cov_bytes: int) -> Injection:
+    if not isinstance(max_cov_bytes, int) or max_cov_bytes < 0:
+        raise ValueError(
+            f"[calibrate] max_cov_bytes must be a whole number of bytes; got {max_cov_bytes!r}"
+        )
     injection = injection_of(model, "calibrate")
     if injection.applied is not None:
         raise ValueError("[calibrate] the model must not be merged; got a merged one (unmerge it)")

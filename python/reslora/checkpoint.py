@@ -24,7 +24,7 @@ from .injection import Injection, inject
 from .layer import is_conv1d
 from .merging import unload
 from .planning import Calibrated, adapter_sum
-from .utils import find_layers, injection_of, write_text
+from .utils import find_layers, injection_of, staged, write_text
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -66,13 +66,14 @@ def save_pretrained(
     chains = [(chain.key, chain.links.layers) for chain in injection.chains]
     tensors = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
     folder = make_folder(directory)
-    _C.save_adapter(folder / WEIGHTS_NAME, text, chains, tensors)
-    if layers:
-        _C.save_statistics(folder / STATISTICS_NAME, adapter_sum(injection), layers)
-    else:
+    with staged(folder) as stage:
+        _C.save_adapter(stage / WEIGHTS_NAME, text, chains, tensors)
+        if layers:
+            _C.save_statistics(stage / STATISTICS_NAME, adapter_sum(injection), layers)
+        write_text(stage / CONFIG_NAME, text)
+        write_text(stage / "README.md", _card(injection, base))
+    if not layers:
         (folder / STATISTICS_NAME).unlink(missing_ok=True)
-    write_text(folder / CONFIG_NAME, text)
-    write_text(folder / "README.md", _card(injection, base))
 
 
 def _transposed_chains(injection: Injection) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import _C
+from .calibration import earlier_fits_after_errors
 from .checkpoint import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -66,7 +67,7 @@ def export_lora(
         rank: reduce every pair (of `bs`: of rank (m+1)r) to at most this rank by QR and SVD, to
             the smallest that keeps `tolerance`. None: no reduction.
         tolerance: relative error |BA - reduced| / |BA| below which a rank is small enough.
-        data: calibration batches for `lsq`, as in `merge`; so `refine_steps`.
+        data: calibration batches for `lsq`, as in `merge`; the fits stay with the model.
         refine_steps: as in `merge`.
         base_model_name_or_path: for adapter_config.json; by default the model's own.
         task_type: for adapter_config.json, such as "CAUSAL_LM".
@@ -151,6 +152,8 @@ def reduced(
     layers: list[_C.LayerMerge], rank: int | None, tolerance: float
 ) -> tuple[list[_C.LayerMerge], float]:
     """Reduce planned pairs to at most `rank`; return them and the largest relative error."""
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"[export] rank must be at least 1, and whole; got {rank!r}")
     if rank is None:
         return layers, 0.0
     found = [_C.reduced_factors(layer, rank, tolerance) for layer in layers]
@@ -221,8 +224,9 @@ def _planned(
 ) -> _C.MergePlan:
     applied = injection.applied
     if applied is None:
-        prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
-        return make_plan(injection, merge_method, op, use_affine=False)
+        with earlier_fits_after_errors(injection):
+            prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
+            return make_plan(injection, merge_method, op, use_affine=False)
     method = applied.merge_method or "default"
     if applied.plan is None:
         raise ValueError(

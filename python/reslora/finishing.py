@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from . import _C
+from .batches import as_batches
 from .calibration import RIDGE, Calibration, calibrate, earlier_fits_after_errors
 from .injection import Injection
 from .planning import make_plan
@@ -72,7 +73,7 @@ def finish(
     result, options = Calibration(), {"move_taps": False, "progressbar": progressbar}
     with earlier_fits_after_errors(injection):
         if batches is not None:
-            result = calibrate(model, batches, ridge=ridge, **options)
+            result = calibrate(model, as_batches(batches, "finish"), ridge=ridge, **options)
         elif injection.calibrated is not None and injection.calibrated.plain is not None:
             injection.calibrated = replace(
                 injection.calibrated, fits=injection.calibrated.plain, plain=None

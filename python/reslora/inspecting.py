@@ -139,8 +139,8 @@ def _inspect_adapter(folder: Path) -> Inspection:
     if statistics:
         found.statistics = f"norms of {windows} layers, fits of {len(fits)}"
         if fits:
-            worst = max(fit.residual for fit in fits)
-            found.statistics += f" (largest residual {worst:.3f}, {fits[0].rows:,} rows)"
+            worst, rows = (max(getattr(fit, n) for fit in fits) for n in ("residual", "rows"))
+            found.statistics += f" (largest residual {worst:.3f}, {rows:,} rows)"
     if not any(t.any() for k, t in adapter.tensors.items() if k.endswith(".reslora_B.weight")):
         found.warnings.append("every B is zero: the adapter changes nothing")
     return found

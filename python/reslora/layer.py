@@ -195,10 +195,10 @@ class ResLoraLinear(nn.Module):
         base: Any = self._modules["base_layer"]  # attributes of modules are slow to look up
         if type(base) is not self.plain_type or _has_hooks(base):
             return None
-        weight = base_weight(base)
+        weight, bias = base_weight(base), base.bias
         if weight is None or weight.requires_grad:
             return None
-        return weight, base.bias
+        return weight, bias  # type: ignore[return-value]
 
     def evaluate_base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return (weight, bias, None) of a plain base layer, else (None, None, its output)."""

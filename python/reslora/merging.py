@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import warnings
 from typing import Any
 
 from torch import nn
 
 from . import _C
-from .calibration import calibrate
+from .batches import as_batches
+from .calibration import calibrate, earlier_fits_after_errors
 from .console import bar
 from .injection import Injection
 from .layer import base_weight
@@ -184,8 +186,7 @@ def _merge(
         raise ValueError(f"[{op}] adapters must not be merged yet; got a merged model (unmerge it)")
     _check_limits(op, verify, max_error)
     _check_weights(model, injection, op, dense)
-    fits = injection.calibrated
-    try:
+    with earlier_fits_after_errors(injection):
         prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
         weights = {name: layer.weight for name, layer in dense.items()}
         plan = make_plan(injection, merge_method, op, weights=weights)
@@ -194,16 +195,33 @@ def _merge(
         if verify is not None:
             measure(model, injection, plan, report, verify, progressbar, dense)
             _refuse_error(op, report, max_error)
-    except BaseException:
-        injection.calibrated = fits
-        raise
-    with bar(progressbar, "merging", len(report.layers)) as shown:
-        plan.apply(keep_originals, safe_merge, lambda done: shown.update(done - shown.n) and None)
+        interrupt = _apply(plan, keep_originals, safe_merge, progressbar, len(report.layers))
     for layer in injection.layers:
         layer.is_merged = True
     injection.applied = Applied(plan, chosen_method(injection, merge_method), report)
+    if interrupt is not None:
+        raise interrupt
     logger.info("[%s] merged\n%s", op, report)
     return report
+
+
+def _apply(
+    plan: _C.MergePlan, keep_originals: bool, safe_merge: bool, progressbar: bool, count: int
+) -> BaseException | None:
+    """Write every W*. Without originals nothing could be put back: an interrupt then waits."""
+    waiting: list[BaseException] = []
+    with bar(progressbar, "merging", count) as shown:
+
+        def show(done: int) -> None:
+            try:
+                shown.update(done - shown.n)
+            except BaseException as error:
+                if keep_originals:
+                    raise
+                waiting.append(error)
+
+        plan.apply(keep_originals, safe_merge, show)
+    return waiting[0] if waiting else None
 
 
 def prepare(
@@ -228,6 +246,12 @@ def prepare(
         )
     if all(chain.merges_exactly for chain in injection.chains):
         return
+    batches = as_batches(data, op)
+    if refine_steps and iter(batches) is batches:
+        raise ValueError(
+            f"[{op}] data is read twice, to calibrate and to refine; got an iterator that can be "
+            "read once: pass a list or a DataLoader"
+        )
     calibrate(model, data, progressbar=progressbar)
     if refine_steps:
         refine(model, data, refine_steps, progressbar=progressbar)
@@ -238,7 +262,7 @@ def _check_limits(op: str, verify: Any, max_error: float | None) -> None:
         return
     if verify is None:
         raise ValueError(f"[{op}] max_error needs batches to measure on; got verify=None")
-    is_number = isinstance(max_error, int | float)
+    is_number = isinstance(max_error, numbers.Real)
     if not (is_number and math.isfinite(max_error) and max_error >= 0):
         raise ValueError(f"[{op}] max_error must be a number of at least 0; got {max_error!r}")
 

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -132,6 +133,15 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, was_disabled in zip(layers, before, strict=True):
             layer.is_disabled = was_disabled
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give a place to write files that belong together: all of them go to `folder`, or none."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".reslora-") as name:
+        yield Path(name)
+        for path in sorted(Path(name).iterdir()):
+            os.replace(path, folder / path.name)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

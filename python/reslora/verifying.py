@@ -92,4 +92,10 @@ def verify_folder(
 
 
 def _logits(model: torch.nn.Module, block: Tensor) -> Tensor:
-    return model(input_ids=block[None]).logits[0].float()
+    try:
+        return model(input_ids=block[None]).logits[0].float()
+    except IndexError as error:
+        raise ValueError(
+            f"[verify] the tokenizer and the model must be of one vocabulary; got token "
+            f"{int(block.max())} ({error}); the merged folder is complete"
+        ) from None

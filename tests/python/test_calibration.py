@@ -397,10 +397,41 @@ def test_encoder_and_decoder_rows_are_told_apart_or_refused():
         calibrate(model, [batch])
     with pytest.raises(ValueError, match="must differ in length"):
         merge_report(model, [batch], "weight")
-    with pytest.warns(UserWarning, match="another shape than the attention"):
-        calibrate(model, [batch | {"decoder_input_ids": tokens(2, 9)}])
+    calibrate(model, [batch | {"decoder_input_ids": 1 + tokens(2, 9) % 20}])
     found = {name.split(".")[0]: fit.rows for name, fit in fits(model).items()}
     assert found["encoder"] == 9 and found["decoder"] in (9, 18)
+
+
+def test_padding_of_a_decoder_is_told_by_its_labels_or_refused():
+    """A collator for seq2seq gives labels with -100, and no decoder_attention_mask."""
+    model = adapted(tiny_t5(), 0.2, target_modules=["q", "v"], res_mode="is")
+    labels = 1 + tokens(2, 9) % 20
+    labels[1, 4:] = -100
+    batch = {"input_ids": 1 + tokens() % 20, "labels": labels}
+
+    def decoder_rows(batch):
+        calibrate(model, [batch])
+        own = {name: fit.rows for name, fit in fits(model).items() if "SelfAttention" in name}
+        return {rows for name, rows in own.items() if name.startswith("decoder")}
+
+    assert decoder_rows(batch) == {9 + 4}
+    mask = (labels != -100).long()
+    mask[1, 4] = 1
+    assert decoder_rows(batch | {"decoder_attention_mask": mask}) == {9 + 5}
+    padded = torch.where(labels == -100, model.config.pad_token_id, labels)
+    with pytest.raises(ValueError, match="rows of decoder_input_ids"):
+        calibrate(model, [{"input_ids": batch["input_ids"], "decoder_input_ids": padded}])
+
+
+def test_a_mask_of_other_values_is_refused():
+    model, ids, mask = padded_llama()
+    with pytest.raises(ValueError, match="must hold 1 for tokens and 0 for padding; got values"):
+        calibrate(model, [{"input_ids": ids, "attention_mask": (1 - mask) * -1e9}])
+
+
+def test_a_limit_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="whole number of bytes; got '4GB'"):
+        calibrate(adapted(res_mode="is"), [rows()], max_cov_bytes="4GB")
 
 
 def test_solving_again_leaves_refined_fits_behind():

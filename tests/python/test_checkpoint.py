@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from models import SHORTCUTS, Net, adapted, randomize, tiny_bert, tiny_llama, tokens, trained
 
-from reslora import ResLoraConfig, inject, load, merge, save_pretrained
+from reslora import ResLoraConfig, checkpoint, inject, load, merge, save_pretrained
 from reslora.utils import find_layers, injection_of
 
 DOUBLE = {"dtype": torch.float64}
@@ -82,6 +82,19 @@ def test_modules_to_save_are_saved_and_loaded(tmp_path):
     torch.testing.assert_close(base(ids).logits, model(ids).logits, rtol=0, atol=0)
     keys = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     assert "classifier.weight" in keys and "classifier.bias" in keys
+
+
+def test_a_disk_that_fills_between_two_files_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    save_pretrained(adapted(res_mode="is"), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_text", full)  # after the tensors
+    with pytest.raises(OSError, match="No space"):
+        save_pretrained(adapted(res_mode="ms"), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_merged_model_saves_its_unmerged_adapter(tmp_path):

@@ -20,14 +20,18 @@ from reslora import (
     _C,
     MergeReport,
     ResLoraConfig,
+    calibrate,
     disable_adapter,
+    export_lora,
+    finish,
     inject,
     merge,
     merge_and_unload,
+    merging,
     unload,
     unmerge,
 )
-from reslora.utils import find_layers
+from reslora.utils import find_layers, injection_of
 
 DOUBLE = {"dtype": torch.float64}
 RULES = [
@@ -328,6 +332,76 @@ def test_links_that_were_not_always_used_are_reported():
     model.layers[2](x_of())
     with pytest.warns(UserWarning, match=r"1 layers were trained .* \(layers.2.lin"):
         merge(model)
+
+
+class Interrupting:
+    """A bar that is interrupted at its second update."""
+
+    n = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def update(self, count):
+        self.n += count
+        if self.n == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_weights_are_written_leaves_one_model_or_the_other(monkeypatch):
+    monkeypatch.setattr(merging, "bar", lambda *_, **__: Interrupting())
+    model = adapted(res_mode="is")
+    x = torch.randn(3, 6, **DOUBLE)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        merge(model, "weight")
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    reference = copy.deepcopy(model)
+    with pytest.raises(KeyboardInterrupt):
+        merge_and_unload(model, "weight")
+    assert all(layer.is_merged for layer in find_layers(model))
+    monkeypatch.undo()
+    merge(reference, "weight")
+    assert torch.equal(model(x), reference(x))
+    model = merge_and_unload(model)
+    assert not find_layers(model) and torch.equal(model(x), reference(x))
+
+
+@pytest.mark.parametrize("data", [[], ()])
+def test_no_batches_are_refused_and_the_fits_stay(data, tmp_path):
+    model = adapted(res_mode="is")
+    calibrate(model, [torch.randn(20, 6, **DOUBLE)])
+    fits = injection_of(model, "test").calibrated
+    for call in (
+        lambda: merge(model, data=data),
+        lambda: merge_and_unload(model, data=data),
+        lambda: export_lora(model, tmp_path / "lora", data=data),
+        lambda: finish(model, data),
+    ):
+        with pytest.raises(ValueError, match="data must hold a batch; got an empty"):
+            call()
+    assert injection_of(model, "test").calibrated is fits
+
+
+def test_an_iterator_cannot_serve_calibration_and_refining():
+    model = adapted(res_mode="is")
+    batches = (torch.randn(20, 6, **DOUBLE) for _ in range(9))
+    with pytest.raises(ValueError, match="data is read twice"):
+        merge(model, data=batches, refine_steps=3)
+
+
+def test_a_refused_export_gives_the_fits_back(tmp_path):
+    model = adapted(res_mode="is")
+    calibrate(model, [torch.randn(20, 6, **DOUBLE)])
+    fits = injection_of(model, "test").calibrated
+    with pytest.raises(ValueError, match="more than held_out"):
+        export_lora(model, tmp_path, data=[torch.randn(30, 6, **DOUBLE)], refine_steps=2)
+    assert injection_of(model, "test").calibrated is fits
+    with pytest.raises(ValueError, match="rank must be at least 1, and whole"):
+        export_lora(model, tmp_path, rank=1.5)
 
 
 def test_a_merged_model_neither_trains_nor_records():
