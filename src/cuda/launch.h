@@ -1,0 +1,125 @@
+// The CUDA kernels beside the big GEMMs: what each computes, on raw pointers, without torch.
+//
+// Contract: matrices are bf16 or fp16 and lie on the current device; products accumulate in fp32;
+// sums over blocks are taken in a fixed order, so equal inputs give equal bits on one device. The
+// caller owns all memory, among it a workspace of workspace_bytes(args) bytes (16-byte aligned,
+// null where that is 0). A launch enqueues on `stream`, waits for nothing and returns the first
+// error. "Kept x" is x with dropped elements 0. Rank: u, s, ds have R <= kMaxRank columns.
+#pragma once
+
+#include <driver_types.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace reslora::cuda {
+
+constexpr int64_t kMaxRank = 128;
+
+enum class Type { kBFloat16, kHalf };
+
+/// Element (i, j) lies at data[i * stride + j]; stride counts elements. Rows that start on 16-byte
+/// boundaries are read and written in vectors, others element by element.
+struct ConstMatrix {
+  const void* data;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+};
+
+struct Matrix {
+  void* data;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+};
+
+/// Where the random numbers start. While a CUDA graph is captured the seed and the offset lie in
+/// device memory, so that each replay draws anew: then the pointers are set, and `offset` is added
+/// to *offset_at.
+struct Philox {
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+  const int64_t* seed_at = nullptr;
+  const int64_t* offset_at = nullptr;
+};
+
+/// By how much one draw of bits advances a Philox offset.
+constexpr uint64_t kPhiloxIncrement = 4;
+
+enum class Dropout {
+  kNone,
+  kGiven,  // bits are read
+  kDrawn,  // bits are drawn and written
+};
+
+/// Bits: uint8 [T, ceil(n/8)], dense; bit j%8 of byte j/8 belongs to element j, 1 = kept. A drawn
+/// element is kept with probability level / 65536; the draw depends on seed, offset and the
+/// element's place alone.
+struct Mask {
+  Dropout dropout = Dropout::kNone;
+  uint8_t* bits = nullptr;
+  uint32_t level = 65536;
+  Philox philox;
+};
+
+/// u = alpha * kept x A^T, and *squares = sum of x^2 before dropout. Reads x once, writes T x R
+/// and the drawn bits.
+struct ProjectArgs {
+  Type type;
+  ConstMatrix x;  // [T, in]
+  ConstMatrix A;  // [R, in]
+  Matrix u;       // [T, R]
+  float alpha;
+  Mask mask;
+  float* squares;  // [1], or null
+  void* workspace;
+  int multiprocessors;  // of the device
+};
+
+/// ds = alpha * gy B and dB = alpha * gy^T s. Reads gy once.
+struct ExpandGradArgs {
+  Type type;
+  ConstMatrix gy;  // [T, out]
+  ConstMatrix B;   // [out, R]
+  ConstMatrix s;   // [T, R]
+  Matrix ds;       // [T, R]
+  Matrix dB;       // [out, R]
+  float alpha;
+  void* workspace;
+  int multiprocessors;
+};
+
+/// dA = alpha * du^T kept x. Reads x once, and given bits.
+struct ProjectGradArgs {
+  Type type;
+  ConstMatrix du;  // [T, R]
+  ConstMatrix x;   // [T, in]
+  Matrix dA;       // [R, in]
+  float alpha;
+  const uint8_t* bits;  // null keeps all
+  void* workspace;
+  int multiprocessors;
+};
+
+/// out = kept (alpha * u P + base). Writes out once.
+struct ExpandArgs {
+  Type type;
+  ConstMatrix u;     // [T, R]
+  ConstMatrix P;     // [R, n]
+  Matrix out;        // [T, n]
+  ConstMatrix base;  // [T, n]; a stride of 0 repeats one row; data null: no base
+  float alpha;
+  const uint8_t* bits;  // null keeps all
+};
+
+size_t workspace_bytes(const ProjectArgs& args);
+size_t workspace_bytes(const ExpandGradArgs& args);
+size_t workspace_bytes(const ProjectGradArgs& args);
+
+cudaError_t launch_project(const ProjectArgs& args, cudaStream_t stream);
+cudaError_t launch_expand_grad(const ExpandGradArgs& args, cudaStream_t stream);
+cudaError_t launch_project_grad(const ProjectGradArgs& args, cudaStream_t stream);
+cudaError_t launch_expand(const ExpandArgs& args, cudaStream_t stream);
+
+}  // namespace reslora::cuda
