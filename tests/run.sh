@@ -24,6 +24,8 @@ for argument in "$@"; do
     *) echo "[run.sh] the only option is --full; got $argument" >&2; exit 2 ;;
   esac
 done
+# The C++ tests take more shapes with it.
+if ((full)); then export RESLORA_FULL=1; else unset RESLORA_FULL; fi
 # A user-wide or redirected installation would miss the virtual environment.
 unset PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PYTHONPATH PYTHONHOME
 export PIP_DISABLE_PIP_VERSION_CHECK=1 CMAKE_BUILD_PARALLEL_LEVEL=$jobs TOKENIZERS_PARALLELISM=false

@@ -1,0 +1,271 @@
+// Each kernel on the CPU: its result against fp64, its tails, its order, its traffic.
+#include "cuda/device.cuh"
+#include "harness.h"
+
+namespace kernel_tests {
+namespace {
+
+using namespace reslora::cuda;
+
+constexpr double kForward = 2.0, kGradient = 3.0;  // times the plain path's error
+
+class OnCpu : public testing::TestWithParam<Case> {
+ protected:
+  ~OnCpu() override {
+    cuda_on_cpu::options() = {};
+    cuda_on_cpu::stop_watching();
+  }
+  Buffer wide(int64_t rows) {
+    const Shape& s = GetParam().shape;
+    Buffer b(rows, s.n, GetParam().type, s.gap, s.shift);
+    b.fill(random_);
+    return b;
+  }
+  Buffer thin(int64_t rows) {
+    Buffer b(rows, GetParam().shape.R, GetParam().type);
+    b.fill(random_);
+    return b;
+  }
+  Buffer thin_result(int64_t rows) {
+    return {rows, GetParam().shape.R, GetParam().type, GetParam().shape.gap};
+  }
+
+  std::mt19937 random_{7};
+};
+
+// ---- project
+
+template <typename Args>
+void launch(cudaError_t (*launcher)(const Args&, cudaStream_t), Args args) {
+  Workspace workspace(workspace_bytes(args));
+  args.workspace = workspace.get();
+  ASSERT_EQ(launcher(args, nullptr), cudaSuccess);
+}
+
+using Project = OnCpu;
+
+void check_project(const Case& c, Dropout dropout, bool wants_squares, std::mt19937& random) {
+  const Shape& s = c.shape;
+  Buffer x(s.T, s.n, c.type, s.gap, s.shift), A(s.R, s.n, c.type), u(s.T, s.R, c.type, s.gap);
+  x.fill(random), A.fill(random);
+  Bits bits(s.T, s.n);
+  if (dropout == Dropout::kGiven) bits.fill(random);
+  float squares = NAN;
+  launch(launch_project,
+         ProjectArgs{c.type, x, A, u, 1.25f, Mask{dropout, bits.bytes.get(), 49152, {11, 8}},
+                     wants_squares ? &squares : nullptr, nullptr, s.multiprocessors});
+  const Exact dropped = dropout == Dropout::kNone ? exact(x) : kept(exact(x), bits);
+  expect_near(u, product(dropped, transposed(exact(A)), 1.25, c.type), kForward);
+  if (!wants_squares) return;
+  double sum = 0;
+  for (double v : exact(x).values) sum += v * v;
+  EXPECT_NEAR(squares, sum, 1e-5 * sum);
+}
+
+TEST_P(Project, EqualsTheProduct) { check_project(GetParam(), Dropout::kNone, true, random_); }
+
+TEST_P(Project, AppliesGivenBits) {
+  if (!is_full() && GetParam().shape.T % 2 == 0) return;  // half of the shapes in the short run
+  check_project(GetParam(), Dropout::kGiven, false, random_);
+}
+
+TEST_P(Project, AppliesTheBitsThatItDraws) {
+  if (!is_full() && GetParam().shape.T % 2 == 1 && GetParam().shape.R != 9) return;
+  check_project(GetParam(), Dropout::kDrawn, GetParam().shape.R % 2 == 1, random_);
+}
+
+// ---- expand_grad
+
+using ExpandGrad = OnCpu;
+
+TEST_P(ExpandGrad, GivesBothGradients) {
+  const auto [type, s] = GetParam();
+  Buffer gy = wide(s.T), B = thin(s.n), entered = thin(s.T);
+  Buffer ds = thin_result(s.T), dB = thin_result(s.n);
+  launch(launch_expand_grad,
+         ExpandGradArgs{type, gy, B, entered, ds, dB, 0.75f, nullptr, s.multiprocessors});
+  expect_near(ds, product(exact(gy), exact(B), 0.75, type), kGradient);
+  expect_near(dB, product(transposed(exact(gy)), exact(entered), 0.75, type), kGradient);
+}
+
+// ---- project_grad
+
+using ProjectGrad = OnCpu;
+
+TEST_P(ProjectGrad, EqualsTheProductWithKeptX) {
+  const auto [type, s] = GetParam();
+  Buffer x = wide(s.T), du = thin(s.T), dA(s.R, s.n, type, s.gap, s.shift);
+  Bits bits(s.T, s.n);
+  bits.fill(random_);
+  const bool has_bits = s.R % 4 != 1 || s.T == 37;
+  launch(launch_project_grad,
+         ProjectGradArgs{type, du, x, dA, 1.5f, has_bits ? bits.bytes.get() : nullptr, nullptr,
+                         s.multiprocessors});
+  const Exact dropped = has_bits ? kept(exact(x), bits) : exact(x);
+  expect_near(dA, product(transposed(exact(du)), dropped, 1.5, type), kGradient);
+}
+
+// ---- expand
+
+using Expand = OnCpu;
+
+enum class Base { kNone, kRow, kFull };
+
+void check_expand(const Case& c, Base kind, bool has_bits, std::mt19937& random) {
+  const Shape& s = c.shape;
+  Buffer u(s.T, s.R, c.type), P(s.R, s.n, c.type, s.gap, s.shift);
+  Buffer out(s.T, s.n, c.type, s.gap, s.shift), base(kind == Base::kRow ? 1 : s.T, s.n, c.type);
+  u.fill(random), P.fill(random), base.fill(random, 4.0f);
+  Bits bits(s.T, s.n);
+  bits.fill(random);
+  ConstMatrix below = base;
+  if (kind == Base::kRow) below.rows = s.T, below.stride = 0;
+  if (kind == Base::kNone) below.data = nullptr;
+  ASSERT_EQ(launch_expand({c.type, u, P, out, below, 2.5f, has_bits ? bits.bytes.get() : nullptr},
+                          nullptr),
+            cudaSuccess);
+  Exact added(s.T, s.n);
+  for (int64_t i = 0; i < s.T && kind != Base::kNone; ++i)
+    for (int64_t j = 0; j < s.n; ++j) added.at(i, j) = base.value(kind == Base::kRow ? 0 : i, j);
+  Reference want = product(exact(u), exact(P), 2.5, c.type, &added);
+  if (has_bits) want = {kept(want.exact, bits), kept(want.plain, bits)};
+  expect_near(out, want, kForward);
+}
+
+TEST_P(Expand, MasksTheProduct) { check_expand(GetParam(), Base::kNone, true, random_); }
+
+TEST_P(Expand, AddsABase) {
+  const Base kind = GetParam().shape.T % 2 ? Base::kRow : Base::kFull;
+  check_expand(GetParam(), kind, GetParam().shape.R % 2 == 0, random_);
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, Project, testing::ValuesIn(cases()), name_of);
+INSTANTIATE_TEST_SUITE_P(Shapes, ExpandGrad, testing::ValuesIn(cases()), name_of);
+INSTANTIATE_TEST_SUITE_P(Shapes, ProjectGrad, testing::ValuesIn(cases()), name_of);
+INSTANTIATE_TEST_SUITE_P(Shapes, Expand, testing::ValuesIn(cases()), name_of);
+
+// ---- Order: equal inputs give equal bits, whatever block runs first
+
+/// Every result of every kernel, as bits.
+std::vector<std::vector<uint16_t>> all_results() {
+  constexpr int64_t T = 130, n = 600, R = 9;
+  constexpr Type type = Type::kBFloat16;
+  std::mt19937 random{3};
+  Buffer x(T, n, type), A(R, n, type), B(n, R, type), s(T, R, type);
+  x.fill(random), A.fill(random), B.fill(random), s.fill(random);
+  Buffer u(T, R, type), ds(T, R, type), dB(n, R, type), dA(R, n, type), out(T, n, type);
+  Bits bits(T, n);
+  float squares = 0;
+  launch(launch_project,
+         ProjectArgs{type, x, A, u, 1.0f, Mask{Dropout::kDrawn, bits.bytes.get(), 40000, {5, 4}},
+                     &squares, nullptr, 8});
+  launch(launch_expand_grad, ExpandGradArgs{type, x, B, s, ds, dB, 1.0f, nullptr, 8});
+  launch(launch_project_grad, ProjectGradArgs{type, s, x, dA, 1.0f, bits.bytes.get(), nullptr, 16});
+  EXPECT_EQ(launch_expand({type, s, A, out, {}, 1.0f, bits.bytes.get()}, nullptr), cudaSuccess);
+  std::vector<uint16_t> others(bits.bytes.get(), bits.bytes.get() + bits.count);
+  uint32_t squares_bits;
+  std::memcpy(&squares_bits, &squares, sizeof squares);
+  others.push_back(static_cast<uint16_t>(squares_bits));
+  others.push_back(static_cast<uint16_t>(squares_bits >> 16));
+  return {u.content(), ds.content(), dB.content(), dA.content(), out.content(), others};
+}
+
+TEST(Kernels, GiveEqualBitsInAnyOrderOfBlocks) {
+  const auto once = all_results();
+  EXPECT_EQ(all_results(), once);
+  cuda_on_cpu::options().is_order_reversed = true;
+  EXPECT_EQ(all_results(), once);
+  cuda_on_cpu::options() = {};
+}
+
+// ---- Dropout bits
+
+TEST(Philox, GivesThePublishedNumbers) {
+  const auto words = [](uint4 v) { return std::vector<uint32_t>{v.x, v.y, v.z, v.w}; };
+  constexpr uint32_t kOnes = 0xffffffffu;
+  EXPECT_EQ(words(philox4x32({0, 0, 0, 0}, {0, 0})),
+            (std::vector<uint32_t>{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}));
+  EXPECT_EQ(words(philox4x32({kOnes, kOnes, kOnes, kOnes}, {kOnes, kOnes})),
+            (std::vector<uint32_t>{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}));
+}
+
+Bits draw(int64_t T, int64_t n, uint32_t level, const Philox& philox) {
+  std::mt19937 random{1};
+  Buffer x(T, n, Type::kHalf), A(4, n, Type::kHalf), u(T, 4, Type::kHalf);
+  x.fill(random), A.fill(random);
+  Bits bits(T, n);
+  launch(launch_project,
+         ProjectArgs{Type::kHalf, x, A, u, 1.0f,
+                     Mask{Dropout::kDrawn, bits.bytes.get(), level, philox}, nullptr, nullptr, 1});
+  return bits;
+}
+
+std::vector<uint8_t> bytes_of(const Bits& bits) {
+  return {bits.bytes.get(), bits.bytes.get() + bits.count};
+}
+
+TEST(DrawnBits, AreThoseOfSeedOffsetAndPlace) {
+  const uint64_t seed = 0x123456789abcull, offset = 0x8'0000'0008ull;
+  const Bits bits = draw(3, 20, 30000, {seed, offset});
+  for (int64_t i = 0; i < 3; ++i) {
+    for (int64_t j = 0; j < 20; ++j) {
+      const auto place = static_cast<uint32_t>(i * 3 + j / 8);
+      const uint4 random = philox4x32({2, 2, place, 0}, {0x56789abcu, 0x1234u});  // offset / 4
+      const uint32_t words[] = {random.x, random.y, random.z, random.w};
+      const uint32_t number = words[j % 8 / 2] >> (j % 2 * 16) & 0xffff;
+      EXPECT_EQ(bits.keeps(i, j), number < 30000) << i << " " << j;
+    }
+  }
+}
+
+TEST(DrawnBits, AreTheSameFromDeviceMemory) {
+  const int64_t seed = 77, offset = 40;
+  const auto want = bytes_of(draw(9, 70, 50000, {77, 48}));
+  EXPECT_EQ(bytes_of(draw(9, 70, 50000, {0, 8, &seed, &offset})), want);
+  EXPECT_NE(bytes_of(draw(9, 70, 50000, {77, 52})), want);
+  EXPECT_NE(bytes_of(draw(9, 70, 50000, {78, 48})), want);
+}
+
+TEST(DrawnBits, AreKeptAsOftenAsAsked) {
+  for (const uint32_t level : {1u, 6554u, 62259u, 65536u}) {
+    const Bits bits = draw(64, 1024, level, {9, 0});
+    double count = 0;
+    for (int64_t i = 0; i < 64; ++i)
+      for (int64_t j = 0; j < 1024; ++j) count += bits.keeps(i, j);
+    const double p = level / 65536.0;
+    EXPECT_NEAR(count / 65536, p, 5 * std::sqrt(p * (1 - p) / 65536) + 1e-9) << level;
+  }
+}
+
+// ---- Refusals
+
+TEST(Kernels, RefuseARankBeyondTheirTiles) {
+  Buffer x(2, 8, Type::kHalf), A(129, 8, Type::kHalf), u(2, 129, Type::kHalf);
+  const ProjectArgs args{Type::kHalf, x, A, u, 1.0f, {}, nullptr, nullptr, 1};
+  EXPECT_EQ(launch_project(args, nullptr), cudaErrorInvalidValue);
+}
+
+TEST(Kernels, ReturnTheErrorOfALaunch) {
+  cuda_on_cpu::options().failure = cudaErrorNoKernelImageForDevice;
+  Buffer u(2, 8, Type::kHalf), P(8, 8, Type::kHalf), out(2, 8, Type::kHalf);
+  EXPECT_EQ(launch_expand({Type::kHalf, u, P, out, {}, 1.0f, nullptr}, nullptr),
+            cudaErrorNoKernelImageForDevice);
+  cuda_on_cpu::options() = {};
+}
+
+TEST(Kernels, ReturnZerosForNoRows) {
+  Buffer x(0, 40, Type::kHalf), A(8, 40, Type::kHalf), u(0, 8, Type::kHalf), dA(8, 40, Type::kHalf);
+  Buffer B(40, 8, Type::kHalf), dB(40, 8, Type::kHalf);
+  std::mt19937 random{1};
+  A.fill(random), B.fill(random);
+  float squares = NAN;
+  launch(launch_project, ProjectArgs{Type::kHalf, x, A, u, 1.0f, {}, &squares, nullptr, 132});
+  launch(launch_project_grad, ProjectGradArgs{Type::kHalf, u, x, dA, 1.0f, nullptr, nullptr, 132});
+  launch(launch_expand_grad, ExpandGradArgs{Type::kHalf, x, B, u, u, dB, 1.0f, nullptr, 132});
+  EXPECT_EQ(squares, 0.0f);
+  EXPECT_EQ(largest(exact(dA)), 0.0);
+  EXPECT_EQ(largest(exact(dB)), 0.0);
+}
+
+}  // namespace
+}  // namespace kernel_tests

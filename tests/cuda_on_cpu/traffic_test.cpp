@@ -1,0 +1,111 @@
+// Bytes that each kernel reads and writes, against the budget: one pass over the wide matrix.
+//
+// Wide matrices are counted each time that they are read, small ones (A, B, u, s) once, since they
+// stay in the cache. What blocks leave for each other is counted apart, against its own formula.
+#include "harness.h"
+
+namespace kernel_tests {
+namespace {
+
+using namespace reslora::cuda;
+
+constexpr int64_t kT = 256, kN = 1024, kR = 16;
+constexpr Type kType = Type::kBFloat16;
+
+/// Expects a count within 10 % of the budget, and prints both.
+void expect_budget(const std::string& what, double got, double budget) {
+  std::printf("  %-28s %10.0f bytes, budget %10.0f (%.2f)\n", what.c_str(), got, budget,
+              got / budget);
+  EXPECT_NEAR(got / budget, 1.0, 0.1) << what;
+}
+
+class TrafficOf : public testing::Test {
+ protected:
+  TrafficOf() {
+    watch("wide", wide_), watch("rows", rows_), watch("columns", columns_), watch("thin", thin_);
+    watch("thin out", thin_out_), watch("rows out", rows_out_), watch("columns out", columns_out_);
+    watch("wide out", wide_out_);
+    cuda_on_cpu::watch("bits", bits_.bytes.get(), static_cast<size_t>(bits_.count));
+  }
+  ~TrafficOf() override { cuda_on_cpu::stop_watching(); }
+
+  void watch(const std::string& name, Buffer& buffer) {
+    std::mt19937 random{5};
+    buffer.fill(random);
+    cuda_on_cpu::watch(name, buffer.data(), buffer.bytes());
+  }
+  static double read(const std::string& name) {
+    return static_cast<double>(cuda_on_cpu::traffic_of(name).read);
+  }
+  static double read_once(const std::string& name) {
+    return static_cast<double>(cuda_on_cpu::traffic_of(name).read_once);
+  }
+  static double written(const std::string& name) {
+    return static_cast<double>(cuda_on_cpu::traffic_of(name).written);
+  }
+  template <typename Args>
+  double workspace_traffic(cudaError_t (*launcher)(const Args&, cudaStream_t), Args args) {
+    const size_t bytes = workspace_bytes(args);
+    Workspace workspace(bytes);
+    args.workspace = workspace.get();
+    if (bytes) cuda_on_cpu::watch("workspace", workspace.get(), bytes);
+    EXPECT_EQ(launcher(args, nullptr), cudaSuccess);
+    return bytes ? read("workspace") + written("workspace") : 0;
+  }
+
+  static constexpr double kX = 2.0 * kT * kN, kA = 2.0 * kR * kN, kU = 2.0 * kT * kR;
+  Buffer wide_{kT, kN, kType}, rows_{kR, kN, kType}, columns_{kN, kR, kType}, thin_{kT, kR, kType};
+  Buffer wide_out_{kT, kN, kType}, rows_out_{kR, kN, kType}, columns_out_{kN, kR, kType};
+  Buffer thin_out_{kT, kR, kType};
+  Bits bits_{kT, kN};
+};
+
+TEST_F(TrafficOf, Project) {
+  float squares = 0;
+  const double between = workspace_traffic(
+      launch_project,
+      ProjectArgs{kType, wide_, rows_, thin_out_, 1.0f,
+                  Mask{Dropout::kDrawn, bits_.bytes.get(), 60000, {1, 0}}, &squares, nullptr, 1});
+  expect_budget("project: x", read("wide"), kX);
+  expect_budget("project: bits written", written("bits"), kX / 16);
+  expect_budget("project: all",
+                read("wide") + read_once("rows") + written("thin out") + written("bits") + between,
+                kX + kA + kU + kX / 16);
+}
+
+TEST_F(TrafficOf, ExpandGrad) {
+  const double between = workspace_traffic(
+      launch_expand_grad,
+      ExpandGradArgs{kType, wide_, columns_, thin_, thin_out_, columns_out_, 1.0f, nullptr, 1});
+  expect_budget("expand_grad: gy", read("wide"), kX);
+  expect_budget("expand_grad: all but sums",
+                read("wide") + read_once("columns") + read_once("thin") + written("thin out") +
+                    written("columns out"),
+                kX + 2 * kA + 2 * kU);
+  // ds for each 512 columns and dB once, in fp32, written and read.
+  expect_budget("expand_grad: sums", between, 2 * (kN / 512 * 2 * kU + 2 * kA));
+}
+
+TEST_F(TrafficOf, ProjectGrad) {
+  const double between = workspace_traffic(
+      launch_project_grad,
+      ProjectGradArgs{kType, thin_, wide_, rows_out_, 1.0f, bits_.bytes.get(), nullptr, 1});
+  expect_budget("project_grad: x", read("wide"), kX);
+  expect_budget("project_grad: bits", read("bits"), kX / 16);
+  expect_budget("project_grad: all but sums",
+                read("wide") + read("bits") + read_once("thin") + written("rows out"),
+                kX + kX / 16 + kU + kA);
+  expect_budget("project_grad: sums", between, 2 * 2 * kA);
+}
+
+TEST_F(TrafficOf, Expand) {
+  ASSERT_EQ(launch_expand({kType, thin_, rows_, wide_out_, {}, 1.0f, bits_.bytes.get()}, nullptr),
+            cudaSuccess);
+  expect_budget("expand: out", written("wide out"), kX);
+  expect_budget("expand: all",
+                written("wide out") + read("bits") + read_once("thin") + read_once("rows"),
+                kX + kX / 16 + kU + kA);
+}
+
+}  // namespace
+}  // namespace kernel_tests
