@@ -29,6 +29,13 @@ foreach(_folder IN LISTS _folders)
   endif()
 endforeach()
 
+set(_reslora_nvcc_options -std=c++17 "-ccbin=${CMAKE_CXX_COMPILER}")
+foreach(_arch IN LISTS RESLORA_CUDA_ARCHITECTURES)
+  list(APPEND _reslora_nvcc_options "-gencode=arch=compute_${_arch},code=sm_${_arch}")
+endforeach()
+list(GET RESLORA_CUDA_ARCHITECTURES -1 _arch)
+list(APPEND _reslora_nvcc_options "-gencode=arch=compute_${_arch},code=compute_${_arch}")
+
 # Sets `reason` to why the kernels cannot be built, or to nothing.
 function(_reslora_refusal reason)
   set(${reason} "" PARENT_SCOPE)
@@ -51,6 +58,18 @@ function(_reslora_refusal reason)
   endif()
   if(_torch_major AND NOT _nvcc_major STREQUAL _torch_major)
     set(${reason} "nvcc is of CUDA ${_nvcc_major} and torch of CUDA ${_torch_major}" PARENT_SCOPE)
+    return()
+  endif()
+  # A host compiler that is too new, or an architecture that is gone, shows in one small file.
+  set(_probe "${CMAKE_BINARY_DIR}/CMakeFiles/reslora_probe.cu")
+  file(WRITE "${_probe}" "#include <cuda_bf16.h>\n#include <mma.h>\n__global__ void probe() {}\n")
+  execute_process(
+    COMMAND "${RESLORA_NVCC}" ${_reslora_nvcc_options} -c "${_probe}" -o "${_probe}.o"
+    RESULT_VARIABLE _result OUTPUT_VARIABLE _printed ERROR_VARIABLE _printed)
+  if(NOT _result EQUAL 0)
+    string(REGEX MATCH "[^\n]*error[^\n]*" _error "${_printed}")
+    set(${reason} "nvcc fails with ${CMAKE_CXX_COMPILER} for ${RESLORA_CUDA_ARCHITECTURES}: ${_error}"
+        PARENT_SCOPE)
   endif()
 endfunction()
 
@@ -69,13 +88,8 @@ endif()
 # Compiles the kernels' files and sets `objects` to the results; beside each lies NAME.ptxas, what
 # ptxas says of registers and spills.
 function(reslora_cuda_objects objects)
-  set(_options -std=c++17 -O3 -lineinfo -Xptxas=-v "-ccbin=${CMAKE_CXX_COMPILER}"
+  set(_options ${_reslora_nvcc_options} -O3 -Xptxas=-v
       -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra)
-  foreach(_arch IN LISTS RESLORA_CUDA_ARCHITECTURES)
-    list(APPEND _options "-gencode=arch=compute_${_arch},code=sm_${_arch}")
-  endforeach()
-  list(GET RESLORA_CUDA_ARCHITECTURES -1 _last)
-  list(APPEND _options "-gencode=arch=compute_${_last},code=compute_${_last}")
   if(RESLORA_WERROR)
     list(APPEND _options -Werror=all-warnings)
   endif()

@@ -148,7 +148,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, Expand, testing::ValuesIn(cases()), name_of);
 
 /// Every result of every kernel, as bits.
 std::vector<std::vector<uint16_t>> all_results() {
-  constexpr int64_t T = 130, n = 600, R = 9;
+  constexpr int64_t T = 260, n = 1100, R = 9;  // every kernel adds parts up
   constexpr Type type = Type::kBFloat16;
   std::mt19937 random{3};
   Buffer x(T, n, type), A(R, n, type), B(n, R, type), s(T, R, type);
@@ -215,6 +215,16 @@ TEST(DrawnBits, AreThoseOfSeedOffsetAndPlace) {
       const uint32_t number = words[j % 8 / 2] >> (j % 2 * 16) & 0xffff;
       EXPECT_EQ(bits.keeps(i, j), number < 30000) << i << " " << j;
     }
+  }
+}
+
+TEST(DrawnBits, AreKeptBelowTheLevelAndNotAtIt) {
+  const uint4 random = philox4x32({0, 0, 0, 0}, {5, 0});
+  const uint32_t words[] = {random.x, random.y, random.z, random.w};
+  for (int64_t j = 0; j < 8; ++j) {
+    const uint32_t number = words[j / 2] >> (j % 2 * 16) & 0xffff;
+    EXPECT_FALSE(draw(1, 8, number, {5, 0}).keeps(0, j)) << j;
+    EXPECT_TRUE(draw(1, 8, number + 1, {5, 0}).keeps(0, j)) << j;
   }
 }
 

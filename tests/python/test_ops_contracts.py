@@ -323,6 +323,6 @@ def test_the_form_of_other_devices(choice):
         check=False,
     )
     if choice == "wrong":
-        assert "RESLORA_KERNELS must be auto or aten; got wrong" in result.stdout
+        assert "RESLORA_KERNELS must be auto, fused or aten; got wrong" in result.stdout
     else:
         assert result.returncode == 0, result.stdout[-3000:]

@@ -1,8 +1,8 @@
 // Stands in for the toolkit's mma.h: nvcuda::wmma on 16 x 16 x 16 tiles of plain floats.
 //
-// Lane l owns row l / 2 and eight columns of the accumulator, and loads the row of the left and
-// the columns of the right matrix that it needs: together the lanes read each tile once at least,
-// and sanitizers see every element.
+// Lane l owns row 15 - l / 2 and eight columns of the accumulator (a kernel may not know which),
+// and loads the row of the left and the columns of the right matrix that it needs: together the
+// lanes read each tile once at least, and sanitizers see every element.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,7 +23,7 @@ enum layout_t { mem_row_major, mem_col_major };
 
 namespace emulated {
 
-inline int row() { return cuda_on_cpu::lane() / 2; }
+inline int row() { return 15 - cuda_on_cpu::lane() / 2; }
 inline int column() { return cuda_on_cpu::lane() % 2 * 8; }
 
 inline float decode(__nv_bfloat16 v) { return __bfloat162float(v); }

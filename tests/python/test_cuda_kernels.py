@@ -1,0 +1,171 @@
+"""The CUDA kernels: what ptxas says of them, that their tests notice mistakes, and a GPU's results.
+
+Their values are tested in C++ on the CPU (tests/cuda_on_cpu).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from samples import adapt
+
+from reslora import _C
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIBRARY = Path(_C.__file__).parent / "libreslora.so"
+KERNELS = {"project_kernel", "project_grad_kernel", "expand_kernel", "expand_grad_kernel"}
+ARCHITECTURES = {"sm_80", "sm_90"}
+
+
+def toolkit() -> Path:
+    """Return the folder of a CUDA toolkit with nvcc, or skip."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [Path(home) / "bin/nvcc" for home in homes if home]
+    on_path = shutil.which("nvcc")
+    for nvcc in [Path(on_path)] if on_path else found:
+        if nvcc.exists():
+            return nvcc.resolve().parents[1]
+    pytest.skip("no CUDA toolkit: nvcc was not found")
+
+
+def needs_kernels() -> None:
+    """Skip where the library cannot have CUDA kernels: no nvcc, or none that fits torch."""
+    printed = subprocess.check_output([toolkit() / "bin/nvcc", "--version"], text=True)
+    release = re.search(r"release (\d+)\.", printed)
+    if release is None or release.group(1) != (torch.version.cuda or "none").split(".")[0]:
+        pytest.skip(f"no CUDA toolkit that fits torch's CUDA {torch.version.cuda}")
+
+
+def build_folder() -> Path:
+    """Return the build tree of the installation that tests/run.sh makes."""
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    return REPOSITORY / "build" / f"{tag}-{tag}-{platform}"
+
+
+def read_reports(folder: Path) -> list[tuple[str, str, int, int]]:
+    """Return (kernel, architecture, registers, bytes of stack and spills) from ptxas' reports."""
+    found = []
+    for path in sorted(folder.glob("*.ptxas")):
+        for entry in path.read_text().split("Compiling entry function ")[1:]:
+            head = re.match(r"'_ZN\w*?\d+([a-z][a-z_]*_kernel)\w*' for '(sm_\d+)'", entry)
+            spills = re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
+            )
+            registers = re.search(r"Used (\d+) registers", entry)
+            assert head and spills and registers, entry[:300]
+            found.append((*head.groups(), int(registers.group(1)), sum(map(int, spills.groups()))))
+    return found
+
+
+def test_no_kernel_spills_registers() -> None:
+    needs_kernels()
+    reports = read_reports(build_folder() / "src/cuda")
+    assert {(name, arch) for name, arch, *_ in reports} >= {
+        (name, arch) for name in KERNELS for arch in ARCHITECTURES
+    }
+    assert [report for report in reports if report[3]] == []
+    # Two blocks of expand_grad, 256 threads each, fit the registers of a multiprocessor.
+    assert max(registers for name, _, registers, _ in reports if name.startswith("expand_g")) <= 128
+
+
+def test_a_spill_is_seen(tmp_path: Path) -> None:
+    entry = (
+        "ptxas info    : Compiling entry function '_ZN7reslora4cuda10sum_kernelIfEEv' for 'sm_90'\n"
+        "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers\n"
+    )
+    (tmp_path / "sum.ptxas").write_text(entry)
+    assert read_reports(tmp_path) == [("sum_kernel", "sm_90", 255, 36)]
+
+
+def test_the_library_uses_the_cuda_runtime_of_torch() -> None:
+    needs_kernels()
+    printed = subprocess.check_output(["readelf", "-d", LIBRARY], text=True)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", printed)
+    assert "libtorch_cuda.so" in needed
+    assert not [name for name in needed if "cudart" in name]
+
+
+def test_the_kernels_are_tested_on_the_cpu() -> None:
+    toolkit()
+    for name in ("cuda_on_cpu", "cuda_on_cpu_address", "cuda_on_cpu_thread"):
+        assert (build_folder() / "tests/cuda_on_cpu" / name).exists()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3000)
+def test_planted_mistakes_are_noticed() -> None:
+    """About ten minutes on one core."""
+    script = REPOSITORY / "tests/cuda_on_cpu/mutants.py"
+    environment = {name: value for name, value in os.environ.items() if name != "RESLORA_FULL"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(toolkit() / "include")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+# ---- On a GPU
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def layer(dtype: torch.dtype, r: int) -> list[torch.Tensor]:
+    """Make x, weight, A and B of a layer with tails in every dimension."""
+    torch.manual_seed(r)
+    shapes = [(3, 67, 200), (136, 200), (r, 200), (136, r)]
+    return [torch.randn(shape, device="cuda", dtype=dtype) * 0.2 for shape in shapes]
+
+
+def gradients(tensors: list[torch.Tensor], bits: torch.Tensor) -> list[torch.Tensor]:
+    """Run one step with given bits; return y and the gradients of x, A and B."""
+    x, weight, A, B = (t.detach().requires_grad_(t is not tensors[1]) for t in tensors)
+    y = adapt(x, weight, None, None, [A], [B], [0.5], [], 0.25, bits)[0]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, A, B])]
+
+
+@on_gpu
+@pytest.mark.parametrize("r", [8, 24, 64, 128, 130])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_is_near_to_fp64(dtype: torch.dtype, r: int) -> None:
+    tensors = layer(dtype, r)
+    bits = torch.randint(0, 256, (201, 25), dtype=torch.uint8, device="cuda")
+    exact = gradients([t.double() for t in tensors], bits)
+    for got, want in zip(gradients(tensors, bits), exact, strict=True):
+        allowed = (0.03 if dtype == torch.bfloat16 else 0.004) * want.abs().max()
+        assert (got.double() - want).abs().max() <= allowed
+
+
+@on_gpu
+def test_equal_seeds_draw_equal_bits_and_a_graph_draws_anew() -> None:
+    x, weight, A, B = layer(torch.bfloat16, 8)
+
+    def draw() -> torch.Tensor:
+        return adapt(x, weight, None, None, [A], [B], [0.5], [], 0.25, None)[3]
+
+    torch.cuda.manual_seed(1)
+    first, second = draw(), draw()
+    torch.cuda.manual_seed(1)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = draw()
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append(drawn.clone())
+    assert not torch.equal(*replays)
