@@ -67,7 +67,7 @@ function(_reslora_refusal reason)
     COMMAND "${RESLORA_NVCC}" ${_reslora_nvcc_options} -c "${_probe}" -o "${_probe}.o"
     RESULT_VARIABLE _result OUTPUT_VARIABLE _printed ERROR_VARIABLE _printed)
   if(NOT _result EQUAL 0)
-    string(REGEX MATCH "[^\n]*error[^\n]*" _error "${_printed}")
+    string(REGEX MATCH "[^\n]*(error|fatal)[^\n]*" _error "${_printed}")
     set(${reason} "nvcc fails with ${CMAKE_CXX_COMPILER} for ${RESLORA_CUDA_ARCHITECTURES}: ${_error}"
         PARENT_SCOPE)
   endif()

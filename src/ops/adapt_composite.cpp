@@ -143,7 +143,7 @@ void record_norms_aten(const Tensor& norms, const Tensor& ring, const Tensor& co
   written.add_(1);
 }
 
-const DeviceKernels& aten_kernels() { return kAtenKernels; }
+const DeviceKernels& aten_kernels(const Tensor&) { return kAtenKernels; }
 
 }  // namespace
 

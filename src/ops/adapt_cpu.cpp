@@ -7,14 +7,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <string_view>
 
 #include "cpu/thin_products.h"
-#include "detail/check.h"
 #include "ops/adapt_kernels.h"
 #include "ops/dropout_bits.h"
 #include "ops/dropout_slabs.h"
+#include "ops/kernel_choice.h"
 
 namespace reslora::ops {
 namespace {
@@ -237,17 +235,9 @@ void record_norms_cpu(const Tensor& norms, const Tensor& ring, const Tensor& cou
   ++*written;
 }
 
-/// RESLORA_KERNELS=aten takes the form that other devices use (for tests and comparisons); auto,
-/// the default, takes the kernels of this file.
-const DeviceKernels& chosen_kernels() {
-  static const DeviceKernels& chosen = []() -> const DeviceKernels& {
-    const char* name = std::getenv("RESLORA_KERNELS");
-    const std::string_view choice = name ? name : "auto";
-    RESLORA_CHECK(choice == "auto" || choice == "aten",
-                  "[adapt] RESLORA_KERNELS must be auto or aten; got {}", choice);
-    return choice == "aten" ? kAtenKernels : kCpuKernels;
-  }();
-  return chosen;
+/// The kernels of this file, unless RESLORA_KERNELS=aten asks for the form that other devices use.
+const DeviceKernels& chosen_kernels(const Tensor&) {
+  return kernel_policy() == KernelPolicy::kAten ? kAtenKernels : kCpuKernels;
 }
 
 }  // namespace

@@ -5,8 +5,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/SymIntArrayRef.h>
 #include <c10/util/SmallVector.h>
+#include <reslora/export.h>
 
 #include <array>
 #include <optional>
@@ -158,8 +160,9 @@ struct DeviceKernels {
                                                                 at::ArrayRef<double> scaling);
 };
 
-extern const DeviceKernels kCpuKernels;   // adapt_cpu.cpp
-extern const DeviceKernels kAtenKernels;  // adapt_composite.cpp
+extern const DeviceKernels kCpuKernels;               // adapt_cpu.cpp
+extern const DeviceKernels kCudaKernels;              // adapt_cuda.cpp, where there is CUDA
+RESLORA_API extern const DeviceKernels kAtenKernels;  // adapt_composite.cpp; tests compare with it
 
 /// Refuses what does not fit together, in one sentence; symbolic shapes are allowed.
 void check_adapt(const AdaptArgs& args);
@@ -184,8 +187,8 @@ std::vector<at::Tensor> unstack(const at::Tensor& stacked, at::TensorList blocks
 std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels);
 Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kernels);
 
-/// The op and its backward for a device, whose kernels `choose` returns.
-template <const DeviceKernels& (*choose)()>
+/// The op and its backward for a device; `choose` returns the kernels for x.
+template <const DeviceKernels& (*choose)(const Tensor& x)>
 std::vector<Tensor> adapt_with(const Tensor& x, at::TensorList bases, at::IntArrayRef layout,
                                at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
                                at::TensorList taps, double dropout, const OptTensor& bits,
@@ -194,13 +197,14 @@ std::vector<Tensor> adapt_with(const Tensor& x, at::TensorList bases, at::IntArr
                   choose());
 }
 
-template <const DeviceKernels& (*choose)()>
+template <const DeviceKernels& (*choose)(const Tensor& x)>
 Gradients adapt_backward_with(at::TensorList given, at::IntArrayRef layout, const Tensor& x,
                               at::TensorList s, at::TensorList A, at::TensorList B,
                               at::ArrayRef<double> scaling, const OptTensor& bits, double dropout,
                               std::array<bool, 3> needs) {
+  const c10::OptionalDeviceGuard guard(x.device());
   return evaluate_backward(sorted_grads(given, layout, x, s, A, B, scaling, bits, dropout, needs),
-                           choose());
+                           choose(x));
 }
 
 }  // namespace reslora::ops

@@ -1,0 +1,197 @@
+// `adapt` on CUDA: the kernels of src/cuda in bf16 and fp16 up to rank 128, ATen for all else.
+//
+// A kernel is used where it saves a pass over a wide matrix: `project` with dropout or norms,
+// `expand` and `project_grad` with dropout, `expand_grad` up to rank 32, beyond which its partial
+// sums cost what it saves. Everything is enqueued on the current stream; nothing waits.
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <mutex>
+
+#include "cuda/launch.h"
+#include "ops/adapt_kernels.h"
+#include "ops/kernel_choice.h"
+
+namespace reslora::ops {
+namespace {
+
+constexpr int64_t kExpandGradRank = 32;
+
+bool has_kernels(const Tensor& x, int64_t rank) {
+  const bool is_16_bit = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  return is_16_bit && x.numel() > 0 && rank > 0 && rank <= cuda::kMaxRank;
+}
+
+cuda::Type type_of(const Tensor& t) {
+  return t.scalar_type() == at::kHalf ? cuda::Type::kHalf : cuda::Type::kBFloat16;
+}
+
+/// t with dense rows: t itself, or a copy.
+Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
+/// t [rows, columns] for a kernel that reads it.
+cuda::ConstMatrix read(const Tensor& t) {
+  return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0)};
+}
+
+/// t [rows, columns] for a kernel that writes it.
+cuda::Matrix written(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0)};
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+/// Asks for a workspace and starts the kernel on the current stream.
+template <typename Args>
+void launch(cudaError_t (*launcher)(const Args&, cudaStream_t), Args args, const Tensor& like) {
+  args.multiprocessors = multiprocessors();
+  const auto bytes = static_cast<int64_t>(workspace_bytes(args));
+  const Tensor workspace = at::empty({bytes}, like.options().dtype(at::kByte));
+  args.workspace = bytes ? workspace.mutable_data_ptr() : nullptr;
+  C10_CUDA_CHECK(launcher(args, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+cuda::Philox next_philox(const Tensor& x) {
+  auto* generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      std::nullopt, at::cuda::detail::getDefaultCUDAGenerator(x.device().index()));
+  std::lock_guard<std::mutex> lock(generator->mutex_);
+  const at::PhiloxCudaState state = generator->philox_cuda_state(cuda::kPhiloxIncrement);
+  if (!state.captured_) return {state.seed_.val, state.offset_.val};
+  return {0, state.offset_intragraph_, state.seed_.ptr, state.offset_.ptr};
+}
+
+/// The mask for a kernel; makes room for bits that are still to be drawn.
+cuda::Mask mask_for(const Tensor& x, Mask& mask) {
+  if (!mask.is_on) return {};
+  const auto level = static_cast<uint32_t>(mask.keep * 65536.0 + 0.5);
+  if (mask.bits.defined()) {
+    mask.bits = mask.bits.contiguous();
+    auto* bits = const_cast<uint8_t*>(mask.bits.const_data_ptr<uint8_t>());  // only read
+    return {cuda::Dropout::kGiven, bits, level, {}};
+  }
+  mask.bits = at::empty({x.size(0), (x.size(1) + 7) / 8}, x.options().dtype(at::kByte));
+  return {cuda::Dropout::kDrawn, mask.bits.mutable_data_ptr<uint8_t>(), level, next_philox(x)};
+}
+
+Tensor stack_rows(at::TensorList A, const Tensor& like) {
+  return with_dense_rows(kAtenKernels.stack_rows(A, like));
+}
+
+/// fp32 [2 G] from the sum of x^2 [1] and from u.
+Tensor norms_from(const Tensor& squares, const Tensor& u, at::ArrayRef<Range> own) {
+  const Tensor norm = squares.sqrt().squeeze(0);
+  std::vector<Tensor> norms;
+  for (const Range& range : own) {
+    norms.push_back(norm);
+    norms.push_back(at::linalg_vector_norm(u.narrow(1, range.first, range.size), 2, std::nullopt,
+                                           false, at::kFloat));
+  }
+  return at::stack(norms);
+}
+
+Tensor project(const Tensor& x, Mask& mask, const Tensor& A, at::ArrayRef<Range> own,
+               Tensor* norms) {
+  if ((!mask.is_on && !norms) || !has_kernels(x, A.size(0)))
+    return kAtenKernels.project(x, mask, A, own, norms);
+  const Tensor dense = with_dense_rows(x), rows = with_dense_rows(A);
+  const Tensor u = at::empty({x.size(0), A.size(0)}, x.options());
+  Tensor squares;
+  if (norms) squares = at::empty({1}, x.options().dtype(at::kFloat));
+  const auto alpha = static_cast<float>(mask.is_on ? 1 / mask.keep : 1.0);
+  launch(
+      cuda::launch_project,
+      cuda::ProjectArgs{type_of(x), read(dense), read(rows), written(u), alpha, mask_for(x, mask),
+                        norms ? squares.mutable_data_ptr<float>() : nullptr, nullptr, 0},
+      x);
+  if (norms) *norms = norms_from(squares, u, own);
+  return u;
+}
+
+Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base,
+              const Tensor* bits) {
+  const Tensor out = at::empty({u.size(0), P.size(1)}, u.options());
+  if (!bits || !has_kernels(out, u.size(1))) return kAtenKernels.expand(u, P, alpha, base, bits);
+  const Tensor left = with_dense_rows(u), right = with_dense_rows(P), kept = bits->contiguous();
+  Tensor below;
+  cuda::ConstMatrix added = {nullptr, out.size(0), out.size(1), 0};
+  if (base) {
+    below = with_dense_rows(*base);
+    added.data = below.const_data_ptr();
+    added.stride = below.dim() == 1 ? 0 : below.stride(0);
+  }
+  C10_CUDA_CHECK(cuda::launch_expand({type_of(u), read(left), read(right), written(out), added,
+                                      static_cast<float>(alpha), kept.const_data_ptr<uint8_t>()},
+                                     c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& mask,
+                                 at::TensorList A) {
+  if (!mask.is_on || !has_kernels(x, du.size(1))) return kAtenKernels.project_grad(du, x, mask, A);
+  const Tensor rows = with_dense_rows(du), dense = with_dense_rows(x);
+  const Tensor bits = mask.bits.contiguous();
+  const Tensor dA = at::empty({du.size(1), x.size(1)}, x.options());
+  launch(cuda::launch_project_grad,
+         cuda::ProjectGradArgs{type_of(x), read(rows), read(dense), written(dA),
+                               static_cast<float>(1 / mask.keep), bits.const_data_ptr<uint8_t>(),
+                               nullptr, 0},
+         x);
+  return unstack(dA, A, 0);
+}
+
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Columns& columns,
+                                                   const Tensor* s, at::TensorList B,
+                                                   at::ArrayRef<double> scaling) {
+  const int64_t R = columns.B.size(1);
+  if (!s || R > kExpandGradRank || !has_kernels(gy, R))
+    return kAtenKernels.expand_grad(gy, columns, s, B, scaling);
+  const Tensor dense = with_dense_rows(gy), stacked = with_dense_rows(columns.B);
+  const Tensor entered = with_dense_rows(*s);
+  const Tensor ds = at::empty({gy.size(0), R}, gy.options());
+  const Tensor dB = at::empty({gy.size(1), R}, gy.options());
+  launch(cuda::launch_expand_grad,
+         cuda::ExpandGradArgs{type_of(gy), read(dense), read(stacked), read(entered), written(ds),
+                              written(dB), static_cast<float>(columns.alpha), nullptr, 0},
+         gy);
+  std::vector<Tensor> blocks = unstack(dB, B, 1);
+  if (!is_uniform(scaling))
+    for (size_t k = 0; k < blocks.size(); ++k) blocks[k].mul_(scaling[k]);
+  return {ds, std::move(blocks)};
+}
+
+}  // namespace
+
+const DeviceKernels kCudaKernels = {
+    stack_rows, kAtenKernels.stack_columns, project, kAtenKernels.take_taps, expand, project_grad,
+    expand_grad};
+
+namespace {
+
+/// The kernels for x; the first use of a type on a device checks them.
+const DeviceKernels& kernels_for(const Tensor& x) {
+  if (x.scalar_type() != at::kBFloat16 && x.scalar_type() != at::kHalf) return kAtenKernels;
+  static KernelChoice choice(kCudaKernels, kernel_policy());
+  const bool is_capturing =
+      c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  return choice.of(x, !is_capturing);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(reslora, CUDA, m) {
+  m.impl("adapt", adapt_with<kernels_for>);
+  m.impl("adapt_backward", adapt_backward_with<kernels_for>);
+}
+
+}  // namespace reslora::ops

@@ -1,0 +1,205 @@
+// See kernel_choice.h.
+#include "ops/kernel_choice.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <string_view>
+#include <vector>
+
+#include "detail/check.h"
+
+namespace reslora::ops {
+namespace {
+
+constexpr int64_t kT = 70, kIn = 136, kOut = 200;  // tails in every kernel
+constexpr double kDropout = 0.25;
+
+/// Inputs of one check, in fp64 on the CPU, and in the type on the device.
+struct Samples {
+  Samples(int64_t rank, at::Device device, at::ScalarType type)
+      : generator(at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(rank))),
+        options(at::TensorOptions().device(device).dtype(type)) {
+    x = normal({kT, kIn});
+    gy = normal({kT, kOut});
+    s = normal({kT, rank});
+    A = {normal({rank, kIn})};
+    B = {normal({kOut, rank})};
+    bits = at::randint(0, 256, {kT, (kIn + 7) / 8}, generator, at::TensorOptions(at::kByte))
+               .to(device);
+  }
+
+  Tensor normal(at::IntArrayRef sizes) {
+    return at::randn(sizes, generator, at::TensorOptions(at::kFloat)).to(options);
+  }
+
+  at::Generator generator;
+  at::TensorOptions options;
+  Tensor x, gy, s, bits;
+  std::vector<Tensor> A, B;
+};
+
+Tensor in_double(const Tensor& t) { return t.to(at::kDouble); }
+
+std::vector<Tensor> in_double(const std::vector<Tensor>& all) {
+  std::vector<Tensor> out;
+  for (const Tensor& t : all) out.push_back(in_double(t));
+  return out;
+}
+
+/// The results of one kernel, each with its name.
+using Results = std::vector<std::pair<std::string, Tensor>>;
+
+Results run_project(const DeviceKernels& kernels, const Tensor& x, const Tensor& A,
+                    const Tensor& bits) {
+  Mask mask{true, 1 - kDropout, bits};
+  Tensor norms;
+  const Range own{0, A.size(0)};
+  const Tensor u = kernels.project(x, mask, A, own, &norms);
+  return {{"project", u}, {"the norms of project", norms}};
+}
+
+/// Every kernel on given bits. What is not in `type` yet is made so: the samples for fp64.
+Results run_all(const DeviceKernels& kernels, const Samples& samples, bool is_exact) {
+  const auto as = [&](const Tensor& t) { return is_exact ? in_double(t) : t; };
+  const Tensor x = as(samples.x), gy = as(samples.gy), s = as(samples.s);
+  const std::vector<Tensor> A = is_exact ? in_double(samples.A) : samples.A;
+  const std::vector<Tensor> B = is_exact ? in_double(samples.B) : samples.B;
+  const std::vector<double> scaling = {0.75};
+  const Mask mask{true, 1 - kDropout, samples.bits};
+
+  const Tensor rows = kernels.stack_rows(A, x);
+  Results results = run_project(kernels, x, rows, samples.bits);
+  Tensor u = kernels.expand(s, rows, 1.25, nullptr, &samples.bits);
+  results.emplace_back("expand", u);
+  results.emplace_back("project_grad", kernels.project_grad(s, x, mask, A)[0]);
+  const auto [ds, dB] =
+      kernels.expand_grad(gy, kernels.stack_columns(B, scaling, gy), &s, B, scaling);
+  results.emplace_back("ds of expand_grad", ds);
+  results.emplace_back("dB of expand_grad", dB[0]);
+  return results;
+}
+
+double largest(const Tensor& t) { return t.abs().max().item<double>(); }
+
+/// Compares results with those of ATen; both are judged by their distance to fp64.
+std::string compare(const Results& got, const Results& aten, const Results& exact,
+                    at::ScalarType type) {
+  const double rounding = type == at::kBFloat16 ? 0x1p-7 : type == at::kHalf ? 0x1p-10 : 1e-5;
+  for (size_t k = 0; k < got.size(); ++k) {
+    const Tensor want = exact[k].second.to(at::kDouble);
+    const double error = std::fabs(largest(got[k].second.to(at::kDouble) - want));  // no -NaN
+    const double allowed =
+        4 * largest(aten[k].second.to(at::kDouble) - want) + rounding * largest(want);
+    if (!(error <= allowed))
+      return fmt::format("{} is off by {:.3g} where at most {:.3g} was expected", got[k].first,
+                         error, allowed);
+  }
+  return {};
+}
+
+/// Keeps the default generator of a device as it was.
+class SameRandomNumbers {
+ public:
+  explicit SameRandomNumbers(at::Device device)
+      : generator_(at::globalContext().defaultGenerator(device)) {
+    std::lock_guard<std::mutex> lock(generator_.mutex());
+    state_ = generator_.get_state();
+  }
+  ~SameRandomNumbers() {
+    std::lock_guard<std::mutex> lock(generator_.mutex());
+    generator_.set_state(state_);
+  }
+
+ private:
+  at::Generator generator_;
+  Tensor state_;
+};
+
+/// Lets the kernels draw bits: the product must be that of the bits, and as many be kept as asked.
+std::string check_drawing(const DeviceKernels& kernels, const Samples& samples) {
+  SameRandomNumbers restored(samples.x.device());
+  const Tensor& A = samples.A[0];
+  const Range own{0, A.size(0)};
+  Mask mask{true, 1 - kDropout, Tensor()};
+  const Results got = {
+      {"project with bits of its own",
+       kernels.project(samples.x, mask, kernels.stack_rows(samples.A, samples.x), own, nullptr)}};
+  const Results aten = {run_project(kAtenKernels, samples.x, A, mask.bits)[0]};
+  const Results exact = {
+      run_project(kAtenKernels, in_double(samples.x), in_double(A), mask.bits)[0]};
+  std::string difference = compare(got, aten, exact, samples.x.scalar_type());
+  if (!difference.empty()) return difference;
+  const Tensor ones = at::ones({1, kIn}, samples.options);
+  const double kept =
+      kAtenKernels.expand(at::ones({kT, 1}, samples.options), ones, 1.0, nullptr, &mask.bits)
+          .to(at::kDouble)
+          .mean()
+          .item<double>();
+  // kT * kIn = 9520 coins: five standard deviations are 0.022.
+  if (std::fabs(kept - (1 - kDropout)) > 0.025)
+    return fmt::format("project keeps {:.3f} of the elements where {} was asked", kept,
+                       1 - kDropout);
+  return {};
+}
+
+}  // namespace
+
+KernelPolicy kernel_policy_from(const char* name) {
+  const std::string_view choice = name ? name : "auto";
+  RESLORA_CHECK(choice == "auto" || choice == "fused" || choice == "aten",
+                "[adapt] RESLORA_KERNELS must be auto, fused or aten; got {}", choice);
+  if (choice == "auto") return KernelPolicy::kAuto;
+  return choice == "fused" ? KernelPolicy::kFused : KernelPolicy::kAten;
+}
+
+KernelPolicy kernel_policy() {
+  static const KernelPolicy policy = kernel_policy_from(std::getenv("RESLORA_KERNELS"));
+  return policy;
+}
+
+std::string disagreement(const DeviceKernels& kernels, at::Device device, at::ScalarType type) {
+  at::NoGradGuard no_grad;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  for (const int64_t rank : {9, 24, 40, 100}) {  // one for each width of tensor-core tiles
+    std::string difference;
+    try {
+      const Samples samples(rank, device, type);
+      difference = compare(run_all(kernels, samples, false), run_all(kAtenKernels, samples, false),
+                           run_all(kAtenKernels, samples, true), type);
+      if (difference.empty()) difference = check_drawing(kernels, samples);
+    } catch (const std::exception& error) {
+      const std::string_view what = error.what();
+      difference = what.substr(0, what.find('\n'));
+    }
+    if (!difference.empty()) return fmt::format("at rank {} {}", rank, difference);
+  }
+  return {};
+}
+
+const DeviceKernels& KernelChoice::of(const at::Tensor& x, bool can_check) {
+  if (policy_ == KernelPolicy::kAten) return kAtenKernels;
+  if (policy_ == KernelPolicy::kFused) return kernels_;
+  const std::pair key{x.device().index(), x.scalar_type()};
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto known = are_right_.find(key);
+  if (known == are_right_.end()) {
+    if (!can_check) return kAtenKernels;
+    const std::string difference = disagreement(kernels_, x.device(), x.scalar_type());
+    known = are_right_.emplace(key, difference.empty()).first;
+    if (!difference.empty()) {
+      TORCH_WARN("[adapt] the fused kernels do not agree with ATen on ", x.device(), " in ",
+                 x.scalar_type(), ": ", difference,
+                 ". ATen is used in their place. RESLORA_KERNELS=aten says so without a check; "
+                 "RESLORA_KERNELS=fused uses them all the same.");
+    }
+  }
+  return known->second ? kernels_ : kAtenKernels;
+}
+
+}  // namespace reslora::ops
