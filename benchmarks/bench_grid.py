@@ -76,8 +76,20 @@ def run_cell(case: Case, seconds: float) -> dict[str, object]:
     once = harness.measure(steps, rounds=2, warmup=1)
     round_seconds = min(sum(times[k] for times in once.values()) for k in range(2))
     rounds = int(min(400, max(7, seconds / round_seconds)))
-    table = harness.ratios(harness.measure(steps, rounds=rounds), reference="frozen")
+    times = harness.measure(steps, rounds=rounds)
+    table = harness.ratios(times, reference="frozen")
+    for name, row in table.items():
+        row["to_peft"] = compared(times, name)
     return {"results": table, "rounds": rounds, "fp64_error": max(errors.values())}
+
+
+def compared(times: dict[str, list[float]], name: str) -> dict[str, float] | None:
+    """Return the ratio to PEFT's LoRA of the same dropout, and how often it was the faster."""
+    other = "peft " + name.rpartition(" ")[2]
+    if other not in times or name == other:
+        return None
+    pairs = [own / its for own, its in zip(times[name], times[other], strict=True)]
+    return {**harness.interval(pairs), "faster": sum(pair < 1 for pair in pairs) / len(pairs)}
 
 
 def main() -> None:

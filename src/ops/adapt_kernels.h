@@ -193,8 +193,9 @@ std::vector<Tensor> adapt_with(const Tensor& x, at::TensorList bases, at::IntArr
                                at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
                                at::TensorList taps, double dropout, const OptTensor& bits,
                                bool want_norms) {
+  const c10::OptionalDeviceGuard guard(x.device());
   return evaluate(sorted_args(x, bases, layout, A, B, scaling, taps, dropout, bits, want_norms),
-                  choose());
+                  choose(x));
 }
 
 template <const DeviceKernels& (*choose)(const Tensor& x)>
