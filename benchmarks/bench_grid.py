@@ -5,7 +5,7 @@ reslora, with and without dropout, all in one interleaved run for each cell. Eac
 in results/grid/; cells that are there already are skipped: the run can be taken up again.
 
     python benchmarks/bench_grid.py                      # all cells that are missing
-    python benchmarks/bench_grid.py --tokens 128 --ranks 16 --seconds 5
+    python benchmarks/bench_grid.py --tokens 128 --ranks 16 --seconds 5 --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ RANKS = (16, 8, 64)
 LARGEST = ((768, 768), (1024, 1024))  # the shapes for 8192 tokens, at rank 16
 DROPOUT = (0.0, 0.05)
 LAYERS = 6
+DTYPES = {"float32": "", "bfloat16": "-bf16"}  # and how their files end
 # name: (shortcut, m)
 METHODS = {
     "none": ("none", 0),
@@ -67,11 +68,12 @@ def variants() -> dict[str, Variant]:
     return found
 
 
-def run_cell(case: Case, seconds: float) -> dict[str, object]:
+def run_cell(case: Case, seconds: float, dtype: torch.dtype = torch.float32) -> dict[str, object]:
     """Validate and time one cell in about `seconds`, with 7 rounds at least."""
     found = variants()
     errors = {name: validate(name, variant, case) for name, variant in found.items()}
-    x, dy = (torch.randn(case.tokens, n) for n in (case.in_features, case.out_features))
+    widths = (case.in_features, case.out_features)
+    x, dy = (torch.randn(case.tokens, n).to(dtype) for n in widths)
     steps = {name: step_of(name, variant, case, x, dy) for name, variant in found.items()}
     once = harness.measure(steps, rounds=2, warmup=1)
     round_seconds = min(sum(times[k] for times in once.values()) for k in range(2))
@@ -97,16 +99,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--seconds", type=float, default=12.0, help="for each cell")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     for case in cells(options.tokens, options.ranks):
-        path = FOLDER / f"{case.tokens}-{case.in_features}x{case.out_features}-r{case.rank}.json"
+        name = f"{case.tokens}-{case.in_features}x{case.out_features}-r{case.rank}"
+        path = FOLDER / f"{name}{DTYPES[options.dtype]}.json"
         if path.exists():
             continue
         before = harness.environment()
         torch.manual_seed(0)
-        record = {"case": vars(case), "environment": before, **run_cell(case, options.seconds)}
+        results = run_cell(case, options.seconds, getattr(torch, options.dtype))
+        settings = {"case": vars(case), "dtype": options.dtype, "environment": before}
+        record = {**settings, **results}
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(record, indent=1) + "\n")
         os.replace(unfinished, path)

@@ -30,6 +30,7 @@ from reslora.utils import find_layers
 
 RANK, ALPHA = 16, 16
 METHODS = {"none": 0, "is": 1, "bs": 3, "ms": -1}
+APART = "none, each layer apart"  # without evaluating q, k, v and gate, up together
 MEMORY_BATCH = (8, 256)
 
 
@@ -158,6 +159,9 @@ def time_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     batch = batch_of(name, rows, length)
     methods = ["frozen", "peft", *METHODS]
     models = {m: adapted(copy.deepcopy(plain), targets, m).train() for m in methods}
+    models[APART] = adapted(copy.deepcopy(plain), targets, "none").train()
+    for layer in find_layers(models[APART]):
+        layer.group = None
     check_values(models, name, batch)
     steps, breaks, errors = {}, {}, {}
     for method, model in models.items():
@@ -165,7 +169,7 @@ def time_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
             lambda module, args, output: output.requires_grad_()
         )
         steps[method] = step_of(model, model, batch)
-        if options.compile and method != "frozen":
+        if options.compile and method not in ("frozen", APART):
             call, count = compiled(model)
             errors[method] = check_against_eager(f"{name} {method}", model, call, batch)
             breaks[method] = count()

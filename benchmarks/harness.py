@@ -46,6 +46,8 @@ def measure(
         seed: of the order of the variants in each round.
     """
     order = random.Random(seed)
+    gc.collect()
+    gc.freeze()  # what exists by now is not looked through in every round
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in tqdm(range(warmup + rounds), desc="rounds", disable=not sys.stderr.isatty()):
         names = list(steps)
@@ -59,6 +61,7 @@ def measure(
                     times[name].append(seconds)
         finally:
             gc.enable()
+    gc.unfreeze()
     return times
 
 

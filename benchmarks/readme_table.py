@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import byte_model
 import merge_summary
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 FILES = ["layer_2048x768.json", "layer_128x384.json"]
 MODES = ("none", "is", "bs", "ms")
+DTYPES = ("float32", "bfloat16")
+GRID = ("none", "is", "bs 3", "ms 1", "ms all")
 ROWS = [
     "peft",
     *(f"naive {mode}" for mode in MODES[1:]),
@@ -70,8 +74,138 @@ def file_merge_sentence() -> str:
     )
 
 
+def grid_table() -> str:
+    """Return the grid of bench_grid.py: ratio to frozen by tokens, and who is below PEFT."""
+    cells = [json.loads(p.read_text()) for p in sorted((HERE / "results" / "grid").glob("*.json"))]
+    if not cells:
+        return "The grid over tokens, shapes and ranks has not been measured."
+    parts = [_grid_of([c for c in cells if c.get("dtype", "float32") == name]) for name in DTYPES]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _grid_of(cells: list[dict[str, Any]]) -> str:
+    if not cells:
+        return ""
+    dtype = cells[0].get("dtype", "float32")
+    names = ["peft", *GRID]
+    lines = [
+        f"Over a grid of tokens, shapes and ranks, {dtype}: median over shapes and ranks of the "
+        "ratio to frozen, dropout 0 and 0.05. Then the cells in which a method was below PEFT's "
+        "LoRA of the same rank, tied with it, or above it (by how often it was the faster in a "
+        "round; a tie is what chance explains).",
+        "",
+        "| tokens (cells) | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for tokens in sorted({cell["case"]["tokens"] for cell in cells}):
+        own = [cell for cell in cells if cell["case"]["tokens"] == tokens]
+        row = [" / ".join(f"{_median(own, n, p):.2f}" for p in ("0", "0.05")) for n in names]
+        lines.append(f"| {tokens} ({len(own)}) | " + " | ".join(row) + " |")
+    for p in ("0", "0.05"):
+        counts = [_counts(cells, name, p) for name in GRID]
+        lines.append(f"| below, tied, above, dropout {p} | | " + " | ".join(counts) + " |")
+    one = cells[0]["environment"]
+    shapes = sorted({(c["case"]["in_features"], c["case"]["out_features"]) for c in cells})
+    ranks = sorted({c["case"]["rank"] for c in cells})
+    lines += [
+        "",
+        f"{len(cells)} cells; shapes {', '.join(f'{a}x{b}' for a, b in shapes)}; "
+        f"r {', '.join(map(str, ranks))}; 6 layers, {dtype}, {one['cores']} cores ({one['cpu']}).",
+    ]
+    return "\n".join(lines)
+
+
+def _median(cells: list[dict[str, Any]], name: str, p: str) -> float:
+    return median(cell["results"][f"{name} p={p}"]["ratio"]["median"] for cell in cells)
+
+
+def _counts(cells: list[dict[str, Any]], name: str, p: str) -> str:
+    """Return how many cells are below, tied and above: two standard deviations of a fair coin."""
+    below = tied = 0
+    for cell in cells:
+        faster = cell["results"][f"{name} p={p}"]["to_peft"]["faster"]
+        is_tie = abs(faster - 0.5) * 2 * cell["rounds"] ** 0.5 < 2
+        tied += is_tie
+        below += not is_tie and faster > 0.5
+    return f"{below}, {tied}, {len(cells) - below - tied}"
+
+
+def steps_table() -> str:
+    """Return what bench_step.py measured."""
+    runs = [HERE / "results" / f"step_{name}.json" for name in ("bert", "llama")]
+    found = [json.loads(path.read_text()) for path in runs if path.exists()]
+    if not found:
+        return "Steps of whole models have not been measured."
+    lines = [
+        "A training step of a whole model with all linear layers adapted (r 16; bs m = 3, ms m = "
+        "all), as the ratio to the frozen model's, and peak memory at batch 8 x 256 in MB, plain "
+        "and with checkpointing:",
+        "",
+        "| | " + " | ".join(_step_heads(run) for run in found) + " |",
+        "|---|" + "---|---|---|" * len(found),
+    ]
+    for method in ("frozen", "peft", "none", "none, each layer apart", "is", "bs", "ms"):
+        row = []
+        for run in found:
+            steps, memory = run["results"]["steps"], run["results"]["memory"].get(method, {})
+            row += [_ratio(steps, method), _ratio(steps, f"{method} compiled")]
+            row.append(" / ".join(f"{value / 1e6:.0f}" for value in memory.values()))
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    own = sum(max(0, n - b["peft"]) for b in _breaks(found) for n in b.values())
+    lines += ["", f"Graph breaks of the compiled models beyond those of PEFT's: {own}."]
+    return "\n".join(lines)
+
+
+def _breaks(runs: list[dict[str, Any]]) -> list[dict[str, int]]:
+    found = [run["results"]["graph_breaks"] for run in runs]
+    return [counts for counts in found if "peft" in counts]
+
+
+def _step_heads(run: dict[str, Any]) -> str:
+    name, (rows, length) = run["settings"]["model"], run["settings"]["batch"]
+    return f"{name} {rows}x{length} | compiled | memory"
+
+
+def _ratio(steps: dict[str, Any], name: str) -> str:
+    if name not in steps:
+        return ""
+    ratio = steps[name]["ratio"]
+    return f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})"
+
+
+def growth_sentence() -> str:
+    """Return the slopes of bench_growth.py."""
+    path = HERE / "results" / "growth.json"
+    if not path.exists():
+        return "How cost grows has not been measured."
+    results = json.loads(path.read_text())["results"]
+    slopes = ", ".join(f"{name} {s:.2f}" for name, s in results["tokens"]["slopes"].items())
+    reach = results["reach"]
+    blocks = {int(k.split()[1]): v["ratio"]["median"] for k, v in reach.items() if k != "frozen"}
+    least, most = min(blocks), max(blocks)
+    each = 100 * (blocks[most] - blocks[least]) / (most - least)
+    lengths = results["length"]
+    longest = max(lengths, key=int)
+    shortest = min(lengths, key=int)
+
+    def growth(name: str) -> float:
+        times = [lengths[n]["steps"][name]["milliseconds"]["median"] for n in (shortest, longest)]
+        return times[1] / times[0]
+
+    return (
+        f"Growth: the log-log slope of time over tokens is {slopes}; another block of `bs` costs "
+        f"{each:.1f} % of the frozen layers each; {longest} layers cost "
+        + ", ".join(f"{growth(name):.1f} ({name})" for name in ("none", "is", "bs 3", "ms all"))
+        + f" times what {shortest} do."
+    )
+
+
 SECTIONS = {
     "benchmarks": speed_table,
+    "grid": grid_table,
+    "steps": steps_table,
+    "growth": growth_sentence,
+    "model": byte_model.sentence,
     "merging": merge_summary.table,
     "file merge": file_merge_sentence,
 }
