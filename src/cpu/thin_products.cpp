@@ -18,11 +18,6 @@ constexpr int64_t kShareColumns = 96;         // the same for columns; whole byt
 constexpr int64_t kSumRows = 96 * kTileRows;  // added up apart: long sums in fp32 lose digits
 constexpr int64_t kThreadWork = 256 * 1024;   // multiply-adds below which a thread is not worth it
 
-const Kernels& best_kernels() {
-  static const Kernels& best = *supported_kernels().front();
-  return best;
-}
-
 Tile part_of(const Tile& x, int64_t row, int64_t rows, int64_t column, int64_t columns) {
   return {x.data + row * x.stride + column,
           x.stride,
@@ -133,6 +128,11 @@ void transpose_quads(const float* from, int64_t c, float scale, float* to, int64
 }
 
 }  // namespace
+
+const Kernels& best_kernels() {
+  static const Kernels& best = *supported_kernels().front();
+  return best;
+}
 
 std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> found;

@@ -15,6 +15,7 @@ namespace reslora::thin {
 /// The instruction sets that this processor runs, fastest first; the functions below take the
 /// first.
 std::vector<const Kernels*> supported_kernels();
+const Kernels& best_kernels();
 
 /// u [T, r] (dense) = kept x p^T. Where `squares` is not null it becomes the sum of x^2, dropped
 /// elements included.

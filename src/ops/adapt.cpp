@@ -70,18 +70,17 @@ std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels
   check_adapt(args);
   const Tensor x = as_matrix(args.x);
   const size_t count = args.members.size();
-  c10::SmallVector<Columns, 3> columns;
   c10::SmallVector<Range, 3> own;
   int64_t first = 0;
   for (const Member& member : args.members) {
-    columns.push_back(kernels.stack_columns(member.B, member.scaling, x));
-    own.push_back({first, columns.back().B.size(1)});
-    first += own.back().size + (member.has_tap_rows() ? member.A.back().size(0) : 0);
+    int64_t rank = 0;
+    for (const Tensor& block : member.B) rank += block.size(1);
+    own.push_back({first, rank});
+    first += rank + (member.has_tap_rows() ? member.A.back().size(0) : 0);
   }
   Mask mask = mask_of(args.dropout, args.bits);
   Tensor norms;
-  const Tensor u = kernels.project(x, mask, kernels.stack_rows(args.A, x), own,
-                                   args.want_norms ? &norms : nullptr);
+  const Tensor u = kernels.project(x, mask, args.A, own, args.want_norms ? &norms : nullptr);
   std::vector<Tensor> out;
   out.reserve(3 * count + 2);
   for (size_t g = 0; g < count; ++g) {
@@ -91,8 +90,7 @@ std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels
     auto [s, tap] = kernels.take_taps(part, member.taps, own[g].size, member.keep_tap);
     if (count > 1) s = owned(s, u), tap = owned(tap, u);
     const Tensor base = member.base_out ? as_matrix(*member.base_out) : Tensor();
-    Tensor y = kernels.expand(s, columns[g].B.t(), columns[g].alpha,
-                              member.base_out ? &base : member.bias, nullptr);
+    Tensor y = kernels.expand(s, member.B, member.scaling, member.base_out ? &base : member.bias);
     if (member.weight) y.addmm_(x, member.weight->t());
     out.push_back(with_leading_dims(y, args.x));
     out.push_back(with_leading_dims(s, args.x));
@@ -112,8 +110,7 @@ std::pair<Tensor, std::vector<Tensor>> grads_of_expansion(const MemberGrads& mem
   const Tensor s = as_matrix(*member.s);
   if (member.gy) {
     const Tensor gy = as_matrix(*member.gy);
-    auto grads = kernels.expand_grad(gy, kernels.stack_columns(member.B, member.scaling, gy),
-                                     needs_dB ? &s : nullptr, member.B, member.scaling);
+    auto grads = kernels.expand_grad(gy, member.B, member.scaling, needs_dB ? &s : nullptr);
     if (member.gs) grads.first.add_(as_matrix(*member.gs));
     return grads;
   }
@@ -158,7 +155,7 @@ Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kerne
   if (needs_dA) dA = kernels.project_grad(du, x, mask, args.A);
   Tensor dx = at::empty({0}, x.options());
   if (needs_dx) {
-    dx = kernels.expand(du, kernels.stack_rows(args.A, x), 1 / mask.keep, nullptr, mask.pointer());
+    dx = kernels.project_back(du, args.A, mask);
     for (const MemberGrads& member : args.members)
       if (member.weight && member.gy) dx.addmm_(as_matrix(*member.gy), *member.weight);
     dx = with_leading_dims(dx, args.x);

@@ -42,7 +42,11 @@ Tensor stack_dim(at::TensorList blocks, int64_t dim, const Tensor& like) {
   return at::cat(cast, dim);
 }
 
-Tensor stack_rows(at::TensorList A, const Tensor& like) { return stack_dim(A, 0, like); }
+/// The B blocks of a layer in x's dtype on x's device, stacked.
+struct Columns {
+  Tensor B;      // [out, R]
+  double alpha;  // what s B^T is still to be multiplied with: the scaling, or 1 where B has it
+};
 
 Columns stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tensor& like) {
   if (is_uniform(scaling)) return {stack_dim(B, 1, like), scaling[0]};
@@ -68,8 +72,9 @@ Tensor frobenius_norm(const Tensor& t) {
   return norm(at::stack(parts));
 }
 
-Tensor project(const Tensor& x, Mask& mask, const Tensor& A, at::ArrayRef<Range> own,
+Tensor project(const Tensor& x, Mask& mask, at::TensorList blocks, at::ArrayRef<Range> own,
                Tensor* norms) {
+  const Tensor A = stack_dim(blocks, 0, x);
   Tensor u;
   if (mask.is_on) {
     if (!mask.bits.defined()) mask.bits = draw_bits(x, mask.keep);
@@ -100,16 +105,18 @@ std::pair<Tensor, Tensor> take_taps(const Tensor& u, at::TensorList taps, int64_
   return {s, tap};
 }
 
-Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base,
-              const Tensor* bits) {
-  Tensor out;
-  if (base) {
-    out = at::addmm(*base, u, P, 1, alpha);
-  } else {
-    out = at::empty({u.size(0), P.size(1)}, u.options());
-    out.addmm_(u, P, 0, alpha);
-  }
-  if (bits) out.masked_fill_(unpack(*bits, out).logical_not(), 0);
+Tensor expand(const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling, const Tensor* base) {
+  const Columns columns = stack_columns(B, scaling, s);
+  if (base) return at::addmm(*base, s, columns.B.t(), 1, columns.alpha);
+  Tensor out = at::empty({s.size(0), columns.B.size(0)}, s.options());
+  return out.addmm_(s, columns.B.t(), 0, columns.alpha);
+}
+
+Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {
+  const Tensor rows = stack_dim(A, 0, du);
+  Tensor out = at::empty({du.size(0), rows.size(1)}, du.options());
+  out.addmm_(du, rows, 0, 1 / mask.keep);
+  if (mask.is_on) out.masked_fill_(unpack(mask.bits, out).logical_not(), 0);
   return out;
 }
 
@@ -119,9 +126,9 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   return unstack(at::mm(du.t(), dropped(x, mask.bits)).mul_(1 / mask.keep), A, 0);
 }
 
-std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Columns& columns,
-                                                   const Tensor* s, at::TensorList B,
-                                                   at::ArrayRef<double> scaling) {
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorList B,
+                                                   at::ArrayRef<double> scaling, const Tensor* s) {
+  const Columns columns = stack_columns(B, scaling, gy);
   Tensor ds = at::empty({gy.size(0), columns.B.size(1)}, gy.options());
   ds.addmm_(gy, columns.B, 0, columns.alpha);
   if (!s) return {ds, {}};
@@ -157,8 +164,8 @@ Tensor norms_of(const Tensor& x, const Tensor& u, at::ArrayRef<Range> own) {
   return at::stack(norms).to(at::kFloat);
 }
 
-const DeviceKernels kAtenKernels = {stack_rows, stack_columns, project,    take_taps,
-                                    expand,     project_grad,  expand_grad};
+const DeviceKernels kAtenKernels = {project,     take_taps,    expand,
+                                    expand_grad, project_grad, project_back};
 
 TORCH_LIBRARY_IMPL(reslora, CompositeExplicitAutograd, m) {
   m.impl("adapt", adapt_with<aten_kernels>);

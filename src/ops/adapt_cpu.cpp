@@ -65,9 +65,12 @@ Tensor for_block(Tensor grad, const Tensor& block) {
   return is_plain(block) ? grad : grad.to(block.options());
 }
 
+/// Up to so many rows the blocks of A and B are read as they lie: stacking or transposing them
+/// would cost as much as the products do.
+constexpr int64_t kFewRows = 16;
+
 /// Blocks of rows below one another: at::cat in one copy.
 Tensor stack_rows(at::TensorList A, const Tensor& like) {
-  if (like.scalar_type() != at::kFloat) return kAtenKernels.stack_rows(A, like).contiguous();
   if (A.size() == 1) return plain(A[0], like);
   int64_t rows = 0;
   for (const Tensor& block : A) rows += block.size(0);
@@ -80,9 +83,15 @@ Tensor stack_rows(at::TensorList A, const Tensor& like) {
   return stacked;
 }
 
-/// B is kept as the transpose of a dense [R, out] that has the scaling.
-Columns stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tensor& like) {
-  if (like.scalar_type() != at::kFloat) return kAtenKernels.stack_columns(B, scaling, like);
+/// Blocks of rows below one another in the type of `like`.
+Tensor cast_rows(at::TensorList A, const Tensor& like) {
+  std::vector<Tensor> cast;
+  for (const Tensor& block : A) cast.push_back(block.to(like.options()));
+  return cast.size() == 1 ? cast[0].contiguous() : at::cat(cast, 0);
+}
+
+/// B^T [R, out] with the scaling.
+Tensor stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tensor& like) {
   int64_t R = 0;
   for (const Tensor& block : B) R += block.size(1);
   Tensor Bt = at::empty({R, B[0].size(0)}, like.options());
@@ -93,7 +102,21 @@ Columns stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tens
                     static_cast<float>(scaling[k]), rows, Bt.size(1));
     rows += block.size(1) * Bt.size(1);
   }
-  return {Bt.t(), 1.0};
+  return Bt;
+}
+
+/// Columns of t from `first` on.
+thin::Rows columns_of(const Tensor& t, int64_t first) {
+  return {t.const_data_ptr<float>() + first, t.stride(0)};
+}
+
+thin::Tile columns_tile(const Tensor& t, int64_t first, int64_t count) {
+  return {const_cast<float*>(t.const_data_ptr<float>()) + first,
+          t.stride(0),
+          nullptr,
+          0,
+          t.size(0),
+          count};
 }
 
 /// norms_of where |x|_F^2 is known already.
@@ -112,20 +135,46 @@ Tensor norms_from(double squares, const Tensor& u, at::ArrayRef<Range> own) {
   return norms;
 }
 
-Tensor project(const Tensor& x, Mask& mask, const Tensor& A, at::ArrayRef<Range> own,
+/// Types other than fp32: ATen's products, with dropout in slabs.
+Tensor project_with_aten(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range> own,
+                         Tensor* norms) {
+  if (!mask.is_on) return kAtenKernels.project(x, mask, A, own, norms);
+  const Tensor stacked = cast_rows(A, x);
+  Tensor u = at::empty({x.size(0), stacked.size(0)}, x.options());
+  project_slabs(x, mask.bits, stacked, 1 / mask.keep, u);
+  if (norms) *norms = norms_of(x, u, own);
+  return u;
+}
+
+Tensor project_back_with_aten(const Tensor& du, at::TensorList A, const Mask& mask) {
+  if (!mask.is_on) return kAtenKernels.project_back(du, A, mask);
+  Tensor out = at::empty({du.size(0), A[0].size(1)}, du.options());
+  expand_slabs(du, cast_rows(A, du), mask.bits, 1 / mask.keep, out);
+  return out;
+}
+
+Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range> own,
                Tensor* norms) {
   if (mask.is_on && !mask.bits.defined()) mask.bits = draw_bits(x, mask.keep);
-  if (!is_thin(x)) {
-    if (!mask.is_on) return kAtenKernels.project(x, mask, A, own, norms);
-    Tensor u = at::empty({x.size(0), A.size(0)}, x.options());
-    project_slabs(x, mask.bits, A, 1 / mask.keep, u);
-    if (norms) *norms = norms_of(x, u, own);
-    return u;
-  }
-  Tensor u = at::empty({x.size(0), A.size(0)}, x.options());
+  if (!is_thin(x)) return project_with_aten(x, mask, A, own, norms);
+  int64_t R = 0;
+  for (const Tensor& block : A) R += block.size(0);
+  Tensor u = at::empty({x.size(0), R}, x.options());
+  auto* to = u.mutable_data_ptr<float>();
+  const auto tile = tile_of(x, mask.pointer());
   double squares = 0;
-  thin::project(tile_of(x, mask.pointer()), rows_of(A), A.size(0), u.mutable_data_ptr<float>(),
-                norms ? &squares : nullptr);
+  if (x.size(0) <= kFewRows) {
+    const thin::Kernels& kernels = thin::best_kernels();
+    std::fill_n(to, u.numel(), 0.0f);
+    for (const Tensor& block : A) {
+      kernels.project(tile, rows_of(plain(block, x)), block.size(0), to, R);
+      to += block.size(0);
+    }
+    if (norms) squares = kernels.sum_of_squares(tile);
+  } else {
+    const Tensor stacked = stack_rows(A, x);
+    thin::project(tile, rows_of(stacked), R, to, norms ? &squares : nullptr);
+  }
   if (mask.is_on) u.mul_(1 / mask.keep);
   if (norms) *norms = norms_from(squares, u, own);
   return u;
@@ -154,20 +203,74 @@ std::pair<Tensor, Tensor> take_taps(const Tensor& u, at::TensorList taps, int64_
   return {s, tap};
 }
 
-Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base,
-              const Tensor* bits) {
-  if (u.scalar_type() != at::kFloat) {
-    if (!bits) return kAtenKernels.expand(u, P, alpha, base, bits);
-    Tensor out = at::empty({u.size(0), P.size(1)}, u.options());
-    expand_slabs(u, P, *bits, alpha, out);
+/// factor * the columns of t [T, .] from `first` on, dense [T, count].
+std::vector<float> scaled_columns(const Tensor& t, int64_t first, int64_t count, double factor) {
+  std::vector<float> out(t.size(0) * count);
+  const thin::Rows from = columns_of(t, first);
+  for (int64_t i = 0; i < t.size(0); ++i)
+    for (int64_t j = 0; j < count; ++j)
+      out[i * count + j] = static_cast<float>(factor) * from.data[i * from.stride + j];
+  return out;
+}
+
+/// base [out] or [T, out] as rows; null where there is none.
+thin::Rows base_rows(const Tensor& base) {
+  if (!base.defined()) return {nullptr, 0};
+  return {base.const_data_ptr<float>(), base.dim() == 1 ? 0 : base.stride(0)};
+}
+
+/// out = base, or 0.
+void fill_with(const thin::Rows& base, Tensor& out) {
+  auto* to = out.mutable_data_ptr<float>();
+  const int64_t n = out.size(1);
+  for (int64_t i = 0; i < out.size(0); ++i, to += n) {
+    if (base.data) {
+      std::copy_n(base.data + i * base.stride, n, to);
+    } else {
+      std::fill_n(to, n, 0.0f);
+    }
+  }
+}
+
+Tensor expand(const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling, const Tensor* base) {
+  if (s.scalar_type() != at::kFloat) return kAtenKernels.expand(s, B, scaling, base);
+  const Tensor rows = with_dense_rows(s), below = base ? with_dense_rows(*base) : Tensor();
+  Tensor out = at::empty({s.size(0), B[0].size(0)}, s.options());
+  if (s.size(0) > kFewRows) {
+    const Tensor Bt = stack_columns(B, scaling, s);
+    thin::expand(tile_of(out, nullptr), rows_of(rows), rows_of(Bt), Bt.size(0), base_rows(below));
     return out;
   }
-  const Tensor scaled = with_dense_rows(alpha == 1 ? u : u.mul(alpha));
-  const Tensor rows = with_dense_rows(P), below = base ? with_dense_rows(*base) : Tensor();
-  Tensor out = at::empty({u.size(0), P.size(1)}, u.options());
-  thin::Rows start = {nullptr, 0};
-  if (base) start = {below.const_data_ptr<float>(), below.dim() == 1 ? 0 : below.stride(0)};
-  thin::expand(tile_of(out, bits), rows_of(scaled), rows_of(rows), rows.size(0), start);
+  // Rows of B stand for columns of B^T: y += (scaling_k s_k) B_k^T is a projection of s_k.
+  fill_with(base_rows(below), out);
+  int64_t first = 0;
+  for (size_t k = 0; k < B.size(); ++k) {
+    const int64_t r = B[k].size(1);
+    std::vector<float> own = scaled_columns(rows, first, r, scaling[k]);
+    thin::best_kernels().project({own.data(), r, nullptr, 0, s.size(0), r}, rows_of(plain(B[k], s)),
+                                 out.size(1), out.mutable_data_ptr<float>(), out.size(1));
+    first += r;
+  }
+  return out;
+}
+
+Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {
+  if (du.scalar_type() != at::kFloat) return project_back_with_aten(du, A, mask);
+  const Tensor rows = with_dense_rows(mask.is_on ? du.mul(1 / mask.keep) : du);
+  Tensor out = at::empty({du.size(0), A[0].size(1)}, du.options());
+  const auto tile = tile_of(out, mask.pointer());
+  if (du.size(0) > kFewRows) {
+    const Tensor stacked = stack_rows(A, du);
+    thin::expand(tile, rows_of(rows), rows_of(stacked), stacked.size(0), {nullptr, 0});
+    return out;
+  }
+  int64_t first = 0;
+  for (const Tensor& block : A) {  // onto what the blocks before have left
+    const thin::Rows base = {first == 0 ? nullptr : tile.data, tile.stride};
+    thin::best_kernels().expand(tile, columns_of(rows, first), rows_of(plain(block, du)),
+                                block.size(0), base);
+    first += block.size(0);
+  }
   return out;
 }
 
@@ -177,13 +280,27 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
     return mask.is_on ? unstack(project_grad_slabs(du, x, mask.bits, 1 / mask.keep), A, 0)
                       : kAtenKernels.project_grad(du, x, mask, A);
   }
-  const Tensor rows = with_dense_rows(du);
-  Tensor stacked = at::empty({du.size(1), x.size(1)}, x.options());
-  thin::reduce(tile_of(x, mask.pointer()), rows_of(rows), du.size(1),
-               stacked.mutable_data_ptr<float>());
-  if (mask.is_on) stacked.mul_(1 / mask.keep);
-  if (A.size() == 1) return {for_block(std::move(stacked), A[0])};
+  const Tensor rows = with_dense_rows(mask.is_on ? du.mul(1 / mask.keep) : du);
+  const auto tile = tile_of(x, mask.pointer());
   std::vector<Tensor> dA;
+  if (x.size(0) <= kFewRows || A.size() == 1) {
+    int64_t first = 0;
+    for (const Tensor& A_k : A) {
+      Tensor block = at::empty(A_k.sizes(), x.options());
+      auto* to = block.mutable_data_ptr<float>();
+      if (x.size(0) <= kFewRows) {
+        std::fill_n(to, block.numel(), 0.0f);
+        thin::best_kernels().reduce(tile, columns_of(rows, first), A_k.size(0), to, x.size(1));
+      } else {
+        thin::reduce(tile, rows_of(rows), A_k.size(0), to);
+      }
+      first += A_k.size(0);
+      dA.push_back(for_block(std::move(block), A_k));
+    }
+    return dA;
+  }
+  Tensor stacked = at::empty({du.size(1), x.size(1)}, x.options());
+  thin::reduce(tile, rows_of(rows), du.size(1), stacked.mutable_data_ptr<float>());
   const float* from = stacked.const_data_ptr<float>();
   for (const Tensor& A_k : A) {
     Tensor block = at::empty(A_k.sizes(), x.options());
@@ -194,11 +311,43 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   return dA;
 }
 
-std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Columns& columns,
-                                                   const Tensor* s, at::TensorList B,
-                                                   at::ArrayRef<double> scaling) {
-  if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, columns, s, B, scaling);
-  const Tensor rows = with_dense_rows(gy), Bt = columns.B.t();
+/// expand_grad for few rows: B and dB as they lie.
+std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::TensorList B,
+                                                          at::ArrayRef<double> scaling,
+                                                          const Tensor* s) {
+  const thin::Kernels& kernels = thin::best_kernels();
+  int64_t R = 0, first = 0;
+  for (const Tensor& block : B) R += block.size(1);
+  const Tensor rows = with_dense_rows(gy);
+  const Tensor entered = s ? with_dense_rows(*s) : Tensor();
+  Tensor ds = at::empty({gy.size(0), R}, gy.options());
+  auto* own_ds = ds.mutable_data_ptr<float>();
+  std::vector<Tensor> dB;
+  for (size_t k = 0; k < B.size(); ++k) {
+    const int64_t r = B[k].size(1);
+    kernels.expand(columns_tile(ds, first, r), rows_of(rows), rows_of(plain(B[k], gy)), gy.size(1),
+                   {nullptr, 0});
+    const auto factor = static_cast<float>(scaling[k]);
+    for (int64_t i = 0; i < ds.size(0); ++i)
+      for (int64_t j = 0; j < r; ++j) own_ds[i * R + first + j] *= factor;
+    if (s) {
+      std::vector<float> own = scaled_columns(entered, first, r, factor);
+      Tensor block = at::empty({gy.size(1), r}, gy.options());
+      auto* to = block.mutable_data_ptr<float>();
+      std::fill_n(to, block.numel(), 0.0f);
+      kernels.reduce({own.data(), r, nullptr, 0, gy.size(0), r}, rows_of(rows), gy.size(1), to, r);
+      dB.push_back(for_block(std::move(block), B[k]));
+    }
+    first += r;
+  }
+  return {ds, std::move(dB)};
+}
+
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorList B,
+                                                   at::ArrayRef<double> scaling, const Tensor* s) {
+  if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, B, scaling, s);
+  if (gy.size(0) <= kFewRows) return expand_grad_of_few(gy, B, scaling, s);
+  const Tensor rows = with_dense_rows(gy), Bt = stack_columns(B, scaling, gy);
   const int64_t R = Bt.size(0), out = Bt.size(1);
   Tensor ds = at::empty({gy.size(0), R}, gy.options());
   const auto tile = tile_of(rows, nullptr);
@@ -223,18 +372,6 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Colum
   return {ds, std::move(dB)};
 }
 
-void record_norms_cpu(const Tensor& norms, const Tensor& ring, const Tensor& count) {
-  check_record_norms(norms, ring, count);
-  const int64_t size = ring.size(1);
-  auto* written = count.mutable_data_ptr<int64_t>();
-  auto* columns = ring.mutable_data_ptr<float>();
-  const auto* values = norms.const_data_ptr<float>();
-  const int64_t column = *written % size;
-  columns[column] = values[0];
-  columns[size + column] = values[1];
-  ++*written;
-}
-
 /// The kernels of this file, unless RESLORA_KERNELS=aten asks for the form that other devices use.
 const DeviceKernels& chosen_kernels(const Tensor&) {
   return kernel_policy() == KernelPolicy::kAten ? kAtenKernels : kCpuKernels;
@@ -242,13 +379,12 @@ const DeviceKernels& chosen_kernels(const Tensor&) {
 
 }  // namespace
 
-const DeviceKernels kCpuKernels = {stack_rows, stack_columns, project,    take_taps,
-                                   expand,     project_grad,  expand_grad};
+const DeviceKernels kCpuKernels = {project,     take_taps,    expand,
+                                   expand_grad, project_grad, project_back};
 
 TORCH_LIBRARY_IMPL(reslora, CPU, m) {
   m.impl("adapt", adapt_with<chosen_kernels>);
   m.impl("adapt_backward", adapt_backward_with<chosen_kernels>);
-  m.impl("record_norms", record_norms_cpu);
 }
 
 }  // namespace reslora::ops

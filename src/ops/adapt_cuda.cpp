@@ -1,8 +1,8 @@
 // `adapt` on CUDA: the kernels of src/cuda in bf16 and fp16 up to rank 128, ATen for all else.
 //
 // A kernel is used where it saves a pass over a wide matrix: `project` with dropout or norms,
-// `expand` and `project_grad` with dropout, `expand_grad` up to rank 32, beyond which its partial
-// sums cost what it saves. Everything is enqueued on the current stream; nothing waits.
+// `project_back` and `project_grad` with dropout, `expand_grad` up to rank 32, beyond which its
+// partial sums cost what it saves. Everything is enqueued on the current stream; nothing waits.
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <c10/cuda/CUDAException.h>
@@ -83,8 +83,18 @@ cuda::Mask mask_for(const Tensor& x, Mask& mask) {
   return {cuda::Dropout::kDrawn, mask.bits.mutable_data_ptr<uint8_t>(), level, next_philox(x)};
 }
 
-Tensor stack_rows(at::TensorList A, const Tensor& like) {
-  return with_dense_rows(kAtenKernels.stack_rows(A, like));
+/// The blocks below one another in x's type, with dense rows.
+Tensor stacked_rows(at::TensorList A, const Tensor& like) {
+  if (A.size() == 1) return with_dense_rows(A[0].to(like.options()));
+  std::vector<Tensor> cast;
+  for (const Tensor& block : A) cast.push_back(block.to(like.options()));
+  return at::cat(cast, 0);
+}
+
+int64_t rows_of(at::TensorList A) {
+  int64_t rows = 0;
+  for (const Tensor& block : A) rows += block.size(0);
+  return rows;
 }
 
 /// fp32 [2 G] from the sum of x^2 [1] and from u.
@@ -99,12 +109,12 @@ Tensor norms_from(const Tensor& squares, const Tensor& u, at::ArrayRef<Range> ow
   return at::stack(norms);
 }
 
-Tensor project(const Tensor& x, Mask& mask, const Tensor& A, at::ArrayRef<Range> own,
+Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range> own,
                Tensor* norms) {
-  if ((!mask.is_on && !norms) || !has_kernels(x, A.size(0)))
+  if ((!mask.is_on && !norms) || !has_kernels(x, rows_of(A)))
     return kAtenKernels.project(x, mask, A, own, norms);
-  const Tensor dense = with_dense_rows(x), rows = with_dense_rows(A);
-  const Tensor u = at::empty({x.size(0), A.size(0)}, x.options());
+  const Tensor dense = with_dense_rows(x), rows = stacked_rows(A, x);
+  const Tensor u = at::empty({x.size(0), rows.size(0)}, x.options());
   Tensor squares;
   if (norms) squares = at::empty({1}, x.options().dtype(at::kFloat));
   const auto alpha = static_cast<float>(mask.is_on ? 1 / mask.keep : 1.0);
@@ -117,21 +127,17 @@ Tensor project(const Tensor& x, Mask& mask, const Tensor& A, at::ArrayRef<Range>
   return u;
 }
 
-Tensor expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base,
-              const Tensor* bits) {
-  const Tensor out = at::empty({u.size(0), P.size(1)}, u.options());
-  if (!bits || !has_kernels(out, u.size(1))) return kAtenKernels.expand(u, P, alpha, base, bits);
-  const Tensor left = with_dense_rows(u), right = with_dense_rows(P), kept = bits->contiguous();
-  Tensor below;
-  cuda::ConstMatrix added = {nullptr, out.size(0), out.size(1), 0};
-  if (base) {
-    below = with_dense_rows(*base);
-    added.data = below.const_data_ptr();
-    added.stride = below.dim() == 1 ? 0 : below.stride(0);
-  }
-  C10_CUDA_CHECK(cuda::launch_expand({type_of(u), read(left), read(right), written(out), added,
-                                      static_cast<float>(alpha), kept.const_data_ptr<uint8_t>()},
-                                     c10::cuda::getCurrentCUDAStream()));
+Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {
+  if (!mask.is_on || !has_kernels(du, du.size(1)) || A[0].size(1) == 0)
+    return kAtenKernels.project_back(du, A, mask);
+  const Tensor left = with_dense_rows(du), right = stacked_rows(A, du);
+  const Tensor kept = mask.bits.contiguous();
+  const Tensor out = at::empty({du.size(0), right.size(1)}, du.options());
+  const cuda::ConstMatrix no_base = {nullptr, out.size(0), out.size(1), 0};
+  C10_CUDA_CHECK(
+      cuda::launch_expand({type_of(du), read(left), read(right), written(out), no_base,
+                           static_cast<float>(1 / mask.keep), kept.const_data_ptr<uint8_t>()},
+                          c10::cuda::getCurrentCUDAStream()));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
@@ -150,31 +156,27 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   return unstack(dA, A, 0);
 }
 
-std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, const Columns& columns,
-                                                   const Tensor* s, at::TensorList B,
-                                                   at::ArrayRef<double> scaling) {
-  const int64_t R = columns.B.size(1);
-  if (!s || R > kExpandGradRank || !has_kernels(gy, R))
-    return kAtenKernels.expand_grad(gy, columns, s, B, scaling);
-  const Tensor dense = with_dense_rows(gy), stacked = with_dense_rows(columns.B);
-  const Tensor entered = with_dense_rows(*s);
-  const Tensor ds = at::empty({gy.size(0), R}, gy.options());
-  const Tensor dB = at::empty({gy.size(1), R}, gy.options());
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorList B,
+                                                   at::ArrayRef<double> scaling, const Tensor* s) {
+  if (!s || s->size(1) > kExpandGradRank || !has_kernels(gy, s->size(1)) || !is_uniform(scaling))
+    return kAtenKernels.expand_grad(gy, B, scaling, s);
+  std::vector<Tensor> cast;
+  for (const Tensor& block : B) cast.push_back(block.to(gy.options()));
+  const Tensor stacked = with_dense_rows(B.size() == 1 ? cast[0] : at::cat(cast, 1));
+  const Tensor dense = with_dense_rows(gy), entered = with_dense_rows(*s);
+  const Tensor ds = at::empty({gy.size(0), s->size(1)}, gy.options());
+  const Tensor dB = at::empty(stacked.sizes(), gy.options());
   launch(cuda::launch_expand_grad,
          cuda::ExpandGradArgs{type_of(gy), read(dense), read(stacked), read(entered), written(ds),
-                              written(dB), static_cast<float>(columns.alpha), nullptr, 0},
+                              written(dB), static_cast<float>(scaling[0]), nullptr, 0},
          gy);
-  std::vector<Tensor> blocks = unstack(dB, B, 1);
-  if (!is_uniform(scaling))
-    for (size_t k = 0; k < blocks.size(); ++k) blocks[k].mul_(scaling[k]);
-  return {ds, std::move(blocks)};
+  return {ds, unstack(dB, B, 1)};
 }
 
 }  // namespace
 
-const DeviceKernels kCudaKernels = {
-    stack_rows, kAtenKernels.stack_columns, project, kAtenKernels.take_taps, expand, project_grad,
-    expand_grad};
+const DeviceKernels kCudaKernels = {project,     kAtenKernels.take_taps, kAtenKernels.expand,
+                                    expand_grad, project_grad,           project_back};
 
 namespace {
 

@@ -107,12 +107,6 @@ BackwardArgs sorted_grads(at::TensorList given, at::IntArrayRef layout, const Te
 
 // ---- What a device does its own way -------------------------------------------------------------
 
-/// The B blocks of a layer in x's dtype on x's device, stacked.
-struct Columns {
-  at::Tensor B;  // [out, R]; its strides are the device's choice
-  double alpha;  // what s B^T is still to be multiplied with: the scaling, or 1 where B has it
-};
-
 /// Some columns of a matrix.
 struct Range {
   int64_t first;
@@ -132,32 +126,31 @@ struct Mask {
 /// What a device does its own way: all but the big GEMMs. "Kept x" is x with dropped elements 0,
 /// and x itself without dropout.
 struct DeviceKernels {
-  at::Tensor (*stack_rows)(at::TensorList A, const at::Tensor& like);  // [RA, in]
-  Columns (*stack_columns)(at::TensorList B, at::ArrayRef<double> scaling, const at::Tensor& like);
-  /// Returns u [T, RA] = kept x A^T / keep. Where bits are wanted and not given it draws them, from
-  /// the default generator of x's device. Where `norms` is not null it becomes fp32 [2 G]: |x|_F
-  /// and |u[:, own_g]|_F for each of the G ranges of columns.
-  at::Tensor (*project)(const at::Tensor& x, Mask& mask, const at::Tensor& A,
-                        at::ArrayRef<Range> own, at::Tensor* norms);
+  /// Returns u [T, RA] = kept x A^T / keep for the blocks of A below one another. Where bits are
+  /// wanted and not given it draws them, from the default generator of x's device. Where `norms` is
+  /// not null it becomes fp32 [2 G]: |x|_F and |u[:, own_g]|_F for each of the G ranges of columns.
+  at::Tensor (*project)(const at::Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range> own,
+                        at::Tensor* norms);
   /// Returns s [T, R] = u[:, :R] + the taps, and the tap that is handed on: u[:, R:] where there is
   /// such, else u with `keep_tap`, else undefined. Neither shares memory with the other. The rows
   /// of u are dense, with any stride between them.
   std::pair<at::Tensor, at::Tensor> (*take_taps)(const at::Tensor& u, at::TensorList taps,
                                                  int64_t R, bool keep_tap);
-  /// Returns [T, n] = kept (base + alpha * u P) for u [T, R], P [R, n]; base is null, [n] or
-  /// [T, n]; `bits` null keeps all.
-  at::Tensor (*expand)(const at::Tensor& u, const at::Tensor& P, double alpha,
-                       const at::Tensor* base, const at::Tensor* bits);
-  /// Returns du^T kept x / keep, cut into a gradient for each block of A.
+  /// Returns [T, out] = base + the sum over blocks k of scaling_k s_k B_k^T; base is null, [out] or
+  /// [T, out].
+  at::Tensor (*expand)(const at::Tensor& s, at::TensorList B, at::ArrayRef<double> scaling,
+                       const at::Tensor* base);
+  /// Returns ds [T, R], its columns for block k being scaling_k gy B_k, and, where s [T, R] is not
+  /// null, a gradient for each block of B.
+  std::pair<at::Tensor, std::vector<at::Tensor>> (*expand_grad)(const at::Tensor& gy,
+                                                                at::TensorList B,
+                                                                at::ArrayRef<double> scaling,
+                                                                const at::Tensor* s);
+  /// Returns a gradient for each block of A: du^T kept x / keep.
   std::vector<at::Tensor> (*project_grad)(const at::Tensor& du, const at::Tensor& x,
                                           const Mask& mask, at::TensorList A);
-  /// Returns ds [T, R] = gy (scaling B) and, where s [T, R] is not null, a gradient for each block
-  /// of B.
-  std::pair<at::Tensor, std::vector<at::Tensor>> (*expand_grad)(const at::Tensor& gy,
-                                                                const Columns& columns,
-                                                                const at::Tensor* s,
-                                                                at::TensorList B,
-                                                                at::ArrayRef<double> scaling);
+  /// Returns the part of dx from the blocks of A: kept (du A) / keep.
+  at::Tensor (*project_back)(const at::Tensor& du, at::TensorList A, const Mask& mask);
 };
 
 extern const DeviceKernels kCpuKernels;               // adapt_cpu.cpp

@@ -55,11 +55,11 @@ std::vector<Tensor> in_double(const std::vector<Tensor>& all) {
 /// The results of one kernel, each with its name.
 using Results = std::vector<std::pair<std::string, Tensor>>;
 
-Results run_project(const DeviceKernels& kernels, const Tensor& x, const Tensor& A,
+Results run_project(const DeviceKernels& kernels, const Tensor& x, at::TensorList A,
                     const Tensor& bits) {
   Mask mask{true, 1 - kDropout, bits};
   Tensor norms;
-  const Range own{0, A.size(0)};
+  const Range own{0, A[0].size(0)};
   const Tensor u = kernels.project(x, mask, A, own, &norms);
   return {{"project", u}, {"the norms of project", norms}};
 }
@@ -73,13 +73,11 @@ Results run_all(const DeviceKernels& kernels, const Samples& samples, bool is_ex
   const std::vector<double> scaling = {0.75};
   const Mask mask{true, 1 - kDropout, samples.bits};
 
-  const Tensor rows = kernels.stack_rows(A, x);
-  Results results = run_project(kernels, x, rows, samples.bits);
-  Tensor u = kernels.expand(s, rows, 1.25, nullptr, &samples.bits);
-  results.emplace_back("expand", u);
+  Results results = run_project(kernels, x, A, samples.bits);
+  results.emplace_back("expand", kernels.expand(s, B, scaling, &gy));
+  results.emplace_back("project_back", kernels.project_back(s, A, mask));
   results.emplace_back("project_grad", kernels.project_grad(s, x, mask, A)[0]);
-  const auto [ds, dB] =
-      kernels.expand_grad(gy, kernels.stack_columns(B, scaling, gy), &s, B, scaling);
+  const auto [ds, dB] = kernels.expand_grad(gy, B, scaling, &s);
   results.emplace_back("ds of expand_grad", ds);
   results.emplace_back("dB of expand_grad", dB[0]);
   return results;
@@ -124,23 +122,21 @@ class SameRandomNumbers {
 /// Lets the kernels draw bits: the product must be that of the bits, and as many be kept as asked.
 std::string check_drawing(const DeviceKernels& kernels, const Samples& samples) {
   SameRandomNumbers restored(samples.x.device());
-  const Tensor& A = samples.A[0];
-  const Range own{0, A.size(0)};
+  const Range own{0, samples.A[0].size(0)};
   Mask mask{true, 1 - kDropout, Tensor()};
   const Results got = {
-      {"project with bits of its own",
-       kernels.project(samples.x, mask, kernels.stack_rows(samples.A, samples.x), own, nullptr)}};
-  const Results aten = {run_project(kAtenKernels, samples.x, A, mask.bits)[0]};
-  const Results exact = {
-      run_project(kAtenKernels, in_double(samples.x), in_double(A), mask.bits)[0]};
+      {"project with bits of its own", kernels.project(samples.x, mask, samples.A, own, nullptr)}};
+  const Results aten = {run_project(kAtenKernels, samples.x, samples.A, mask.bits)[0]};
+  const std::vector<Tensor> exact_A = in_double(samples.A);
+  const Results exact = {run_project(kAtenKernels, in_double(samples.x), exact_A, mask.bits)[0]};
   std::string difference = compare(got, aten, exact, samples.x.scalar_type());
   if (!difference.empty()) return difference;
   const Tensor ones = at::ones({1, kIn}, samples.options);
-  const double kept =
-      kAtenKernels.expand(at::ones({kT, 1}, samples.options), ones, 1.0, nullptr, &mask.bits)
-          .to(at::kDouble)
-          .mean()
-          .item<double>();
+  const Mask drawn{true, 1.0, mask.bits};
+  const double kept = kAtenKernels.project_back(at::ones({kT, 1}, samples.options), {ones}, drawn)
+                          .to(at::kDouble)
+                          .mean()
+                          .item<double>();
   // kT * kIn = 9520 coins: five standard deviations are 0.022.
   if (std::fabs(kept - (1 - kDropout)) > 0.025)
     return fmt::format("project keeps {:.3f} of the elements where {} was asked", kept,

@@ -17,23 +17,22 @@ std::vector<Tensor> negated_project_grad(const Tensor& du, const Tensor& x, cons
   return dA;
 }
 
-std::pair<Tensor, std::vector<Tensor>> dB_with_a_wrong_column(const Tensor& gy,
-                                                              const Columns& columns,
-                                                              const Tensor* s, at::TensorList B,
-                                                              at::ArrayRef<double> scaling) {
-  auto grads = kAtenKernels.expand_grad(gy, columns, s, B, scaling);
+std::pair<Tensor, std::vector<Tensor>> dB_with_a_wrong_column(const Tensor& gy, at::TensorList B,
+                                                              at::ArrayRef<double> scaling,
+                                                              const Tensor* s) {
+  auto grads = kAtenKernels.expand_grad(gy, B, scaling, s);
   for (Tensor& dB : grads.second) dB.select(1, dB.size(1) - 1).zero_();
   return grads;
 }
 
-Tensor nan_expand(const Tensor& u, const Tensor& P, double alpha, const Tensor* base,
-                  const Tensor* bits) {
-  Tensor out = kAtenKernels.expand(u, P, alpha, base, bits);
+Tensor nan_expand(const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling,
+                  const Tensor* base) {
+  Tensor out = kAtenKernels.expand(s, B, scaling, base);
   out[-1][-1] = NAN;
   return out;
 }
 
-Tensor project_that_draws_too_few(const Tensor& x, Mask& mask, const Tensor& A,
+Tensor project_that_draws_too_few(const Tensor& x, Mask& mask, at::TensorList A,
                                   at::ArrayRef<Range> own, Tensor* norms) {
   const bool draws = !mask.bits.defined();
   const Tensor u = kAtenKernels.project(x, mask, A, own, norms);
@@ -42,7 +41,7 @@ Tensor project_that_draws_too_few(const Tensor& x, Mask& mask, const Tensor& A,
   return kAtenKernels.project(x, mask, A, own, norms);
 }
 
-Tensor project_with_other_bits(const Tensor& x, Mask& mask, const Tensor& A,
+Tensor project_with_other_bits(const Tensor& x, Mask& mask, at::TensorList A,
                                at::ArrayRef<Range> own, Tensor* norms) {
   const bool draws = !mask.bits.defined();
   const Tensor u = kAtenKernels.project(x, mask, A, own, norms);
@@ -50,7 +49,7 @@ Tensor project_with_other_bits(const Tensor& x, Mask& mask, const Tensor& A,
   return u;
 }
 
-Tensor throwing_project(const Tensor&, Mask&, const Tensor&, at::ArrayRef<Range>, Tensor*) {
+Tensor throwing_project(const Tensor&, Mask&, at::TensorList, at::ArrayRef<Range>, Tensor*) {
   TORCH_CHECK(false, "no kernel image is available\nand more lines");
 }
 

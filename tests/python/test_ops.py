@@ -495,3 +495,22 @@ def test_narrow_factors_are_scaled_in_the_type_of_x(scaling):
         for scale, a, b in zip(scaling, A, B, strict=True)
     )
     assert (y - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 49, 131])
+@pytest.mark.parametrize(("res_mode", "pre_num"), [("none", 0), ("is", 1), ("bs", 2), ("ms", 2)])
+def test_float32_equals_float64_at_every_number_of_rows(res_mode, pre_num, tokens, dropout):
+    """Few rows read A and B as they lie, more rows a stacked copy: the same values."""
+    torch.manual_seed(tokens)
+    options = {"r": 5, "leading": (tokens,), "features": 203, "dropout": dropout}
+    sample = make_sample(res_mode, pre_num, 2, dtype=torch.float32, **options)
+    wide = make_sample(res_mode, pre_num, 2, dtype=F64, **options)
+    wide.weight, wide.bias, wide.bits = sample.weight.double(), sample.bias.double(), sample.bits
+    inputs = [t.detach().double().requires_grad_() for t in sample.differentiable()]
+    got, want = sample.call(*sample.differentiable()), wide.call(*inputs)
+    directions = [torch.randn_like(t) for t in got]
+    have = torch.autograd.grad(got, sample.differentiable(), directions)
+    expected = torch.autograd.grad(want, inputs, [t.double() for t in directions])
+    for a, b in zip([*got, *have], [*want, *expected], strict=True):
+        assert (a.double() - b).norm() <= 2e-6 * b.norm()

@@ -1,0 +1,26 @@
+// `record_norms` on the CPU: two norms into the next column of a ring.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "ops/adapt_kernels.h"
+
+namespace reslora::ops {
+namespace {
+
+void record_norms_cpu(const Tensor& norms, const Tensor& ring, const Tensor& count) {
+  check_record_norms(norms, ring, count);
+  const int64_t size = ring.size(1);
+  auto* written = count.mutable_data_ptr<int64_t>();
+  auto* columns = ring.mutable_data_ptr<float>();
+  const auto* values = norms.const_data_ptr<float>();
+  const int64_t column = *written % size;
+  columns[column] = values[0];
+  columns[size + column] = values[1];
+  ++*written;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(reslora, CPU, m) { m.impl("record_norms", record_norms_cpu); }
+
+}  // namespace reslora::ops
