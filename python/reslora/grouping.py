@@ -8,12 +8,13 @@ same tensor. A layer that is called with another one leaves its group for good.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import operator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .session import NO_GRAPH_TASK, graph_task, next_sequence_nr
+from .session import NO_GRAPH_TASK, graph_task
 
 if TYPE_CHECKING:
     from .layer import ResLoraLinear
@@ -39,19 +40,18 @@ class Ahead(NamedTuple):
 
     group: Group
     x: Tensor
-    version: int
-    state: tuple[int, bool]  # graph task, gradients enabled
+    state: tuple[Any, ...]  # what must be the same when a layer takes its result
     results: dict[str, Outputs]
+    taps: dict[str, list[Tensor]]  # what was added to each layer's product
 
 
 class Group:
-    """Layers of one parent that may be evaluated together; the first to be called computes."""
+    """Layers of one parent that may be evaluated together; the first that is called computes."""
 
     def __init__(self, layers: list[ResLoraLinear], session: Session) -> None:
         self.layers = layers
         self.session = session
-        # When a layer left: the sequence number of autograd then (a recompute may be of before).
-        self.left: dict[str, int] = {}
+        self.left: set[str] = set()
 
     @property
     def names(self) -> list[str]:
@@ -59,70 +59,122 @@ class Group:
         return [layer.name for layer in self.layers if layer.name not in self.left]
 
     def outputs(
-        self, layer: ResLoraLinear, x: Tensor, current: ForwardPass | None
+        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], current: ForwardPass | None
     ) -> Outputs | None:
-        """Return what `layer` makes of x, None where it is to compute that alone."""
-        is_compiling = torch.compiler.is_compiling()
-        grad = torch.is_grad_enabled()
-        if is_compiling and not grad:
-            return None  # a traced tensor has no version, and no backward would see a change of x
-        task = NO_GRAPH_TASK if is_compiling else graph_task()
-        if current is None and task == NO_GRAPH_TASK:
-            return None  # nobody would clear what is left over
-        version = 0 if is_compiling or x.is_inference() else x._version
-        slot = self.session.open.ahead
+        """Return what `layer` makes of x and its taps, None where it is to compute that alone."""
+        task = _task_of(layer, x, current)
+        if task is None:
+            return None
+        slot, state = self.session.open.ahead, _state_of(x, task)
         if slot and slot[0].group is self and layer.name in slot[0].results:
             ahead = slot[0]
-            result = ahead.results.pop(layer.name)
-            is_same = ahead.x is x and ahead.version == version
-            if not is_same or not ahead.results:
-                slot.clear()
-            if is_same and ahead.state == (task, grad):
-                return result
-            if ahead.x is not x:
-                self.left[layer.name] = 0 if is_compiling else next_sequence_nr()
-            return None
-        members = self._members(layer, task)
-        results = _evaluate(members, x, self.session, current) if members else None
+            if ahead.x is x:
+                result, used = ahead.results.pop(layer.name), ahead.taps[layer.name]
+                if not ahead.results:
+                    slot.clear()
+                is_same = ahead.state == state and len(used) == len(taps)
+                return result if is_same and all(map(operator.is_, used, taps)) else None
+            if task == NO_GRAPH_TASK:
+                self._split(set(ahead.results))
+            slot.clear()
+        drop(slot, task == NO_GRAPH_TASK)
+        layers = self._together(layer, current, task)
+        results = _evaluate(layer, layers, x, self.session, current) if layers else None
         if results is None:
             return None
-        slot.clear()
-        slot.append(Ahead(self, x, version, (task, grad), results))
-        return results.pop(layer.name)
+        outputs, read = results
+        slot.append(Ahead(self, x, state, outputs, read))
+        if task != NO_GRAPH_TASK:  # a recompute may end before every layer was called
+            torch.autograd.Variable._execution_engine.queue_callback(slot.clear)  # type: ignore[attr-defined]
+        return outputs.pop(layer.name)
 
-    def _members(self, layer: ResLoraLinear, task: int) -> list[ResLoraLinear]:
-        """Return the layers to evaluate together, [] where `layer` is not the first of them."""
-        members = self.layers
-        if self.left:
-            begin = None if task == NO_GRAPH_TASK else self.session.begin_of_recompute()
-            members = [
-                m
-                for m in members
-                if m.name not in self.left or (begin is not None and begin < self.left[m.name])
-            ]
-        return members if len(members) > 1 and members[0] is layer else []
+    def _split(self, waiting: set[str]) -> None:
+        """Part layers that read one x from those that read another: the larger part stays."""
+        served = set(self.names) - waiting
+        self.left |= served if len(waiting) > len(served) else waiting
+
+    def _together(
+        self, layer: ResLoraLinear, current: ForwardPass | None, task: int
+    ) -> list[ResLoraLinear]:
+        """Return the layers to evaluate with `layer`; a recompute does as its forward did."""
+        record = None if current is None else current.record
+        if task != NO_GRAPH_TASK and current is None:
+            names = self.session.together(layer.name)
+        else:
+            names = tuple(self.names) if layer.name not in self.left else ()
+        layers = [other for other in self.layers if other.name in names]
+        if len(layers) < 2 or not any(other is layer for other in layers):
+            return []
+        if record is not None:
+            record.together[layer.name] = names
+        return layers
+
+
+def drop(slot: list[Ahead], is_forward: bool) -> None:
+    """Empty the slot; layers whose results nobody took are not computed ahead again."""
+    if slot and is_forward:
+        slot[0].group.left.update(slot[0].results)
+    slot.clear()
+
+
+def _task_of(layer: ResLoraLinear, x: Tensor, current: ForwardPass | None) -> int | None:
+    """Return the graph task; None where results must not be kept for later."""
+    if torch.compiler.is_compiling():
+        # A traced tensor has no version; the backward notices a change of x if it reads x.
+        reads_x = layer.training and torch.is_grad_enabled() and layer.reslora_A.requires_grad
+        return NO_GRAPH_TASK if reads_x and current is not None else None
+    task = graph_task()
+    if x.is_inference() or (current is None and task == NO_GRAPH_TASK):
+        return None  # no version either; nobody would clear what is left over
+    return task
+
+
+def _state_of(x: Tensor, task: int) -> tuple[Any, ...]:
+    """Return what the result of an op on x depends on, beside x and the parameters."""
+    if torch.compiler.is_compiling():
+        return (task,)
+    device = x.device.type
+    return (
+        x._version,
+        task,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+    )
 
 
 def _evaluate(
-    layers: list[ResLoraLinear], x: Tensor, session: Session, current: ForwardPass | None
-) -> dict[str, Outputs] | None:
-    """Return every layer's results by name, None where they cannot be evaluated together."""
-    first, like = layers[0], layers[0].weight
-    members = []
+    first: ResLoraLinear,
+    layers: list[ResLoraLinear],
+    x: Tensor,
+    session: Session,
+    current: ForwardPass | None,
+) -> tuple[dict[str, Outputs], dict[str, list[Tensor]]] | None:
+    """Return every layer's results and taps by name, None where it cannot be done together."""
+    like, members, taps = None, [], {}
     for layer in layers:
         base = layer.plain_base()
-        if base is None or layer.training != first.training or not layer.is_active():
+        if base is None or not layer.is_active() or not _is_alike(layer, first):
             return None
-        if base[0].dtype != like.dtype or base[0].device != like.device:
+        kind = (base[0].dtype, base[0].device)
+        like = kind if like is None else like
+        if kind != like:
             return None
-        members.append(layer.member(x, *base, None, session.peek(layer, x, current)))
+        taps[layer.name] = session.peek(layer, x, current)
+        members.append(layer.member(x, *base, None, taps[layer.name]))
     wants_norms = any(layer.wants_norms(x) for layer in layers)
     out = first.adapt(x, members, wants_norms)
     results = {}
     for g, layer in enumerate(layers):
         norms = out[-1].narrow(0, 2 * g, 2) if wants_norms else out[-1]
         results[layer.name] = (out[3 * g], out[3 * g + 1], out[3 * g + 2], norms)
-    return results
+    return results, taps
+
+
+def _is_alike(layer: ResLoraLinear, first: ResLoraLinear) -> bool:
+    """Tell whether a layer drops out as the first, and whether nothing runs before it is called."""
+    is_same = layer.training == first.training and layer.lora_dropout == first.lora_dropout
+    return is_same and (layer is first or not layer._forward_pre_hooks)
 
 
 def find_groups(layers: list[ResLoraLinear]) -> list[list[ResLoraLinear]]:

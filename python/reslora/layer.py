@@ -173,7 +173,7 @@ class ResLoraLinear(nn.Module):
             current = session.current(torch.compiler.is_compiling())
             if self.wiring.taps:
                 taps = session.read(self, x, current)
-        found = None if self.group is None else self.group.outputs(self, x, current)
+        found = None if self.group is None else self.group.outputs(self, x, taps, current)
         if found is None:
             member = self.member(x, *self.evaluate_base(x), taps)
             y, s, tap, _, norms = self.adapt(x, [member], self.wants_norms(x))

@@ -45,11 +45,6 @@ def graph_task() -> int:
     return _graph_task_id() if CAN_RECOMPUTE else NO_GRAPH_TASK
 
 
-def next_sequence_nr() -> int:
-    """Return the number that autograd's next node in this thread will have."""
-    return _next_sequence_nr() if CAN_RECOMPUTE else 0
-
-
 def is_recomputing() -> bool:
     """Tell whether a layer is called by a running backward (so it must record no statistic)."""
     return not torch.compiler.is_compiling() and graph_task() != NO_GRAPH_TASK
@@ -64,6 +59,8 @@ class Record:
         self.end: int | None = None
         self.reads: dict[tuple[str, int], list[Tensor | None]] = {}
         self.repeated: set[tuple[str, int]] = set()
+        # By the layer that was called first: the layers that were evaluated with it.
+        self.together: dict[str, tuple[str, ...]] = {}
 
     def covers(self, sequence_nr: int) -> bool:
         """Tell whether the autograd node with this number was made by this forward."""
@@ -152,7 +149,10 @@ class Session:
 
     def finish(self, root: nn.Module, args: Any, output: Any) -> None:
         """Close the newest pass (forward hook of the root, also called after an exception)."""
-        self.open.ahead.clear()
+        ahead = self.open.ahead
+        if ahead and output is not None:  # None: an exception was raised
+            ahead[0].group.left.update(ahead[0].results)
+        ahead.clear()
         passes = self.open.passes
         if not passes:
             return
@@ -188,12 +188,13 @@ class Session:
         """Return what `read` will, without a trace of it."""
         if not layer.wiring.taps:
             return []
-        if current is None:
-            return self._fitting(layer, self._recorded(layer), x, False)
         key = layer.chain.key
-        return self._fitting(
-            layer, [current.taps.get((key, j)) for j in layer.wiring.taps], x, False
-        )
+        if current is not None:
+            found = [current.taps.get((key, j)) for j in layer.wiring.taps]
+            return self._fitting(layer, found, x, False)
+        record = self._record_of_recompute()
+        reads = None if record is None else record.reads.get((key, layer.position))
+        return [] if reads is None else self._fitting(layer, reads, x, False)
 
     def write(self, layer: ResLoraLinear, tap: Tensor, y: Tensor, current: ForwardPass) -> None:
         """Keep what `layer` hands on for the rest of the pass; the record lives as long as y."""
@@ -246,9 +247,13 @@ class Session:
         number = _current_node()._sequence_nr()
         return [r for r in (ref() for ref in self.records) if r is not None and r.covers(number)]
 
-    def begin_of_recompute(self) -> int | None:
-        """Return when the forward that is now recomputed began, as a sequence number."""
-        return max((r.begin for r in self._records_of_recompute()), default=None)
+    def _record_of_recompute(self) -> Record | None:
+        return max(self._records_of_recompute(), key=lambda r: r.begin, default=None)
+
+    def together(self, name: str) -> tuple[str, ...]:
+        """Return what was evaluated with a layer in the forward that is now recomputed."""
+        record = self._record_of_recompute()
+        return () if record is None else record.together.get(name, ())
 
     def _recorded(self, layer: ResLoraLinear) -> list[Tensor | None]:
         """Return what `layer` read in the forward that is now recomputed."""
