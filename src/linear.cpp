@@ -208,8 +208,10 @@ std::vector<at::Tensor>& ResLoraLinearImpl::enter_pass(std::vector<at::Tensor>& 
   if (position_ == 0 && (!pass.is_open || pass.last_position >= 0)) pass = {{}, -1, true};
   // Positions grow within a pass: anything else would read what another forward left behind.
   if (pass.is_open && position_ <= pass.last_position) pass = {};
-  outside.assign(state_->chain.size(), {});
-  if (!pass.is_open) return outside;
+  if (!pass.is_open) {
+    outside.assign(state_->chain.size(), {});
+    return outside;
+  }
   pass.taps.resize(state_->chain.size());
   pass.last_position = position_;
   return pass.taps;

@@ -95,15 +95,15 @@ void reduce_over_rows(const Tile& x, int64_t r, int64_t shares, float* p, const 
   for (int64_t share = 1; share < shares; ++share) add(others.data() + (share - 1) * size, size, p);
 }
 
-/// Few rows: u = the sum over shares of x's columns of what `body(first column, columns, partial)`
-/// adds to a zeroed partial.
+/// Few rows: u = the sum over shares of x's columns of what `body(share, first column, columns,
+/// partial)` adds to a zeroed partial.
 template <typename Body>
 void reduce_over_columns(const Tile& x, int64_t r, int64_t shares, float* u, const Body& body) {
   const int64_t size = x.rows * r;
   std::vector<float> others((shares - 1) * size);  // zeros
   std::fill(u, u + size, 0.0f);
   for_shares(x.columns, kShareColumns, shares, [&](int64_t share, int64_t first, int64_t columns) {
-    body(first, columns, share == 0 ? u : others.data() + (share - 1) * size);
+    body(share, first, columns, share == 0 ? u : others.data() + (share - 1) * size);
   });
   for (int64_t share = 1; share < shares; ++share) add(others.data() + (share - 1) * size, size, u);
 }
@@ -154,10 +154,14 @@ void project(const Tile& x, Rows p, int64_t r, float* u, double* squares) {
   const Split split = split_of(x, r);
   std::vector<double> sums(split.shares, 0.0);
   if (split.by_columns) {
-    reduce_over_columns(x, r, split.shares, u, [&](int64_t first, int64_t columns, float* part) {
-      kernels.project(part_of(x, 0, x.rows, first, columns), from(p, 0, first), r, part, r);
-    });
-    if (squares) sums[0] = kernels.sum_of_squares(x);
+    reduce_over_columns(
+        x, r, split.shares, u, [&](int64_t share, int64_t first, int64_t columns, float* part) {
+          for_tiles(part_of(x, 0, x.rows, first, columns), 0, x.rows,
+                    [&](const Tile& tile, int64_t row, int64_t column) {
+                      kernels.project(tile, from(p, 0, first + column), r, part + row * r, r);
+                      if (squares) sums[share] += kernels.sum_of_squares(tile);
+                    });
+        });
   } else {
     for_shares(x.rows, kShareRows, split.shares, [&](int64_t share, int64_t first, int64_t rows) {
       std::fill(u + first * r, u + (first + rows) * r, 0.0f);
@@ -210,11 +214,12 @@ void project_and_reduce(const Tile& x, Rows p, Rows v, int64_t r, float* u, floa
   const Split split = split_of(x, r);
   if (split.by_columns) {
     std::fill(q, q + r * x.columns, 0.0f);
-    reduce_over_columns(x, r, split.shares, u, [&](int64_t first, int64_t columns, float* part) {
-      const Tile share = part_of(x, 0, x.rows, first, columns);
-      kernels.project(share, from(p, 0, first), r, part, r);
-      kernels.reduce(share, v, r, q + first, x.columns);
-    });
+    reduce_over_columns(x, r, split.shares, u,
+                        [&](int64_t, int64_t first, int64_t columns, float* part) {
+                          const Tile share = part_of(x, 0, x.rows, first, columns);
+                          kernels.project(share, from(p, 0, first), r, part, r);
+                          kernels.reduce(share, v, r, q + first, x.columns);
+                        });
     return;
   }
   reduce_over_rows(x, r, split.shares, q, [&](int64_t first, int64_t rows, float* partial) {

@@ -15,6 +15,8 @@ namespace reslora::thin {
 /// The instruction sets that this processor runs, fastest first; the functions below take the
 /// first.
 std::vector<const Kernels*> supported_kernels();
+
+/// The first of them: for products that are too small for threads and tiles.
 const Kernels& best_kernels();
 
 /// u [T, r] (dense) = kept x p^T. Where `squares` is not null it becomes the sum of x^2, dropped

@@ -1,8 +1,6 @@
 // `adapt` on the CPU: in fp32 the products of thin_products.h; in other types ATen's GEMMs and
 // dropout in slabs.
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -16,25 +14,6 @@
 
 namespace reslora::ops {
 namespace {
-
-Tensor draw_bits(const Tensor& x, double keep) {
-  uint64_t seed = 0;
-  {
-    auto* generator = at::get_generator_or_default<at::CPUGeneratorImpl>(
-        std::nullopt, at::detail::getDefaultCPUGenerator());
-    std::lock_guard<std::mutex> lock(generator->mutex_);
-    seed = generator->random64();
-  }
-  const int64_t row_bytes = (x.size(1) + 7) / 8;
-  Tensor bits = at::empty({x.size(0), row_bytes}, x.options().dtype(at::kByte));
-  auto* data = bits.data_ptr<uint8_t>();
-  const auto level = static_cast<uint32_t>(keep * 65536.0 + 0.5);
-  const int64_t bytes = bits.numel();
-  at::parallel_for(
-      0, (bytes + kBitBlockBytes - 1) / kBitBlockBytes, /*grain_size=*/4,
-      [&](int64_t first, int64_t last) { draw_bit_blocks(seed, level, first, last, bytes, data); });
-  return bits;
-}
 
 bool is_thin(const Tensor& x) { return x.scalar_type() == at::kFloat && x.stride(1) == 1; }
 
@@ -68,13 +47,22 @@ Tensor for_block(Tensor grad, const Tensor& block) {
 /// Up to so many rows the blocks of A and B are read as they lie: stacking or transposing them
 /// would cost as much as the products do.
 constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewProducts = 8 << 20;  // these forms use no threads
+
+bool is_few(int64_t rows, int64_t columns, int64_t R) {
+  return rows <= kFewRows && rows * columns * R <= kFewProducts;
+}
+
+int64_t rows_of_blocks(at::TensorList A) {
+  int64_t rows = 0;
+  for (const Tensor& block : A) rows += block.size(0);
+  return rows;
+}
 
 /// Blocks of rows below one another: at::cat in one copy.
 Tensor stack_rows(at::TensorList A, const Tensor& like) {
   if (A.size() == 1) return plain(A[0], like);
-  int64_t rows = 0;
-  for (const Tensor& block : A) rows += block.size(0);
-  Tensor stacked = at::empty({rows, A[0].size(1)}, like.options());
+  Tensor stacked = at::empty({rows_of_blocks(A), A[0].size(1)}, like.options());
   float* to = stacked.mutable_data_ptr<float>();
   for (const Tensor& block : A) {
     const Tensor dense = plain(block, like);
@@ -90,11 +78,15 @@ Tensor cast_rows(at::TensorList A, const Tensor& like) {
   return cast.size() == 1 ? cast[0].contiguous() : at::cat(cast, 0);
 }
 
-/// B^T [R, out] with the scaling.
-Tensor stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tensor& like) {
+int64_t columns_of_blocks(at::TensorList B) {
   int64_t R = 0;
   for (const Tensor& block : B) R += block.size(1);
-  Tensor Bt = at::empty({R, B[0].size(0)}, like.options());
+  return R;
+}
+
+/// B^T [R, out] with the scaling.
+Tensor stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tensor& like) {
+  Tensor Bt = at::empty({columns_of_blocks(B), B[0].size(0)}, like.options());
   float* rows = Bt.mutable_data_ptr<float>();
   for (size_t k = 0; k < B.size(); ++k) {
     const Tensor block = plain(B[k], like);
@@ -157,13 +149,12 @@ Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range
                Tensor* norms) {
   if (mask.is_on && !mask.bits.defined()) mask.bits = draw_bits(x, mask.keep);
   if (!is_thin(x)) return project_with_aten(x, mask, A, own, norms);
-  int64_t R = 0;
-  for (const Tensor& block : A) R += block.size(0);
+  const int64_t R = rows_of_blocks(A);
   Tensor u = at::empty({x.size(0), R}, x.options());
   auto* to = u.mutable_data_ptr<float>();
   const auto tile = tile_of(x, mask.pointer());
   double squares = 0;
-  if (x.size(0) <= kFewRows) {
+  if (is_few(x.size(0), x.size(1), R)) {
     const thin::Kernels& kernels = thin::best_kernels();
     std::fill_n(to, u.numel(), 0.0f);
     for (const Tensor& block : A) {
@@ -236,7 +227,7 @@ Tensor expand(const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling, c
   if (s.scalar_type() != at::kFloat) return kAtenKernels.expand(s, B, scaling, base);
   const Tensor rows = with_dense_rows(s), below = base ? with_dense_rows(*base) : Tensor();
   Tensor out = at::empty({s.size(0), B[0].size(0)}, s.options());
-  if (s.size(0) > kFewRows) {
+  if (!is_few(s.size(0), out.size(1), s.size(1))) {
     const Tensor Bt = stack_columns(B, scaling, s);
     thin::expand(tile_of(out, nullptr), rows_of(rows), rows_of(Bt), Bt.size(0), base_rows(below));
     return out;
@@ -259,7 +250,7 @@ Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {
   const Tensor rows = with_dense_rows(mask.is_on ? du.mul(1 / mask.keep) : du);
   Tensor out = at::empty({du.size(0), A[0].size(1)}, du.options());
   const auto tile = tile_of(out, mask.pointer());
-  if (du.size(0) > kFewRows) {
+  if (!is_few(du.size(0), out.size(1), du.size(1))) {
     const Tensor stacked = stack_rows(A, du);
     thin::expand(tile, rows_of(rows), rows_of(stacked), stacked.size(0), {nullptr, 0});
     return out;
@@ -283,12 +274,13 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   const Tensor rows = with_dense_rows(mask.is_on ? du.mul(1 / mask.keep) : du);
   const auto tile = tile_of(x, mask.pointer());
   std::vector<Tensor> dA;
-  if (x.size(0) <= kFewRows || A.size() == 1) {
+  const bool are_few = is_few(x.size(0), x.size(1), du.size(1));
+  if (are_few || A.size() == 1) {
     int64_t first = 0;
     for (const Tensor& A_k : A) {
       Tensor block = at::empty(A_k.sizes(), x.options());
       auto* to = block.mutable_data_ptr<float>();
-      if (x.size(0) <= kFewRows) {
+      if (are_few) {
         std::fill_n(to, block.numel(), 0.0f);
         thin::best_kernels().reduce(tile, columns_of(rows, first), A_k.size(0), to, x.size(1));
       } else {
@@ -316,8 +308,8 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::
                                                           at::ArrayRef<double> scaling,
                                                           const Tensor* s) {
   const thin::Kernels& kernels = thin::best_kernels();
-  int64_t R = 0, first = 0;
-  for (const Tensor& block : B) R += block.size(1);
+  const int64_t R = columns_of_blocks(B);
+  int64_t first = 0;
   const Tensor rows = with_dense_rows(gy);
   const Tensor entered = s ? with_dense_rows(*s) : Tensor();
   Tensor ds = at::empty({gy.size(0), R}, gy.options());
@@ -346,7 +338,8 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::
 std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorList B,
                                                    at::ArrayRef<double> scaling, const Tensor* s) {
   if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, B, scaling, s);
-  if (gy.size(0) <= kFewRows) return expand_grad_of_few(gy, B, scaling, s);
+  if (is_few(gy.size(0), gy.size(1), columns_of_blocks(B)))
+    return expand_grad_of_few(gy, B, scaling, s);
   const Tensor rows = with_dense_rows(gy), Bt = stack_columns(B, scaling, gy);
   const int64_t R = Bt.size(0), out = Bt.size(1);
   Tensor ds = at::empty({gy.size(0), R}, gy.options());

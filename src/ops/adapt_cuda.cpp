@@ -182,7 +182,9 @@ namespace {
 
 /// The kernels for x; the first use of a type on a device checks them.
 const DeviceKernels& kernels_for(const Tensor& x) {
-  if (x.scalar_type() != at::kBFloat16 && x.scalar_type() != at::kHalf) return kAtenKernels;
+  // The dispatcher comes here for any argument on CUDA; x may be elsewhere, with its products.
+  const bool is_16_bit = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  if (!x.is_cuda() || !is_16_bit) return kAtenKernels;
   static KernelChoice choice(kCudaKernels, kernel_policy());
   const bool is_capturing =
       c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
+#include <torch/torch.h>
 
 #include <cmath>
 #include <limits>
@@ -183,6 +184,73 @@ TEST(Thin, LongSumsAreAddedInParts) {
   EXPECT_NEAR(p[0] / wanted, 1.0, 1e-6);
   EXPECT_NEAR(p[1] / wanted, 1.0, 1e-6);
 }
+
+TEST(Thin, TransposesEverySize) {
+  for (int64_t r : {1, 3, 4, 5, 8, 9, 63, 64, 65, 70, 130})
+    for (int64_t c : {1, 2, 4, 5, 7, 8, 9}) {
+      std::vector<float> from(r * c), to(c * (r + 3), -1.0f);
+      for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<float>(i);
+      transpose(from.data(), r, c, 2, to.data(), r + 3);
+      for (int64_t j = 0; j < c; ++j)
+        for (int64_t i = 0; i < r + 3; ++i)
+          ASSERT_EQ(to[j * (r + 3) + i], i < r ? 2 * from[i * c + j] : -1.0f) << r << "x" << c;
+    }
+}
+
+/// Products on four threads against fp64: shares by rows, and by columns where rows are few.
+class Shared : public ::testing::TestWithParam<std::pair<int64_t, int64_t>> {
+ protected:
+  void SetUp() override {
+    before_ = at::get_num_threads();
+    at::set_num_threads(4);
+  }
+  void TearDown() override { at::set_num_threads(before_); }
+
+ private:
+  int before_ = 1;
+};
+
+TEST_P(Shared, ThreadsGiveTheSameProducts) {
+  const auto [rows, columns] = GetParam();
+  const int64_t r = 19;
+  const auto wide = torch::randn({rows, columns}), p = torch::randn({r, columns});
+  const auto v = torch::randn({rows, r}), bias = torch::randn({columns});
+  const auto bits = torch::randint(0, 256, {rows, (columns + 7) / 8}, torch::kByte);
+  const auto exist = torch::arange(columns);
+  const auto kept = bits.index_select(1, exist.div(8, "floor"))
+                        .bitwise_right_shift(exist.remainder(8).to(torch::kByte))
+                        .bitwise_and(1)
+                        .to(torch::kDouble);
+  const auto exact = wide.to(torch::kDouble) * kept;
+  const Tile x = {wide.data_ptr<float>(), columns, bits.data_ptr<uint8_t>(),
+                  bits.size(1),           rows,    columns};
+  const Rows p_rows = {p.data_ptr<float>(), columns}, v_rows = {v.data_ptr<float>(), r};
+  const auto is_near = [](const at::Tensor& got, const at::Tensor& want) {
+    return ((got.to(torch::kDouble) - want).norm() / want.norm()).item<double>() < 2e-6;
+  };
+  auto u = torch::empty({rows, r}), q = torch::empty({r, columns});
+  double squares = 0;
+  project(x, p_rows, r, u.data_ptr<float>(), &squares);
+  EXPECT_TRUE(is_near(u, exact.matmul(p.to(torch::kDouble).t())));
+  EXPECT_NEAR(squares / wide.to(torch::kDouble).square().sum().item<double>(), 1, 1e-5);
+  reduce(x, v_rows, r, q.data_ptr<float>());
+  EXPECT_TRUE(is_near(q, v.to(torch::kDouble).t().matmul(exact)));
+  auto u2 = torch::empty_like(u), q2 = torch::empty_like(q), out = torch::empty_like(wide);
+  project_and_reduce(x, p_rows, v_rows, r, u2.data_ptr<float>(), q2.data_ptr<float>());
+  EXPECT_TRUE(is_near(u2, u.to(torch::kDouble)) && is_near(q2, q.to(torch::kDouble)));
+  const Tile to = {out.data_ptr<float>(), columns, bits.data_ptr<uint8_t>(),
+                   bits.size(1),          rows,    columns};
+  expand(to, v_rows, p_rows, r, {bias.data_ptr<float>(), 0});
+  EXPECT_TRUE(is_near(
+      out, (v.to(torch::kDouble).matmul(p.to(torch::kDouble)) + bias.to(torch::kDouble)) * kept));
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, Shared,
+                         ::testing::Values(std::pair<int64_t, int64_t>{17, 3001},
+                                           std::pair<int64_t, int64_t>{70, 8191},
+                                           std::pair<int64_t, int64_t>{1, 40000},
+                                           std::pair<int64_t, int64_t>{300, 515},
+                                           std::pair<int64_t, int64_t>{1111, 97}));
 
 TEST(Thin, TransposeScalesIntoARowOfBlocks) {
   const std::vector<float> from = {1, 2, 3, 4, 5, 6};  // [2, 3]
