@@ -207,7 +207,7 @@ class Variant:
 
 
 def variants(case: Case, dropouts: list[float]) -> dict[str, Variant]:
-    """Return every variant that the case allows by its name; `bs` needs in = out."""
+    """Return every variant by its name; the naive `bs` needs in = out, and so `bs` is left out."""
     shortcuts = [s for s in REACH if s != "bs" or case.in_features == case.out_features]
     found = {"frozen": Variant("", Stack)}
     for s in shortcuts if 0 in dropouts else []:

@@ -218,11 +218,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
     options = parser.parse_args()
     for name in options.models:
         before = harness.environment()
         results = time_model(name, options)
-        results["memory"] = memory_of(name)
+        results["memory"] = memory_of(name) if options.memory else {}
         path = harness.write(
             f"results/step_{name}.json",
             question=__doc__ or "",

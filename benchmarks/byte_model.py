@@ -17,7 +17,7 @@ SUMS_EXPAND_GRAD, SUMS_PROJECT_GRAD = 0.26, 0.04
 PASSES = {
     "PEFT's LoRA": 16.0,
     "PEFT's LoRA with dropout": 21.0,
-    "reslora in ATen's form, any shortcut": 6.0,
+    "reslora in ATen's form, any shortcut, without dropout": 6.0,
     "reslora's kernels, with dropout": 5.0 + BITS + SUMS_EXPAND_GRAD + SUMS_PROJECT_GRAD,
 }
 

@@ -17,8 +17,9 @@ METHODS = ("none", "is", "bs 3", "ms 1", "ms all")
 
 
 def cells() -> list[dict[str, Any]]:
-    """Return the cells of the grid."""
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / "grid").glob("*.json"))]
+    """Return the cells of the grid in float32."""
+    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "grid").glob("*.json"))]
+    return [cell for cell in found if cell.get("dtype", "float32") == "float32"]
 
 
 def bars(axes: Axes, cell: dict[str, Any]) -> None:

@@ -138,8 +138,8 @@ def steps_table() -> str:
         return "Steps of whole models have not been measured."
     lines = [
         "A training step of a whole model with all linear layers adapted (r 16; bs m = 3, ms m = "
-        "all), as the ratio to the frozen model's, and peak memory at batch 8 x 256 in MB, plain "
-        "and with checkpointing:",
+        "all), as the ratio to the frozen model's (which is never compiled), and peak memory at "
+        "batch 8 x 256 in MB, plain and with checkpointing:",
         "",
         "| | " + " | ".join(_step_heads(run) for run in found) + " |",
         "|---|" + "---|---|---|" * len(found),

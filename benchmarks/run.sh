@@ -9,7 +9,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH=${RESLORA_VENV:-$PWD/.venv}/bin:$PATH
 if [[ ${1:-} != --report ]]; then
-  for rank in 16 8 64; do python benchmarks/bench_grid.py --ranks "$rank"; done
+  for dtype in float32 bfloat16; do
+    for rank in 16 8 64; do
+      python benchmarks/bench_grid.py --ranks "$rank" --dtype "$dtype"
+    done
+  done
   python benchmarks/bench_layer.py --output results/layer_2048x768.json
   python benchmarks/bench_layer.py --tokens 128 --in 384 --out 384 --rounds 100 \
     --output results/layer_128x384.json
