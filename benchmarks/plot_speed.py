@@ -73,6 +73,8 @@ def growth() -> None:
     for name, slope in results["tokens"]["slopes"].items():
         times = [curve[T][name]["milliseconds"]["median"] for T in curve]
         by_tokens.loglog([int(T) for T in curve], times, marker="o", label=f"{name}: {slope:.2f}")
+    by_tokens.minorticks_off()
+    by_tokens.set_xticks([int(T) for T in curve], list(curve))
     by_tokens.set(xlabel="tokens", ylabel="ms", title="time against T, and its slope")
     reach = {int(k.split()[1]): v["ratio"] for k, v in results["reach"].items() if k != "frozen"}
     values = [reach[m]["median"] for m in reach]
