@@ -148,7 +148,7 @@ def steps_table() -> str:
         row = []
         for run in found:
             steps, memory = run["results"]["steps"], run["results"]["memory"].get(method, {})
-            row += [_ratio(steps, method), _ratio(steps, f"{method} compiled")]
+            row += [cell(steps, method), cell(steps, f"{method} compiled")]
             row.append(" / ".join(f"{value / 1e6:.0f}" for value in memory.values()))
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     own = sum(max(0, n - b["peft"]) for b in _breaks(found) for n in b.values())
@@ -164,13 +164,6 @@ def _breaks(runs: list[dict[str, Any]]) -> list[dict[str, int]]:
 def _step_heads(run: dict[str, Any]) -> str:
     name, (rows, length) = run["settings"]["model"], run["settings"]["batch"]
     return f"{name} {rows}x{length} | compiled | memory"
-
-
-def _ratio(steps: dict[str, Any], name: str) -> str:
-    if name not in steps:
-        return ""
-    ratio = steps[name]["ratio"]
-    return f"{ratio['median']:.2f} ({ratio['p5']:.2f}-{ratio['p95']:.2f})"
 
 
 def growth_sentence() -> str:

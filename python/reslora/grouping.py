@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .session import NO_GRAPH_TASK, graph_task
+from .session import NO_GRAPH_TASK, drop, graph_task
 
 if TYPE_CHECKING:
     from .layer import ResLoraLinear
@@ -77,7 +77,7 @@ class Group:
             if task == NO_GRAPH_TASK:
                 self._split(set(ahead.results))
             slot.clear()
-        drop(slot, task == NO_GRAPH_TASK)
+        drop(slot, is_finished=task == NO_GRAPH_TASK)
         layers = self._together(layer, current, task)
         results = _evaluate(layer, layers, x, self.session, current) if layers else None
         if results is None:
@@ -108,13 +108,6 @@ class Group:
         if record is not None:
             record.together[layer.name] = names
         return layers
-
-
-def drop(slot: list[Ahead], is_forward: bool) -> None:
-    """Empty the slot; layers whose results nobody took are not computed ahead again."""
-    if slot and is_forward:
-        slot[0].group.left.update(slot[0].results)
-    slot.clear()
 
 
 def _task_of(layer: ResLoraLinear, x: Tensor, current: ForwardPass | None) -> int | None:

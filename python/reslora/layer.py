@@ -173,13 +173,15 @@ class ResLoraLinear(nn.Module):
             current = session.current(torch.compiler.is_compiling())
             if self.wiring.taps:
                 taps = session.read(self, x, current)
+        wants_norms = self.wants_norms(x)
         found = None if self.group is None else self.group.outputs(self, x, taps, current)
         if found is None:
             member = self.member(x, *self.evaluate_base(x), taps)
-            y, s, tap, _, norms = self.adapt(x, [member], self.wants_norms(x))
+            y, s, tap, _, norms = self.adapt(x, [member], wants_norms)
         else:
             y, s, tap, norms = found
-        self._record_norms(x, norms)
+        if wants_norms:
+            self._record_norms(x, norms)
         if session is not None and current is not None:
             session.write(self, s if self.wiring.handed == "s" else tap, y, current)
         if self.observer is not None:
@@ -239,8 +241,6 @@ class ResLoraLinear(nn.Module):
         return not (x.is_meta or is_recomputing())
 
     def _record_norms(self, x: Tensor, norms: Tensor) -> None:
-        if not self.wants_norms(x):
-            return
         if self.norms is None or self.norm_count is None:
             self._make_norm_ring(x.device)
         elif self.norms.device != x.device:

@@ -75,6 +75,10 @@ class Record:
         ]
 
 
+def _newest(records: list[Record]) -> Record | None:
+    return max(records, key=lambda record: record.begin, default=None)
+
+
 class ForwardPass:
     """The taps of one forward, by chain and position."""
 
@@ -83,6 +87,18 @@ class ForwardPass:
         self.is_grad_enabled = is_grad_enabled
         self.record = record
         self.taps: dict[tuple[str, int], Tensor] = {}
+
+    def taps_of(self, layer: ResLoraLinear) -> list[Tensor | None]:
+        """Return what the layers that `layer` reads have handed on so far."""
+        key = layer.chain.key
+        return [self.taps.get((key, j)) for j in layer.wiring.taps]
+
+
+def drop(ahead: list[Ahead], is_finished: bool) -> None:
+    """Empty the slot; layers whose results nobody took are not computed ahead again."""
+    if ahead and is_finished:
+        ahead[0].group.left.update(ahead[0].results)
+    ahead.clear()
 
 
 class _PerThread(threading.local):
@@ -149,10 +165,7 @@ class Session:
 
     def finish(self, root: nn.Module, args: Any, output: Any) -> None:
         """Close the newest pass (forward hook of the root, also called after an exception)."""
-        ahead = self.open.ahead
-        if ahead and output is not None:  # None: an exception was raised
-            ahead[0].group.left.update(ahead[0].results)
-        ahead.clear()
+        drop(self.open.ahead, is_finished=output is not None)  # None: an exception was raised
         passes = self.open.passes
         if not passes:
             return
@@ -177,23 +190,21 @@ class Session:
             return [] if found is None else self._fitting(layer, found, x, False)
         if not torch.is_grad_enabled():
             self._refuse_reentrant(layer, current)
-        key = layer.chain.key
-        found = [current.taps.get((key, j)) for j in layer.wiring.taps]
+        found = current.taps_of(layer)
         taps = self._fitting(layer, found, x, is_compiling or current.task == NO_GRAPH_TASK)
         if current.record is not None and not is_compiling:
-            current.record.add((key, layer.position), found)
+            current.record.add((layer.chain.key, layer.position), found)
         return taps
 
     def peek(self, layer: ResLoraLinear, x: Tensor, current: ForwardPass | None) -> list[Tensor]:
         """Return what `read` will, without a trace of it."""
         if not layer.wiring.taps:
             return []
-        key = layer.chain.key
         if current is not None:
-            found = [current.taps.get((key, j)) for j in layer.wiring.taps]
-            return self._fitting(layer, found, x, False)
-        record = self._record_of_recompute()
-        reads = None if record is None else record.reads.get((key, layer.position))
+            return self._fitting(layer, current.taps_of(layer), x, False)
+        record = _newest(self._records_of_recompute())
+        place = (layer.chain.key, layer.position)
+        reads = None if record is None else record.reads.get(place)
         return [] if reads is None else self._fitting(layer, reads, x, False)
 
     def write(self, layer: ResLoraLinear, tap: Tensor, y: Tensor, current: ForwardPass) -> None:
@@ -247,12 +258,9 @@ class Session:
         number = _current_node()._sequence_nr()
         return [r for r in (ref() for ref in self.records) if r is not None and r.covers(number)]
 
-    def _record_of_recompute(self) -> Record | None:
-        return max(self._records_of_recompute(), key=lambda r: r.begin, default=None)
-
     def together(self, name: str) -> tuple[str, ...]:
         """Return what was evaluated with a layer in the forward that is now recomputed."""
-        record = self._record_of_recompute()
+        record = _newest(self._records_of_recompute())
         return () if record is None else record.together.get(name, ())
 
     def _recorded(self, layer: ResLoraLinear) -> list[Tensor | None]:
@@ -264,7 +272,7 @@ class Session:
                 "their backward on one model; run each backward before the next forward"
             )
         place = (layer.chain.key, layer.position)
-        record = max(records, key=lambda r: r.begin, default=None)
+        record = _newest(records)
         if record is None or place not in record.reads:
             raise RuntimeError(
                 f"[session] {layer.name} is recomputed, but its forward left no record of taps: "

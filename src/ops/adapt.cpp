@@ -2,8 +2,8 @@
 //
 // Order that saves a pass each way (the low-rank term is written first, the big GEMM accumulates):
 //   forward   u = x A^T;  s = u[:, :R] + taps;  y = bias + s B^T;  y += x W^T
-//   backward  ds = gy B + gs;  dB = gy^T s;  du = [ds | gtap];  dx = du A;  dx += gy W;  dA = du^T
-//   x
+//   backward  ds = gy B + gs;  dB = gy^T s;  du = [ds | gtap];  dA = du^T x
+//             dx = du A;  dx += gy W
 // Members that read one x share the down-projection, its mask and the sum in dx.
 // The big GEMMs are ATen's; the thin products beside them are the device's (adapt_kernels.h).
 #include <ATen/ATen.h>
@@ -37,6 +37,22 @@ Tensor as_matrix(const Tensor& x) {
   Tensor m = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)});
   // BLAS takes rows or columns that are dense; anything else is made dense once.
   return m.stride(1) == 1 || m.stride(0) == 1 ? m : m.contiguous();
+}
+
+Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
+int64_t total_size(at::TensorList blocks, int64_t dim) {
+  int64_t total = 0;
+  for (const Tensor& block : blocks) total += block.size(dim);
+  return total;
+}
+
+Tensor stack(at::TensorList blocks, int64_t dim, const Tensor& like) {
+  if (blocks.size() == 1) return blocks[0].to(like.options());
+  std::vector<Tensor> cast;
+  cast.reserve(blocks.size());
+  for (const Tensor& block : blocks) cast.push_back(block.to(like.options()));
+  return at::cat(cast, dim);
 }
 
 bool is_uniform(at::ArrayRef<double> scaling) {
@@ -73,10 +89,8 @@ std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels
   c10::SmallVector<Range, 3> own;
   int64_t first = 0;
   for (const Member& member : args.members) {
-    int64_t rank = 0;
-    for (const Tensor& block : member.B) rank += block.size(1);
-    own.push_back({first, rank});
-    first += rank + (member.has_tap_rows() ? member.A.back().size(0) : 0);
+    own.push_back({first, total_size(member.B, 1)});
+    first += total_size(member.A, 0);
   }
   Mask mask = mask_of(args.dropout, args.bits);
   Tensor norms;

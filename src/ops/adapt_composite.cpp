@@ -34,14 +34,6 @@ Tensor dropped(const Tensor& x, const Tensor& bits) {
   return at::where(unpack(bits, x), x, at::zeros({}, x.options()));
 }
 
-Tensor stack_dim(at::TensorList blocks, int64_t dim, const Tensor& like) {
-  if (blocks.size() == 1) return blocks[0].to(like.options());
-  std::vector<Tensor> cast;
-  cast.reserve(blocks.size());
-  for (const Tensor& block : blocks) cast.push_back(block.to(like.options()));
-  return at::cat(cast, dim);
-}
-
 /// The B blocks of a layer in x's dtype on x's device, stacked.
 struct Columns {
   Tensor B;      // [out, R]
@@ -49,13 +41,13 @@ struct Columns {
 };
 
 Columns stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tensor& like) {
-  if (is_uniform(scaling)) return {stack_dim(B, 1, like), scaling[0]};
+  if (is_uniform(scaling)) return {stack(B, 1, like), scaling[0]};
   std::vector<Tensor> scaled;
   for (size_t k = 0; k < B.size(); ++k) {  // scaled in the wider of both types
     const auto wide = at::promote_types(B[k].scalar_type(), like.scalar_type());
     scaled.push_back(B[k].to(wide).mul(scaling[k]));
   }
-  return {stack_dim(scaled, 1, like), 1.0};
+  return {stack(scaled, 1, like), 1.0};
 }
 
 /// |t|_F as a 0-d tensor, summed in fp32 at least.
@@ -74,7 +66,7 @@ Tensor frobenius_norm(const Tensor& t) {
 
 Tensor project(const Tensor& x, Mask& mask, at::TensorList blocks, at::ArrayRef<Range> own,
                Tensor* norms) {
-  const Tensor A = stack_dim(blocks, 0, x);
+  const Tensor A = stack(blocks, 0, x);
   Tensor u;
   if (mask.is_on) {
     if (!mask.bits.defined()) mask.bits = draw_bits(x, mask.keep);
@@ -113,7 +105,7 @@ Tensor expand(const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling, c
 }
 
 Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {
-  const Tensor rows = stack_dim(A, 0, du);
+  const Tensor rows = stack(A, 0, du);
   Tensor out = at::empty({du.size(0), rows.size(1)}, du.options());
   out.addmm_(du, rows, 0, 1 / mask.keep);
   if (mask.is_on) out.masked_fill_(unpack(mask.bits, out).logical_not(), 0);

@@ -8,7 +8,6 @@
 
 #include "cpu/thin_products.h"
 #include "ops/adapt_kernels.h"
-#include "ops/dropout_bits.h"
 #include "ops/dropout_slabs.h"
 #include "ops/kernel_choice.h"
 
@@ -25,9 +24,6 @@ thin::Tile tile_of(const Tensor& x, const Tensor* bits) {
           x.size(0),
           x.size(1)};
 }
-
-/// t with dense rows: t itself, or a copy.
-Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
 
 thin::Rows rows_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0)}; }
 
@@ -53,16 +49,10 @@ bool is_few(int64_t rows, int64_t columns, int64_t R) {
   return rows <= kFewRows && rows * columns * R <= kFewProducts;
 }
 
-int64_t rows_of_blocks(at::TensorList A) {
-  int64_t rows = 0;
-  for (const Tensor& block : A) rows += block.size(0);
-  return rows;
-}
-
-/// Blocks of rows below one another: at::cat in one copy.
+/// `stack` of rows for fp32, in one copy.
 Tensor stack_rows(at::TensorList A, const Tensor& like) {
   if (A.size() == 1) return plain(A[0], like);
-  Tensor stacked = at::empty({rows_of_blocks(A), A[0].size(1)}, like.options());
+  Tensor stacked = at::empty({total_size(A, 0), A[0].size(1)}, like.options());
   float* to = stacked.mutable_data_ptr<float>();
   for (const Tensor& block : A) {
     const Tensor dense = plain(block, like);
@@ -71,22 +61,9 @@ Tensor stack_rows(at::TensorList A, const Tensor& like) {
   return stacked;
 }
 
-/// Blocks of rows below one another in the type of `like`.
-Tensor cast_rows(at::TensorList A, const Tensor& like) {
-  std::vector<Tensor> cast;
-  for (const Tensor& block : A) cast.push_back(block.to(like.options()));
-  return cast.size() == 1 ? cast[0].contiguous() : at::cat(cast, 0);
-}
-
-int64_t columns_of_blocks(at::TensorList B) {
-  int64_t R = 0;
-  for (const Tensor& block : B) R += block.size(1);
-  return R;
-}
-
 /// B^T [R, out] with the scaling.
 Tensor stack_columns(at::TensorList B, at::ArrayRef<double> scaling, const Tensor& like) {
-  Tensor Bt = at::empty({columns_of_blocks(B), B[0].size(0)}, like.options());
+  Tensor Bt = at::empty({total_size(B, 1), B[0].size(0)}, like.options());
   float* rows = Bt.mutable_data_ptr<float>();
   for (size_t k = 0; k < B.size(); ++k) {
     const Tensor block = plain(B[k], like);
@@ -131,7 +108,7 @@ Tensor norms_from(double squares, const Tensor& u, at::ArrayRef<Range> own) {
 Tensor project_with_aten(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range> own,
                          Tensor* norms) {
   if (!mask.is_on) return kAtenKernels.project(x, mask, A, own, norms);
-  const Tensor stacked = cast_rows(A, x);
+  const Tensor stacked = stack(A, 0, x);
   Tensor u = at::empty({x.size(0), stacked.size(0)}, x.options());
   project_slabs(x, mask.bits, stacked, 1 / mask.keep, u);
   if (norms) *norms = norms_of(x, u, own);
@@ -141,7 +118,7 @@ Tensor project_with_aten(const Tensor& x, Mask& mask, at::TensorList A, at::Arra
 Tensor project_back_with_aten(const Tensor& du, at::TensorList A, const Mask& mask) {
   if (!mask.is_on) return kAtenKernels.project_back(du, A, mask);
   Tensor out = at::empty({du.size(0), A[0].size(1)}, du.options());
-  expand_slabs(du, cast_rows(A, du), mask.bits, 1 / mask.keep, out);
+  expand_slabs(du, stack(A, 0, du), mask.bits, 1 / mask.keep, out);
   return out;
 }
 
@@ -149,7 +126,7 @@ Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range
                Tensor* norms) {
   if (mask.is_on && !mask.bits.defined()) mask.bits = draw_bits(x, mask.keep);
   if (!is_thin(x)) return project_with_aten(x, mask, A, own, norms);
-  const int64_t R = rows_of_blocks(A);
+  const int64_t R = total_size(A, 0);
   Tensor u = at::empty({x.size(0), R}, x.options());
   auto* to = u.mutable_data_ptr<float>();
   const auto tile = tile_of(x, mask.pointer());
@@ -274,18 +251,13 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   const Tensor rows = with_dense_rows(mask.is_on ? du.mul(1 / mask.keep) : du);
   const auto tile = tile_of(x, mask.pointer());
   std::vector<Tensor> dA;
-  const bool are_few = is_few(x.size(0), x.size(1), du.size(1));
-  if (are_few || A.size() == 1) {
+  if (is_few(x.size(0), x.size(1), du.size(1))) {
     int64_t first = 0;
     for (const Tensor& A_k : A) {
       Tensor block = at::empty(A_k.sizes(), x.options());
       auto* to = block.mutable_data_ptr<float>();
-      if (are_few) {
-        std::fill_n(to, block.numel(), 0.0f);
-        thin::best_kernels().reduce(tile, columns_of(rows, first), A_k.size(0), to, x.size(1));
-      } else {
-        thin::reduce(tile, rows_of(rows), A_k.size(0), to);
-      }
+      std::fill_n(to, block.numel(), 0.0f);
+      thin::best_kernels().reduce(tile, columns_of(rows, first), A_k.size(0), to, x.size(1));
       first += A_k.size(0);
       dA.push_back(for_block(std::move(block), A_k));
     }
@@ -293,6 +265,7 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   }
   Tensor stacked = at::empty({du.size(1), x.size(1)}, x.options());
   thin::reduce(tile, rows_of(rows), du.size(1), stacked.mutable_data_ptr<float>());
+  if (A.size() == 1) return {for_block(std::move(stacked), A[0])};
   const float* from = stacked.const_data_ptr<float>();
   for (const Tensor& A_k : A) {
     Tensor block = at::empty(A_k.sizes(), x.options());
@@ -308,7 +281,7 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::
                                                           at::ArrayRef<double> scaling,
                                                           const Tensor* s) {
   const thin::Kernels& kernels = thin::best_kernels();
-  const int64_t R = columns_of_blocks(B);
+  const int64_t R = total_size(B, 1);
   int64_t first = 0;
   const Tensor rows = with_dense_rows(gy);
   const Tensor entered = s ? with_dense_rows(*s) : Tensor();
@@ -338,7 +311,7 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::
 std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorList B,
                                                    at::ArrayRef<double> scaling, const Tensor* s) {
   if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, B, scaling, s);
-  if (is_few(gy.size(0), gy.size(1), columns_of_blocks(B)))
+  if (is_few(gy.size(0), gy.size(1), total_size(B, 1)))
     return expand_grad_of_few(gy, B, scaling, s);
   const Tensor rows = with_dense_rows(gy), Bt = stack_columns(B, scaling, gy);
   const int64_t R = Bt.size(0), out = Bt.size(1);

@@ -30,9 +30,6 @@ cuda::Type type_of(const Tensor& t) {
   return t.scalar_type() == at::kHalf ? cuda::Type::kHalf : cuda::Type::kBFloat16;
 }
 
-/// t with dense rows: t itself, or a copy.
-Tensor with_dense_rows(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
-
 /// t [rows, columns] for a kernel that reads it.
 cuda::ConstMatrix read(const Tensor& t) {
   return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0)};
@@ -83,20 +80,6 @@ cuda::Mask mask_for(const Tensor& x, Mask& mask) {
   return {cuda::Dropout::kDrawn, mask.bits.mutable_data_ptr<uint8_t>(), level, next_philox(x)};
 }
 
-/// The blocks below one another in x's type, with dense rows.
-Tensor stacked_rows(at::TensorList A, const Tensor& like) {
-  if (A.size() == 1) return with_dense_rows(A[0].to(like.options()));
-  std::vector<Tensor> cast;
-  for (const Tensor& block : A) cast.push_back(block.to(like.options()));
-  return at::cat(cast, 0);
-}
-
-int64_t rows_of(at::TensorList A) {
-  int64_t rows = 0;
-  for (const Tensor& block : A) rows += block.size(0);
-  return rows;
-}
-
 /// fp32 [2 G] from the sum of x^2 [1] and from u.
 Tensor norms_from(const Tensor& squares, const Tensor& u, at::ArrayRef<Range> own) {
   const Tensor norm = squares.sqrt().squeeze(0);
@@ -111,9 +94,9 @@ Tensor norms_from(const Tensor& squares, const Tensor& u, at::ArrayRef<Range> ow
 
 Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range> own,
                Tensor* norms) {
-  if ((!mask.is_on && !norms) || !has_kernels(x, rows_of(A)))
+  if ((!mask.is_on && !norms) || !has_kernels(x, total_size(A, 0)))
     return kAtenKernels.project(x, mask, A, own, norms);
-  const Tensor dense = with_dense_rows(x), rows = stacked_rows(A, x);
+  const Tensor dense = with_dense_rows(x), rows = with_dense_rows(stack(A, 0, x));
   const Tensor u = at::empty({x.size(0), rows.size(0)}, x.options());
   Tensor squares;
   if (norms) squares = at::empty({1}, x.options().dtype(at::kFloat));
@@ -130,7 +113,7 @@ Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range
 Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {
   if (!mask.is_on || !has_kernels(du, du.size(1)) || A[0].size(1) == 0)
     return kAtenKernels.project_back(du, A, mask);
-  const Tensor left = with_dense_rows(du), right = stacked_rows(A, du);
+  const Tensor left = with_dense_rows(du), right = with_dense_rows(stack(A, 0, du));
   const Tensor kept = mask.bits.contiguous();
   const Tensor out = at::empty({du.size(0), right.size(1)}, du.options());
   const cuda::ConstMatrix no_base = {nullptr, out.size(0), out.size(1), 0};
@@ -160,9 +143,7 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorL
                                                    at::ArrayRef<double> scaling, const Tensor* s) {
   if (!s || s->size(1) > kExpandGradRank || !has_kernels(gy, s->size(1)) || !is_uniform(scaling))
     return kAtenKernels.expand_grad(gy, B, scaling, s);
-  std::vector<Tensor> cast;
-  for (const Tensor& block : B) cast.push_back(block.to(gy.options()));
-  const Tensor stacked = with_dense_rows(B.size() == 1 ? cast[0] : at::cat(cast, 1));
+  const Tensor stacked = with_dense_rows(stack(B, 1, gy));
   const Tensor dense = with_dense_rows(gy), entered = with_dense_rows(*s);
   const Tensor ds = at::empty({gy.size(0), s->size(1)}, gy.options());
   const Tensor dB = at::empty(stacked.sizes(), gy.options());

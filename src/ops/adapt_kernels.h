@@ -171,7 +171,16 @@ at::Tensor as_matrix(const at::Tensor& x);
 /// fp32 [2 G]: |x|_F and |u[:, own_g]|_F for each range of columns.
 at::Tensor norms_of(const at::Tensor& x, const at::Tensor& u, at::ArrayRef<Range> own);
 
+/// t with dense rows: t itself, or a copy.
+at::Tensor with_dense_rows(const at::Tensor& t);
+
 bool is_uniform(at::ArrayRef<double> scaling);
+
+/// The sum of the blocks' sizes in a dimension: RA of blocks of A (0), R of blocks of B (1).
+int64_t total_size(at::TensorList blocks, int64_t dim);
+
+/// The blocks side by side in `dim`, in the dtype and on the device of `like`.
+at::Tensor stack(at::TensorList blocks, int64_t dim, const at::Tensor& like);
 
 /// Cuts a stacked gradient into one tensor per block, in the block's own dtype and device. The
 /// blocks are copies: outputs of an op must not share memory.

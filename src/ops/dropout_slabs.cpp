@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "ops/adapt_kernels.h"
 #include "ops/dropout_bits.h"
 
 namespace reslora::ops {
@@ -52,9 +53,6 @@ void parallel_over_slabs(int64_t rows, int64_t step, const Body& body) {
   });
 }
 
-/// A view of x whose rows are dense.
-Tensor dense_rows(const Tensor& x) { return x.stride(1) == 1 ? x : x.contiguous(); }
-
 /// The sum over one share of the rows, in fp32 at least, so that bf16 rounds once.
 Tensor partial_grad(const Tensor& du, const Tensor& x, const Tensor& bits, double alpha,
                     int64_t begin, int64_t end) {
@@ -82,7 +80,7 @@ Tensor partial_grad(const Tensor& du, const Tensor& x, const Tensor& bits, doubl
 
 void project_slabs(const Tensor& x, const Tensor& bits, const Tensor& A, double alpha,
                    Tensor& out) {
-  const Tensor At = A.t(), rows_of = dense_rows(x);
+  const Tensor At = A.t(), rows_of = with_dense_rows(x);
   const int64_t step = slab_rows(x);
   parallel_over_slabs(x.size(0), step, [&](int64_t begin, int64_t end) {
     Tensor buffer;
@@ -97,7 +95,7 @@ void project_slabs(const Tensor& x, const Tensor& bits, const Tensor& A, double 
 
 Tensor project_grad_slabs(const Tensor& du, const Tensor& x, const Tensor& bits, double alpha) {
   // One partial sum per thread, added in order: the same bits for the same number of threads.
-  const Tensor rows_of = dense_rows(x);
+  const Tensor rows_of = with_dense_rows(x);
   const int64_t step = slab_rows(x);
   const int64_t slabs = (x.size(0) + step - 1) / step;
   const int64_t shares = std::min<int64_t>(at::get_num_threads(), slabs);
