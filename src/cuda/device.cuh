@@ -285,6 +285,19 @@ cudaError_t dispatch(int64_t rank, const Args& args, cudaStream_t stream) {
   return for_rank<half, Launcher>(rank, args, stream);
 }
 
+/// How the work is cut: tiles of one dimension times ranges of the other.
+struct Cut {
+  int64_t tiles;
+  int64_t range;  // steps of one block
+  int64_t ranges;
+};
+
+inline Cut cut_into(int64_t tiles, int64_t steps, int64_t ranges) {
+  const int64_t least = steps < 1 ? 1 : steps;
+  const int64_t range = ceil_div(least, ranges);
+  return {tiles, range, ceil_div(least, range)};
+}
+
 /// Into how many ranges to cut `steps` so that `tiles` times that many blocks fill the device
 /// twice.
 inline int64_t ranges_for(int64_t tiles, int64_t steps, int multiprocessors) {

@@ -157,21 +157,13 @@ __global__ void __launch_bounds__(kThreads) expand_grad_kernel(Job<T> job) {
   write_dB<kRank>(job, column, dB, ds);
 }
 
-/// How the work is cut: spans of columns times ranges of rows.
-struct Cut {
-  int64_t spans;
-  int64_t range;  // steps of one block
-  int64_t ranges;
-};
-
+/// Spans of columns times ranges of rows.
 template <int kRank>
 Cut cut_for(const ExpandGradArgs& args) {
   const int64_t spans = ceil_div(args.gy.columns, Layout<kRank>::kColumns);
   const int64_t steps = ceil_div(args.gy.rows, kRows);
   // At least eight steps for a block: each range costs a write and a read of dB in fp32.
-  const int64_t range = ceil_div(steps < 1 ? 1 : steps,  //
-                                 ranges_for(2 * spans, steps / 8, args.multiprocessors));
-  return {spans, range, steps < 1 ? 1 : ceil_div(steps, range)};
+  return cut_into(spans, steps, ranges_for(2 * spans, steps / 8, args.multiprocessors));
 }
 
 Cut cut_of(const ExpandGradArgs& args) {
@@ -186,12 +178,12 @@ struct ExpandGradLauncher {
   static cudaError_t run(const ExpandGradArgs& args, cudaStream_t stream) {
     const Cut cut = cut_of(args);
     auto* sums = static_cast<float*>(args.workspace);
-    const Partials ds = {sums, cut.spans, args.ds.rows, args.ds.columns};
-    const Partials dB = {ds.at(cut.spans, 0), cut.ranges, args.dB.rows, args.dB.columns};
-    if (cut.spans > 0) {
+    const Partials ds = {sums, cut.tiles, args.ds.rows, args.ds.columns};
+    const Partials dB = {ds.at(cut.tiles, 0), cut.ranges, args.dB.rows, args.dB.columns};
+    if (cut.tiles > 0) {
       const Job<T> job = {
           view_of<T>(args.gy), view_of<T>(args.B), view_of<T>(args.s), ds, dB, cut.range};
-      const dim3 grid(static_cast<unsigned>(cut.spans), static_cast<unsigned>(cut.ranges));
+      const dim3 grid(static_cast<unsigned>(cut.tiles), static_cast<unsigned>(cut.ranges));
       const cudaError_t error =
           start(expand_grad_kernel<T, kRank>, grid, kThreads, Layout<kRank>::kBytes, stream, job);
       if (error != cudaSuccess) return error;
@@ -206,7 +198,7 @@ struct ExpandGradLauncher {
 size_t workspace_bytes(const ExpandGradArgs& args) {
   const Cut cut = cut_of(args);
   return sizeof(float) *
-         (cut.spans * args.ds.rows * args.ds.columns + cut.ranges * args.dB.rows * args.dB.columns);
+         (cut.tiles * args.ds.rows * args.ds.columns + cut.ranges * args.dB.rows * args.dB.columns);
 }
 
 cudaError_t launch_expand_grad(const ExpandGradArgs& args, cudaStream_t stream) {

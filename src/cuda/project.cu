@@ -217,18 +217,10 @@ __global__ void __launch_bounds__(kSquaresThreads)
   store(to, total);
 }
 
-/// How the work is cut: row tiles times ranges of columns.
-struct Cut {
-  int64_t tiles;
-  int64_t range;  // steps of one block
-  int64_t ranges;
-};
-
+/// Row tiles times ranges of columns.
 Cut cut_of(const ProjectArgs& args) {
   const int64_t tiles = ceil_div(args.x.rows, kRows), steps = ceil_div(args.x.columns, kDepth);
-  const int64_t range = ceil_div(steps < 1 ? 1 : steps,  //
-                                 ranges_for(tiles, steps / 8, args.multiprocessors));
-  return {tiles, range, steps < 1 ? 1 : ceil_div(steps, range)};
+  return cut_into(tiles, steps, ranges_for(tiles, steps / 8, args.multiprocessors));
 }
 
 size_t partial_bytes(const ProjectArgs& args, const Cut& cut) {

@@ -137,18 +137,10 @@ __global__ void __launch_bounds__(kThreads) project_grad_kernel(Job<T> job) {
   write_sums<kRank>(job, column, acc, reinterpret_cast<float*>(memory));
 }
 
-/// How the work is cut: column tiles times ranges of rows.
-struct Cut {
-  int64_t tiles;
-  int64_t range;  // steps of one block
-  int64_t ranges;
-};
-
+/// Column tiles times ranges of rows.
 Cut cut_of(const ProjectGradArgs& args) {
   const int64_t tiles = ceil_div(args.x.columns, kColumns), steps = ceil_div(args.x.rows, kRows);
-  const int64_t range = ceil_div(steps < 1 ? 1 : steps,  //
-                                 ranges_for(tiles, steps / 2, args.multiprocessors));
-  return {tiles, range, steps < 1 ? 1 : ceil_div(steps, range)};
+  return cut_into(tiles, steps, ranges_for(tiles, steps / 2, args.multiprocessors));
 }
 
 template <typename T, int kRank>
