@@ -38,9 +38,13 @@ struct Split {
   bool by_columns;
 };
 
+/// On how many threads so many multiply-adds should run.
+int64_t threads_for(int64_t work) {
+  return std::clamp<int64_t>(work / kThreadWork, 1, at::get_num_threads());
+}
+
 Split split_of(const Tile& x, int64_t r) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t worth = std::clamp<int64_t>(x.rows * x.columns * r / kThreadWork, 1, threads);
+  const int64_t worth = threads_for(x.rows * x.columns * r);
   const int64_t rows = (x.rows + kShareRows - 1) / kShareRows;
   const int64_t columns = (x.columns + kShareColumns - 1) / kShareColumns;
   const bool by_columns = rows < 2 * worth && columns > rows;
@@ -147,6 +151,12 @@ std::vector<const Kernels*> supported_kernels() {
 #endif
   found.push_back(&kKernels_base);
   return found;
+}
+
+void for_parts(int64_t size, int64_t unit, int64_t work,
+               const std::function<void(int64_t, int64_t)>& body) {
+  const int64_t units = (size + unit - 1) / unit, shares = std::min(units, threads_for(work));
+  for_shares(size, unit, shares, [&](int64_t, int64_t first, int64_t n) { body(first, n); });
 }
 
 void project(const Tile& x, Rows p, int64_t r, float* u, double* squares) {

@@ -6,6 +6,7 @@
 // the same inputs give the same bits.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "cpu/thin_kernels.h"
@@ -16,8 +17,13 @@ namespace reslora::thin {
 /// first.
 std::vector<const Kernels*> supported_kernels();
 
-/// The first of them: for products that are too small for threads and tiles.
+/// The first of them: for products that are too small for tiles.
 const Kernels& best_kernels();
+
+/// Calls body(first, count) for parts of `size` in whole units, on as many threads as `work`
+/// multiply-adds are worth.
+void for_parts(int64_t size, int64_t unit, int64_t work,
+               const std::function<void(int64_t first, int64_t count)>& body);
 
 /// u [T, r] (dense) = kept x p^T. Where `squares` is not null it becomes the sum of x^2, dropped
 /// elements included.

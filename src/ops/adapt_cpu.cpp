@@ -43,10 +43,32 @@ Tensor for_block(Tensor grad, const Tensor& block) {
 /// Up to so many rows the blocks of A and B are read as they lie: stacking or transposing them
 /// would cost as much as the products do.
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kFewProducts = 8 << 20;  // these forms use no threads
+constexpr int64_t kUnit = 16;  // rows or columns of a block that threads share: whole vectors
 
-bool is_few(int64_t rows, int64_t columns, int64_t R) {
-  return rows <= kFewRows && rows * columns * R <= kFewProducts;
+bool is_few(const Tensor& rows) { return rows.size(0) <= kFewRows; }
+
+// The kernels for few rows: threads share what the product does not sum over.
+
+void project_few(const thin::Tile& x, thin::Rows p, int64_t r, float* u, int64_t stride) {
+  thin::for_parts(r, kUnit, x.rows * x.columns * r, [&](int64_t first, int64_t count) {
+    thin::best_kernels().project(x, {p.data + first * p.stride, p.stride}, count, u + first,
+                                 stride);
+  });
+}
+
+void expand_few(const thin::Tile& out, thin::Rows u, thin::Rows p, int64_t r, thin::Rows base) {
+  thin::for_parts(out.columns, kUnit, out.rows * out.columns * r, [&](int64_t j, int64_t count) {
+    const thin::Tile part = {out.data + j,   out.stride, out.bits ? out.bits + j / 8 : nullptr,
+                             out.bit_stride, out.rows,   count};
+    const thin::Rows below = {base.data ? base.data + j : nullptr, base.stride};
+    thin::best_kernels().expand(part, u, {p.data + j, p.stride}, r, below);
+  });
+}
+
+void reduce_few(const thin::Tile& x, thin::Rows u, int64_t r, float* p, int64_t stride) {
+  thin::for_parts(r, kUnit, x.rows * x.columns * r, [&](int64_t first, int64_t count) {
+    thin::best_kernels().reduce(x, {u.data + first, u.stride}, count, p + first * stride, stride);
+  });
 }
 
 /// `stack` of rows for fp32, in one copy.
@@ -131,14 +153,13 @@ Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range
   auto* to = u.mutable_data_ptr<float>();
   const auto tile = tile_of(x, mask.pointer());
   double squares = 0;
-  if (is_few(x.size(0), x.size(1), R)) {
-    const thin::Kernels& kernels = thin::best_kernels();
+  if (is_few(x)) {
     std::fill_n(to, u.numel(), 0.0f);
     for (const Tensor& block : A) {
-      kernels.project(tile, rows_of(plain(block, x)), block.size(0), to, R);
+      project_few(tile, rows_of(plain(block, x)), block.size(0), to, R);
       to += block.size(0);
     }
-    if (norms) squares = kernels.sum_of_squares(tile);
+    if (norms) squares = thin::best_kernels().sum_of_squares(tile);
   } else {
     const Tensor stacked = stack_rows(A, x);
     thin::project(tile, rows_of(stacked), R, to, norms ? &squares : nullptr);
@@ -204,7 +225,7 @@ Tensor expand(const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling, c
   if (s.scalar_type() != at::kFloat) return kAtenKernels.expand(s, B, scaling, base);
   const Tensor rows = with_dense_rows(s), below = base ? with_dense_rows(*base) : Tensor();
   Tensor out = at::empty({s.size(0), B[0].size(0)}, s.options());
-  if (!is_few(s.size(0), out.size(1), s.size(1))) {
+  if (!is_few(s)) {
     const Tensor Bt = stack_columns(B, scaling, s);
     thin::expand(tile_of(out, nullptr), rows_of(rows), rows_of(Bt), Bt.size(0), base_rows(below));
     return out;
@@ -215,8 +236,8 @@ Tensor expand(const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling, c
   for (size_t k = 0; k < B.size(); ++k) {
     const int64_t r = B[k].size(1);
     std::vector<float> own = scaled_columns(rows, first, r, scaling[k]);
-    thin::best_kernels().project({own.data(), r, nullptr, 0, s.size(0), r}, rows_of(plain(B[k], s)),
-                                 out.size(1), out.mutable_data_ptr<float>(), out.size(1));
+    project_few({own.data(), r, nullptr, 0, s.size(0), r}, rows_of(plain(B[k], s)), out.size(1),
+                out.mutable_data_ptr<float>(), out.size(1));
     first += r;
   }
   return out;
@@ -227,7 +248,7 @@ Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {
   const Tensor rows = with_dense_rows(mask.is_on ? du.mul(1 / mask.keep) : du);
   Tensor out = at::empty({du.size(0), A[0].size(1)}, du.options());
   const auto tile = tile_of(out, mask.pointer());
-  if (!is_few(du.size(0), out.size(1), du.size(1))) {
+  if (!is_few(du)) {
     const Tensor stacked = stack_rows(A, du);
     thin::expand(tile, rows_of(rows), rows_of(stacked), stacked.size(0), {nullptr, 0});
     return out;
@@ -235,8 +256,7 @@ Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {
   int64_t first = 0;
   for (const Tensor& block : A) {  // onto what the blocks before have left
     const thin::Rows base = {first == 0 ? nullptr : tile.data, tile.stride};
-    thin::best_kernels().expand(tile, columns_of(rows, first), rows_of(plain(block, du)),
-                                block.size(0), base);
+    expand_few(tile, columns_of(rows, first), rows_of(plain(block, du)), block.size(0), base);
     first += block.size(0);
   }
   return out;
@@ -251,13 +271,13 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   const Tensor rows = with_dense_rows(mask.is_on ? du.mul(1 / mask.keep) : du);
   const auto tile = tile_of(x, mask.pointer());
   std::vector<Tensor> dA;
-  if (is_few(x.size(0), x.size(1), du.size(1))) {
+  if (is_few(x)) {
     int64_t first = 0;
     for (const Tensor& A_k : A) {
       Tensor block = at::empty(A_k.sizes(), x.options());
       auto* to = block.mutable_data_ptr<float>();
       std::fill_n(to, block.numel(), 0.0f);
-      thin::best_kernels().reduce(tile, columns_of(rows, first), A_k.size(0), to, x.size(1));
+      reduce_few(tile, columns_of(rows, first), A_k.size(0), to, x.size(1));
       first += A_k.size(0);
       dA.push_back(for_block(std::move(block), A_k));
     }
@@ -280,7 +300,6 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
 std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::TensorList B,
                                                           at::ArrayRef<double> scaling,
                                                           const Tensor* s) {
-  const thin::Kernels& kernels = thin::best_kernels();
   const int64_t R = total_size(B, 1);
   int64_t first = 0;
   const Tensor rows = with_dense_rows(gy);
@@ -290,8 +309,8 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::
   std::vector<Tensor> dB;
   for (size_t k = 0; k < B.size(); ++k) {
     const int64_t r = B[k].size(1);
-    kernels.expand(columns_tile(ds, first, r), rows_of(rows), rows_of(plain(B[k], gy)), gy.size(1),
-                   {nullptr, 0});
+    expand_few(columns_tile(ds, first, r), rows_of(rows), rows_of(plain(B[k], gy)), gy.size(1),
+               {nullptr, 0});
     const auto factor = static_cast<float>(scaling[k]);
     for (int64_t i = 0; i < ds.size(0); ++i)
       for (int64_t j = 0; j < r; ++j) own_ds[i * R + first + j] *= factor;
@@ -300,7 +319,7 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::
       Tensor block = at::empty({gy.size(1), r}, gy.options());
       auto* to = block.mutable_data_ptr<float>();
       std::fill_n(to, block.numel(), 0.0f);
-      kernels.reduce({own.data(), r, nullptr, 0, gy.size(0), r}, rows_of(rows), gy.size(1), to, r);
+      reduce_few({own.data(), r, nullptr, 0, gy.size(0), r}, rows_of(rows), gy.size(1), to, r);
       dB.push_back(for_block(std::move(block), B[k]));
     }
     first += r;
@@ -311,8 +330,7 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::
 std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorList B,
                                                    at::ArrayRef<double> scaling, const Tensor* s) {
   if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, B, scaling, s);
-  if (is_few(gy.size(0), gy.size(1), total_size(B, 1)))
-    return expand_grad_of_few(gy, B, scaling, s);
+  if (is_few(gy)) return expand_grad_of_few(gy, B, scaling, s);
   const Tensor rows = with_dense_rows(gy), Bt = stack_columns(B, scaling, gy);
   const int64_t R = Bt.size(0), out = Bt.size(1);
   Tensor ds = at::empty({gy.size(0), R}, gy.options());

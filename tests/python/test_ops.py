@@ -500,10 +500,13 @@ def test_narrow_factors_are_scaled_in_the_type_of_x(scaling):
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 49, 131])
 @pytest.mark.parametrize(("res_mode", "pre_num"), [("none", 0), ("is", 1), ("bs", 2), ("ms", 2)])
-def test_float32_equals_float64_at_every_number_of_rows(res_mode, pre_num, tokens, dropout):
-    """Few rows read A and B as they lie, more rows a stacked copy: the same values."""
+@pytest.mark.parametrize(("features", "r"), [(203, 5), (1003, 37)])
+def test_float32_equals_float64_at_every_number_of_rows(
+    features, r, res_mode, pre_num, tokens, dropout
+):
+    """Few rows read A and B as they lie, more rows a stacked copy; threads share large ones."""
     torch.manual_seed(tokens)
-    options = {"r": 5, "leading": (tokens,), "features": 203, "dropout": dropout}
+    options = {"r": r, "leading": (tokens,), "features": features, "dropout": dropout}
     sample = make_sample(res_mode, pre_num, 2, dtype=torch.float32, **options)
     wide = make_sample(res_mode, pre_num, 2, dtype=F64, **options)
     wide.weight, wide.bias, wide.bits = sample.weight.double(), sample.bias.double(), sample.bits
