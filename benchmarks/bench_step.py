@@ -21,7 +21,7 @@ from typing import Any
 import harness
 import peft
 import torch
-from memory import peak_bytes
+from memory import peak_resident_bytes
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -207,7 +207,7 @@ def memory_of(name: str) -> dict[str, dict[str, int]]:
                     model.zero_grad(set_to_none=True)
 
                 work()
-                row[way] = peak_bytes(work)
+                row[way] = peak_resident_bytes(work)
         table[method] = row
     return table
 
