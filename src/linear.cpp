@@ -9,81 +9,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
-#include <mutex>
-#include <thread>
-#include <unordered_map>
 
 #include "detail/check.h"
+#include "internal/chain_state.h"
 
 namespace reslora {
-
-/// What the layers of a chain share. Layers hold it; it holds them weakly.
-struct ChainState {
-  struct Pass {
-    std::vector<at::Tensor> taps;
-    int64_t last_position = -1;
-    bool is_open = false;
-  };
-
-  ChainState(Chain links, std::vector<std::weak_ptr<ResLoraLinearImpl>> members)
-      : chain(std::move(links)), layers(std::move(members)), missed(layers.size(), 0) {}
-
-  std::shared_ptr<ResLoraLinearImpl> layer(int64_t position) const {
-    auto strong = layers.at(position).lock();
-    RESLORA_CHECK(
-        strong && strong->state_.get() == this,
-        "[linear] a layer of the chain is gone; got position {} ({}): keep the model alive, "
-        "and call reslora::relink on a cloned model",
-        position, chain.layer(position).name);
-    return strong;
-  }
-
-  /// Makes `layer` the one at `position` of `state`; adapts it first where it is plain.
-  static void join(const std::shared_ptr<ChainState>& state, ResLoraLinearImpl& layer,
-                   int64_t position) {
-    if (!layer.is_adapted()) layer.register_adapter(state->chain.layer(position).r);
-    layer.state_ = state;
-    layer.position_ = position;
-  }
-
-  static const std::shared_ptr<ChainState>& of(const ResLoraLinearImpl& layer) {
-    return layer.state_;
-  }
-  static int64_t position_of(const ResLoraLinearImpl& layer) { return layer.position_; }
-
-  /// The pass of this thread.
-  Pass& pass() {
-    std::lock_guard<std::mutex> lock(mutex);
-    return passes[std::this_thread::get_id()];
-  }
-
-  void end_pass() {
-    std::lock_guard<std::mutex> lock(mutex);
-    passes.erase(std::this_thread::get_id());
-  }
-
-  void count_missed(int64_t position) {
-    std::lock_guard<std::mutex> lock(mutex);
-    ++missed[position];
-  }
-
-  Chain chain;
-  std::vector<std::weak_ptr<ResLoraLinearImpl>> layers;
-  std::vector<int64_t> missed;
-  bool is_enabled = true;
-  FitCollector* collector = nullptr;
-  int64_t collector_index = 0;
-  std::mutex mutex;
-  std::unordered_map<std::thread::id, Pass> passes;
-};
-
 namespace {
-
-LayerShape shape_of(const ResLoraLinearImpl& layer, const ResLoraConfig& config, std::string name) {
-  return {std::move(name), layer.options.in_features(), layer.options.out_features(), config.r(),
-          scaling_of(config.lora_alpha(), config.r(), config.use_rslora())};
-}
 
 bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
   return tap.defined() && tap.dim() == x.dim() &&
@@ -116,12 +47,17 @@ void ResLoraLinearImpl::reset_parameters() {
   torch::nn::init::uniform_(bias, -bound, bound);
 }
 
-void ResLoraLinearImpl::register_adapter(int64_t r) {
+void ResLoraLinearImpl::register_adapter(int64_t r, const InitLoraWeights& init) {
   const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto made = weight.options().dtype(dtype).requires_grad(false);
   reslora_A = register_parameter("reslora_A", torch::empty({r, options.in_features()}, made));
   reslora_B = register_parameter("reslora_B", torch::zeros({options.out_features(), r}, made));
-  torch::nn::init::kaiming_uniform_(reslora_A, std::sqrt(5));
+  if (std::holds_alternative<std::string>(init)) {  // "gaussian"
+    torch::nn::init::normal_(reslora_A, 0, 1 / static_cast<double>(r));
+  } else {
+    torch::nn::init::kaiming_uniform_(reslora_A, std::sqrt(5));
+    if (!std::get<bool>(init)) torch::nn::init::kaiming_uniform_(reslora_B, std::sqrt(5));
+  }
   weight.set_requires_grad(false);
   if (bias.defined()) bias.set_requires_grad(false);
 }
@@ -295,65 +231,17 @@ void LinkedChain::collect(FitCollector* collector, int64_t index) const {
   state_->collector_index = index;
 }
 
+void LinkedChain::set_norms(int64_t position, const NormWindow& norms) const {
+  const auto layer = state_->layer(position);
+  layer->norms = norms.is_defined() ? NormWindow(norms.norms().to(layer->reslora_A.device()),
+                                                 norms.count().to(layer->reslora_A.device()))
+                                    : NormWindow();
+}
+
+bool LinkedChain::is_training(int64_t position) const {
+  return state_->layer(position)->is_training();
+}
+
 int64_t LinkedChain::missed_links(int64_t position) const { return state_->missed.at(position); }
-
-LinkedChain link(const std::vector<ResLoraLinear>& layers, const ResLoraConfig& config,
-                 std::vector<std::string> names) {
-  RESLORA_CHECK(!layers.empty(), "[link] a chain needs at least one layer; got none");
-  if (names.empty())
-    for (size_t n = 0; n < layers.size(); ++n) names.push_back(std::to_string(n));
-  RESLORA_CHECK(names.size() == layers.size(),
-                "[link] needs one name per layer; got {} names for {}", names.size(),
-                layers.size());
-  std::vector<LayerShape> shapes;
-  std::vector<std::weak_ptr<ResLoraLinearImpl>> members;
-  for (size_t n = 0; n < layers.size(); ++n) {
-    RESLORA_CHECK(!layers[n]->is_adapted(),
-                  "[link] a layer is in one chain only; got {}, linked already", names[n]);
-    for (size_t k = 0; k < n; ++k)
-      RESLORA_CHECK(layers[k].ptr() != layers[n].ptr(),
-                    "[link] a layer stands once in a chain; got {} "
-                    "and {}, the same layer",
-                    names[k], names[n]);
-    shapes.push_back(shape_of(*layers[n], config, names[n]));
-    members.push_back(layers[n].ptr());
-  }
-  auto state = std::make_shared<ChainState>(Chain(config, std::move(shapes)), std::move(members));
-  for (size_t n = 0; n < layers.size(); ++n)
-    ChainState::join(state, *layers[n].ptr(), static_cast<int64_t>(n));
-  return LinkedChain(std::move(state));
-}
-
-std::vector<LinkedChain> relink(torch::nn::Module& model) {
-  std::map<std::shared_ptr<ChainState>, std::vector<std::shared_ptr<ResLoraLinearImpl>>> groups;
-  std::vector<std::shared_ptr<ChainState>> order;
-  for (const auto& module : model.modules(/*include_self=*/false)) {
-    auto layer = std::dynamic_pointer_cast<ResLoraLinearImpl>(module);
-    if (!layer || !layer->is_adapted()) continue;
-    const auto& old = ChainState::of(*layer);
-    auto& group = groups[old];
-    if (group.empty()) {
-      order.push_back(old);
-      group.resize(old->chain.size());
-    }
-    group[ChainState::position_of(*layer)] = layer;
-  }
-  std::vector<LinkedChain> chains;
-  for (const auto& old : order) {
-    std::vector<std::weak_ptr<ResLoraLinearImpl>> members;
-    for (size_t n = 0; n < groups[old].size(); ++n) {
-      RESLORA_CHECK(groups[old][n],
-                    "[relink] the model must hold every layer of a chain; got none for {}",
-                    old->chain.layer(static_cast<int64_t>(n)).name);
-      members.push_back(groups[old][n]);
-    }
-    auto state = std::make_shared<ChainState>(old->chain, std::move(members));
-    state->is_enabled = old->is_enabled;
-    for (const auto& layer : groups[old])
-      ChainState::join(state, *layer, ChainState::position_of(*layer));
-    chains.emplace_back(std::move(state));
-  }
-  return chains;
-}
 
 }  // namespace reslora

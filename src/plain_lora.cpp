@@ -1,16 +1,64 @@
-// Planned pairs in the shapes that files of plain LoRA want: padded or reduced to a rank.
+// Planned pairs as files of plain LoRA want them: padded or reduced to a rank, under PEFT's names.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
-#include <reslora/merge.h>
+#include <reslora/adapter_io.h>
+#include <reslora/plain_lora.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "detail/check.h"
+#include "detail/json.h"
+#include "internal/folders.h"
 #include "internal/precision.h"
 
 namespace reslora {
+namespace {
+
+constexpr const char* kPrefix = "base_model.model.";  // of every key in PEFT's files
+
+void text_or_null(detail::JsonWriter& json, const char* key, const std::string& value) {
+  json.key(key);
+  if (value.empty()) {
+    json.null();
+  } else {
+    json.string(value);
+  }
+}
+
+void names_or_null(detail::JsonWriter& json, const char* key,
+                   const std::vector<std::string>& names) {
+  json.key(key);
+  if (names.empty()) {
+    json.null();
+    return;
+  }
+  json.begin_array();
+  for (const std::string& name : names) json.string(name);
+  json.end_array();
+}
+
+/// The options of a plain LoRA whose scale is 1.
+std::string peft_config(const PlainLora& lora, int64_t R) {
+  std::vector<std::string> targets = lora.target_modules;
+  if (targets.empty())
+    for (const LayerMerge& layer : lora.layers) targets.push_back(layer.name);
+  detail::JsonWriter json(2);
+  json.begin_object().key("peft_type").string("LORA").key("r").integer(R);
+  json.key("lora_alpha").integer(R).key("lora_dropout").number(0).key("bias").string("none");
+  names_or_null(json, "target_modules", targets);
+  names_or_null(json, "modules_to_save", lora.modules_to_save);
+  json.key("fan_in_fan_out").boolean(lora.fan_in_fan_out);
+  json.key("inference_mode").boolean(true).key("use_rslora").boolean(false);
+  json.key("use_dora").boolean(false).key("rank_pattern").begin_object().end_object();
+  json.key("alpha_pattern").begin_object().end_object();
+  text_or_null(json, "base_model_name_or_path", lora.base_model_name_or_path);
+  text_or_null(json, "task_type", lora.task_type);
+  return json.end_object().text() + "\n";
+}
+
+}  // namespace
 
 std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R) {
   const int64_t rank = layer.A.size(0);
@@ -55,6 +103,28 @@ ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double
       (root.unsqueeze(1) * at::mm(vh.narrow(0, 0, rank), q_a.t())).to(layer.A.scalar_type());
   reduced.error = total > 0 ? std::sqrt(lost / total) : 0;
   return reduced;
+}
+
+int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
+  RESLORA_CHECK(!lora.layers.empty(), "[export] a plain LoRA must have layers; got none");
+  const std::string config = folder + "/" + detail::kConfigName;
+  RESLORA_CHECK(
+      detail::file_text(config).find("\"RESLORA\"") == std::string::npos,
+      "[export] the folder must not hold an unmerged adapter, which would be lost; got {}", folder);
+  int64_t R = 0;
+  for (const LayerMerge& layer : lora.layers) R = std::max(R, layer.A.size(0));
+  TensorFile file;
+  file.metadata = {{"format", "pt"}};
+  for (const LayerMerge& layer : lora.layers) {
+    auto [A, B] = padded_factors(layer, R);
+    file.tensors.emplace(kPrefix + layer.name + ".lora_A.weight", std::move(A));
+    file.tensors.emplace(kPrefix + layer.name + ".lora_B.weight", std::move(B));
+  }
+  for (const auto& [name, tensor] : lora.heads) file.tensors.emplace(kPrefix + name, tensor);
+  detail::make_folder(folder);
+  save_tensors(folder + "/" + detail::kWeightsName, file);
+  detail::write_text(config, peft_config(lora, R));
+  return R;
 }
 
 }  // namespace reslora

@@ -28,7 +28,9 @@ SKIPPED_FOLDERS = {"build", "results", "data", "node_modules", "__pycache__"}
 BELOW: dict[str, tuple[str, ...]] = {
     "export": (),
     "check": (),
-    "config": ("export", "check", "detail"),
+    "module_names": ("export",),
+    "config": ("export", "check", "module_names"),
+    "config_json": ("config", "detail"),
     "detail": ("check",),
     "cpu": (),
     "cuda": (),
@@ -45,13 +47,26 @@ BELOW: dict[str, tuple[str, ...]] = {
     "moved_taps": ("regression",),
     "merge": ("chain_view", "cpu", "formulas", "precision"),
     "merge_errors": ("merge",),
-    "plain_lora": ("merge",),
+    "folders": ("tensor_types",),
+    "plain_lora": ("merge", "adapter_io", "folders"),
     "tensor_types": ("detail",),
     "adapter_io": ("chain", "norm_window", "detail", "tensor_types"),
     "statistics_io": ("adapter_io", "regression"),
     "model_files": ("merge", "tensor_types"),
-    "bindings": ("merge_errors", "statistics_io", "model_files", "config"),
-    "reslora": ("linear", "merge_errors", "adapter_io", "statistics_io", "model_files"),
+    "adapters": ("linear", "merge", "statistics_io", "config_json", "plain_lora"),
+    "bindings": ("merge_errors", "statistics_io", "model_files", "plain_lora", "config"),
+    "reslora": ("adapters", "merge_errors", "model_files"),
+}
+# Files that are parts of a layer with another name.
+PARTS = {
+    "merge_rules": "merge",
+    "merged_weight": "merge",
+    "chain_state": "linear",
+    "linking": "linear",
+    "adapter_files": "adapters",
+    "adapter_tensors": "adapters",
+    "calibrating": "adapters",
+    "injection": "adapters",
 }
 TORCH_FREE = {"detail", "cuda"}  # layers that must build without torch
 
@@ -144,11 +159,9 @@ def layer_of(path: Path) -> str:
         return "bindings"
     if path.parent.name in ("ops", "cpu", "cuda"):
         return path.parent.name
-    if path.parent.name == "internal" and path.stem.startswith("merge"):
-        return "merge"
     if path.parent.name == "detail":
         return "check" if path.stem == "check" else "detail"
-    return path.stem
+    return PARTS.get(path.stem, path.stem)
 
 
 def all_below(layer: str) -> set[str]:

@@ -7,10 +7,14 @@
 #pragma once
 
 #include <reslora/export.h>
+#include <reslora/module_names.h>
 #include <torch/arg.h>
 
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <variant>
+#include <vector>
 
 namespace reslora {
 
@@ -21,6 +25,12 @@ enum class Shortcut {
   kBs,    // block shortcut:  sum over k of B_{n-k} A_{n-k} x_n
   kMs,    // middle shortcut: B_n sum over k of A_{n-k} x_{n-k}
 };
+
+/// Values by pattern, in the order in which patterns are tried.
+template <typename T>
+using Patterns = std::vector<std::pair<std::string, T>>;
+
+using InitLoraWeights = std::variant<bool, std::string>;
 
 struct ResLoraConfig {
   /// Rank of A [r, in] and B [out, r].
@@ -46,9 +56,33 @@ struct ResLoraConfig {
   /// Raise where a link is broken, instead of reporting it; also demands the same in_features and
   /// the same out_features in all layers of a chain.
   TORCH_ARG(bool, strict_links) = false;
+  /// How shortcuts are merged away where `merge` is given no rule; "": the best for what is at
+  /// hand.
+  TORCH_ARG(std::string, merge_method) = "";
+
+  // Which layers `inject` adapts; of no effect where layers are linked by hand.
+
+  /// The layers to adapt; must be given.
+  TORCH_ARG(ModuleNames, target_modules);
+  /// Layers that are never adapted.
+  TORCH_ARG(ModuleNames, exclude_modules);
+  /// Adapt only layers whose path has one of these as its first number; empty: all.
+  TORCH_ARG(std::vector<int64_t>, layers_to_transform);
+  /// Regular expression of paths -> another r; the first that matches counts.
+  TORCH_ARG(Patterns<int64_t>, rank_pattern);
+  /// Regular expression of paths -> another lora_alpha.
+  TORCH_ARG(Patterns<double>, alpha_pattern);
+  /// Names of modules beside the adapters that train and are saved whole (heads).
+  TORCH_ARG(std::vector<std::string>, modules_to_save);
+  /// true: A Kaiming-uniform, B zero; "gaussian": A normal with deviation 1/r, B zero; false: both
+  /// random (step 0 then differs from the base model).
+  TORCH_ARG(InitLoraWeights, init_lora_weights) = true;
+  /// Options of a file that only Python knows, as JSON by name: kept, and written back.
+  TORCH_ARG(Patterns<std::string>, other_options);
 };
 
-/// Throws c10::ValueError with one sentence for the first option out of its range.
+/// Throws c10::ValueError with one sentence for the first option out of its range. (Whether names
+/// match a model is for `inject` to see.)
 RESLORA_API void validate(const ResLoraConfig& config);
 
 /// Returns the shortcut that `res_mode` names; throws c10::ValueError for an unknown name.

@@ -80,7 +80,7 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   friend RESLORA_API std::vector<at::Tensor> forward_together(
       const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x);
 
-  void register_adapter(int64_t r);
+  void register_adapter(int64_t r, const InitLoraWeights& init = true);
   bool is_plain() const;
   std::vector<at::Tensor>& enter_pass(std::vector<at::Tensor>& outside);
   void leave_pass();
@@ -120,6 +120,10 @@ class RESLORA_API LinkedChain {
   /// chain of that index in it; nullptr ends it. The collector must outlive that. Call the model in
   /// eval mode and under NoGradGuard.
   void collect(FitCollector* collector, int64_t index = 0) const;
+  /// Replaces the norm window of a layer, as a loaded file has it; an undefined one empties it.
+  void set_norms(int64_t position, const NormWindow& norms) const;
+  /// True where a layer is in training mode.
+  bool is_training(int64_t position) const;
   /// How often a layer ran without a tap that its shortcut reaches, since linking.
   int64_t missed_links(int64_t position) const;
 
@@ -127,11 +131,11 @@ class RESLORA_API LinkedChain {
   std::shared_ptr<ChainState> state_;
 };
 
-/// Adapts `layers` (execution order) and links them: registers reslora_A (Kaiming uniform) and
-/// reslora_B (zeros) on each, freezes weight and bias. Parameters are fp32, or fp64 on an fp64
-/// layer, on the layer's device. `names` are used in messages and files; default "0", "1", ....
-/// Throws c10::ValueError for a bad config or a layer that is linked already, and changes nothing
-/// then.
+/// Adapts `layers` (execution order) and links them: registers reslora_A and reslora_B on each,
+/// filled as `init_lora_weights` says, freezes weight and bias. Parameters are fp32, or fp64 on an
+/// fp64 layer, on the layer's device. `names` are used in messages and files; default "0", "1",
+/// .... Throws c10::ValueError for a bad config or a layer that is linked already, and changes
+/// nothing then.
 RESLORA_API LinkedChain link(const std::vector<ResLoraLinear>& layers, const ResLoraConfig& config,
                              std::vector<std::string> names = {});
 

@@ -94,23 +94,8 @@ class RESLORA_API MergePlan {
   bool is_applied_ = false;
 };
 
-/// Pads a planned pair with zeros to rank R: A [R, in], B [out, R]. With r = lora_alpha = R in the
-/// exported config the scale is 1 in every reader of plain LoRA files.
-RESLORA_API std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R);
-
 /// W* = W + B A of a planned layer in fp32 (fp64 for an fp64 weight), before the one cast that
 /// `apply` does; `weight` [out, in] is not changed. Throws c10::ValueError as `apply` does.
 RESLORA_API at::Tensor merged_weight(const at::Tensor& weight, const LayerMerge& layer);
-
-struct ReducedFactors {
-  LayerMerge layer;  // with A [k, in] and B [out, k]
-  double error = 0;  // |B A - reduced|_F / |B A|_F
-};
-
-/// Reduces a planned pair (of bs: rank (m+1) r) to the smallest rank whose error is at most
-/// `tolerance`, and never above `max_rank`, by QR of both factors and the SVD of the core between
-/// them, in fp64. Cost: (in + out) R^2.
-RESLORA_API ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank,
-                                           double tolerance = 1e-7);
 
 }  // namespace reslora

@@ -1,6 +1,7 @@
 // Plans, fits and what is calibrated.
 #include <reslora/merge.h>
 #include <reslora/merge_errors.h>
+#include <reslora/plain_lora.h>
 #include <reslora/regression.h>
 #include <reslora/statistics_io.h>
 

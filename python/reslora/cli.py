@@ -4,6 +4,7 @@
     reslora export-lora ADAPTER OUT --rank 16
     reslora inspect PATH
     reslora check-export DIR
+    reslora --cmake-prefix
 
 Exit codes: 0 done, 1 an error (one sentence on stderr) or, of check-export, a reader that would
 misread, 2 arguments that cannot be understood.
@@ -45,10 +46,33 @@ def _show_warning(message: Any, *_: Any, **__: Any) -> None:
     print(f"reslora: warning: {message}", file=sys.stderr)
 
 
+class _CMakePrefix(argparse.Action):
+    """Prints the folder of the CMake package."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from .utils import cmake_prefix_path
+
+        print(cmake_prefix_path)
+        parser.exit()
+
+
+def _version() -> str:
+    from . import __version__
+
+    return f"reslora {__version__}"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="reslora", description="ResLoRA adapters: merge, export, inspect."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument(
+        "--cmake-prefix",
+        action=_CMakePrefix,
+        nargs=0,
+        help="print what C++ programs give CMake as CMAKE_PREFIX_PATH, and exit",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_merge(commands)

@@ -18,10 +18,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from . import _C
 from .layer import LayerChain, ResLoraLinear
 
 if TYPE_CHECKING:
     from .injection import Injection
+
+
+cmake_prefix_path = os.fspath(Path(_C.__file__).parent / "share/cmake")
+"""What a C++ program gives CMake as CMAKE_PREFIX_PATH to find the reslora of this installation."""
 
 
 def find_layers(model: nn.Module) -> list[ResLoraLinear]:

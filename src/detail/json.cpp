@@ -250,46 +250,74 @@ void JsonReader::skip() {
   }
 }
 
+bool JsonReader::boolean() {
+  const bool is_true = peek() == 't';
+  literal(is_true ? "true" : "false");
+  return is_true;
+}
+
+bool JsonReader::null() {
+  const bool is_next = peek() == 'n';
+  if (is_next) literal("null");
+  return is_next;
+}
+
+char JsonReader::peek() {
+  skip_space();
+  return at_ < text_.size() ? text_[at_] : '\0';
+}
+
+std::string JsonReader::raw() {
+  skip_space();
+  const size_t begin = at_;
+  skip();
+  return std::string(text_.substr(begin, at_ - begin));
+}
+
 void JsonReader::finish() {
   skip_space();
   if (at_ != text_.size()) fail("must end after its value");
 }
 
+void JsonWriter::new_line() {
+  if (indent_ == 0) return;
+  text_ += '\n';
+  text_.append(static_cast<size_t>(indent_) * depth_, ' ');
+}
+
 void JsonWriter::separate() {
   if (needs_comma_) text_ += ',';
+  if (depth_ > 0 && !follows_key_) new_line();
   needs_comma_ = true;
+  follows_key_ = false;
 }
 
-JsonWriter& JsonWriter::begin_object() {
+JsonWriter& JsonWriter::open(char bracket) {
   separate();
-  text_ += '{';
+  text_ += bracket;
   needs_comma_ = false;
+  ++depth_;
   return *this;
 }
 
-JsonWriter& JsonWriter::end_object() {
-  text_ += '}';
+JsonWriter& JsonWriter::close(char bracket) {
+  --depth_;
+  if (needs_comma_) new_line();  // not between the brackets of what is empty
+  text_ += bracket;
   needs_comma_ = true;
   return *this;
 }
 
-JsonWriter& JsonWriter::begin_array() {
-  separate();
-  text_ += '[';
-  needs_comma_ = false;
-  return *this;
-}
-
-JsonWriter& JsonWriter::end_array() {
-  text_ += ']';
-  needs_comma_ = true;
-  return *this;
-}
+JsonWriter& JsonWriter::begin_object() { return open('{'); }
+JsonWriter& JsonWriter::end_object() { return close('}'); }
+JsonWriter& JsonWriter::begin_array() { return open('['); }
+JsonWriter& JsonWriter::end_array() { return close(']'); }
 
 JsonWriter& JsonWriter::key(std::string_view text) {
   string(text);
-  text_ += ':';
+  text_ += indent_ > 0 ? ": " : ":";
   needs_comma_ = false;
+  follows_key_ = true;
   return *this;
 }
 
@@ -313,24 +341,24 @@ JsonWriter& JsonWriter::string(std::string_view text) {
   return *this;
 }
 
-JsonWriter& JsonWriter::unsigned_integer(uint64_t value) {
-  separate();
-  text_ += std::to_string(value);
-  return *this;
-}
+JsonWriter& JsonWriter::unsigned_integer(uint64_t value) { return raw(std::to_string(value)); }
 
-JsonWriter& JsonWriter::integer(int64_t value) {
-  separate();
-  text_ += std::to_string(value);
-  return *this;
-}
+JsonWriter& JsonWriter::integer(int64_t value) { return raw(std::to_string(value)); }
 
 JsonWriter& JsonWriter::number(double value) {
   if (!std::isfinite(value)) throw ContentError("a number must be finite; got NaN or infinity");
-  separate();
   char buffer[32];
   const auto result = std::to_chars(buffer, buffer + sizeof(buffer), value);
-  text_.append(buffer, result.ptr);
+  return raw({buffer, static_cast<size_t>(result.ptr - buffer)});
+}
+
+JsonWriter& JsonWriter::boolean(bool value) { return raw(value ? "true" : "false"); }
+
+JsonWriter& JsonWriter::null() { return raw("null"); }
+
+JsonWriter& JsonWriter::raw(std::string_view json) {
+  separate();
+  text_ += json;
   return *this;
 }
 

@@ -42,8 +42,15 @@ class JsonReader {
   uint64_t unsigned_integer();
   int64_t integer();
   double number();
+  bool boolean();
+  /// Reads null if that is next, and tells whether it was.
+  bool null();
+  /// The first character of the next value; '\0' at the end.
+  char peek();
   /// Reads any value and checks it.
   void skip();
+  /// Reads any value and returns its text.
+  std::string raw();
   /// Demands that nothing but white space is left.
   void finish();
 
@@ -67,9 +74,12 @@ class JsonReader {
   int max_depth_;
 };
 
-/// Writes JSON without spaces; commas are its business, the order of calls the caller's.
+/// Writes JSON; commas are its business, the order of calls the caller's.
 class JsonWriter {
  public:
+  /// `indent`: spaces for each level, a line for each value; 0: no spaces at all.
+  explicit JsonWriter(int indent = 0) : indent_(indent) {}
+
   JsonWriter& begin_object();
   JsonWriter& end_object();
   JsonWriter& begin_array();
@@ -82,13 +92,23 @@ class JsonWriter {
   /// Writes the shortest text that reads back as the same double; throws ContentError for NaN and
   /// infinities, which JSON cannot say.
   JsonWriter& number(double value);
+  JsonWriter& boolean(bool value);
+  JsonWriter& null();
+  /// Writes what is JSON already.
+  JsonWriter& raw(std::string_view json);
   const std::string& text() const { return text_; }
 
  private:
   void separate();
+  JsonWriter& open(char bracket);
+  JsonWriter& close(char bracket);
+  void new_line();
 
   std::string text_;
   bool needs_comma_ = false;
+  bool follows_key_ = false;
+  int indent_;
+  int depth_ = 0;
 };
 
 /// Returns true where `text` is UTF-8 without overlong forms and surrogates.

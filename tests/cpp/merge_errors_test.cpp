@@ -1,6 +1,7 @@
 // Planned pairs reduced to a rank, and what a planned merge changes on rows that a layer saw.
 #include <reslora/merge.h>
 #include <reslora/merge_errors.h>
+#include <reslora/plain_lora.h>
 
 #include <cmath>
 

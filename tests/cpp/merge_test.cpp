@@ -1,6 +1,7 @@
 // Plan, apply and revert: every rule against the formulas, exact bits, and clean refusals.
 #include <ATen/autocast_mode.h>
 #include <reslora/merge.h>
+#include <reslora/plain_lora.h>
 
 #include <cmath>
 #include <stdexcept>

@@ -1,0 +1,161 @@
+/// @file
+/// Adapting a LibTorch model by names, and the handle for everything after that.
+///
+///     auto adapters = reslora::inject(*model, reslora::ResLoraConfig()
+///                                                 .r(8).lora_alpha(16).res_mode("is")
+///                                                 .target_modules({"q_proj", "v_proj"}));
+///     torch::optim::AdamW optimizer(adapters.parameters());
+///     ... train ...
+///     adapters.save("adapter");                    // read by C++ and Python
+///     adapters.merge();                            // W <- W*; adapters.unmerge() undoes it
+///     adapters.export_lora("lora");                // a plain LoRA, read by PEFT
+///
+/// The model declares what may be adapted as ResLoraLinear (linear.h): LibTorch cannot replace a
+/// torch::nn::Linear from outside. Names, defaults, matching and chains are those of the Python
+/// package: layers whose paths differ in the layer index alone ("layers.*.q_proj") form a chain, in
+/// the order of registration.
+#pragma once
+
+#include <reslora/config.h>
+#include <reslora/export.h>
+#include <reslora/linear.h>
+#include <reslora/merge.h>
+#include <reslora/regression.h>
+#include <torch/nn/module.h>
+
+#include <functional>
+#include <iosfwd>
+#include <map>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace reslora {
+
+/// How `Adapters::export_lora` writes.
+struct ExportOptions {
+  /// As in MergePlan; "": the config's, else the best for what is at hand.
+  TORCH_ARG(std::string, merge_method) = "";
+  /// Reduce every pair to at most this rank (0: no reduction), to the smallest that keeps
+  /// `tolerance`, the relative error |BA - reduced| / |BA|.
+  TORCH_ARG(int64_t, rank) = 0;
+  TORCH_ARG(double, tolerance) = 1e-6;
+  /// For adapter_config.json.
+  TORCH_ARG(std::string, base_model_name_or_path) = "";
+  TORCH_ARG(std::string, task_type) = "";
+};
+
+/// The adapters of one model. A handle: copies mean the same adapters. It holds the layers weakly;
+/// keep the model alive.
+class RESLORA_API Adapters {
+ public:
+  struct State;
+  explicit Adapters(std::shared_ptr<State> state) : state_(std::move(state)) {}
+
+  const ResLoraConfig& config() const;
+  const std::vector<LinkedChain>& chains() const;
+  /// The chains' names, such as "layers.*.q_proj".
+  const std::vector<std::string>& names() const;
+  /// What trains: A and B of every layer, then the parameters of modules_to_save.
+  std::vector<at::Tensor> parameters() const;
+
+  /// Starts a pass of every chain on this thread. Needed only where a forward may begin inside a
+  /// chain: a pass begins by itself when the first layer of a chain runs.
+  void begin_forward() const;
+  /// One line for each chain, each broken link, and each layer that ran without its link.
+  std::string links() const;
+  void print_links(std::ostream& stream) const;
+  /// false: the base model alone. Throws c10::ValueError while merged.
+  void set_enabled(bool is_enabled) const;
+
+  /// Fits every layer for the rule `lsq`: calls `call(batch)`, which runs the model, for each of
+  /// `batches`, as often as the memory of `options` demands (mostly once). Where `call` returns the
+  /// model's output as a tensor, the layers whose inputs taps read get half of what these bring,
+  /// chain by chain, if the output of the merged model is then nearer (measured on two batches; see
+  /// `move_taps`). The model must be in eval mode; no gradient is taken. The fits serve `merge` and
+  /// `export_lora` until the adapter changes. Throws c10::ValueError for a model in training mode
+  /// and for layers that saw no row; earlier fits are kept then.
+  template <typename Batches, typename Call>
+  void calibrate(Batches&& batches, const Call& call, const FitOptions& options = {}) const {
+    calibrate_with(
+        [&](const Visitor& visit) {
+          for (auto&& batch : batches) visit([&] { return output_of(call, batch); });
+        },
+        options);
+  }
+
+  /// The chains' tensors with the fits at hand.
+  std::vector<ChainView> views() const;
+  /// What merging would do; nothing is changed. Throws as MergePlan does, and where fits were made
+  /// before the adapter changed.
+  MergePlan plan(const std::string& merge_method = "", bool use_affine = true) const;
+  /// Writes W* into the base weights and switches the adapters off; returns the plan, which keeps
+  /// the originals on the CPU. `progress(done)` is called after each layer. Throws c10::ValueError
+  /// where the adapters are merged already or a rule cannot serve; no weight is then changed.
+  const MergePlan& merge(const std::string& merge_method = "",
+                         const std::function<void(int64_t)>& progress = nullptr) const;
+  /// Restores the exact bits that `merge` replaced. Throws c10::ValueError where nothing is merged.
+  void unmerge() const;
+  bool is_merged() const;
+
+  /// Writes adapter_config.json and adapter_model.safetensors to a folder, which is made where
+  /// there is none; with `statistics` also norm windows and fits, for a merge elsewhere. Each file
+  /// is written atomically. Throws c10::Error where the system refuses.
+  void save(const std::string& folder, bool statistics = false) const;
+  /// Reads what `save` or Python's save_pretrained wrote. Everything is checked before the first
+  /// value is copied. Throws c10::ValueError for an adapter of another model or other options.
+  void load(const std::string& folder) const;
+  /// Writes the adapter as plain LoRA in PEFT's format, shortcuts merged away; the model is not
+  /// changed. A merged model is exported as it was merged. Returns the largest relative error of
+  /// the reduction (0 without `rank`).
+  double export_lora(const std::string& folder, const ExportOptions& options = {}) const;
+
+  /// The adapters of a clone of the model (`model->clone()`), linked among themselves. The clone
+  /// must not be of a merged model.
+  Adapters of_clone(torch::nn::Module& clone) const;
+
+ private:
+  using Run = std::function<at::Tensor()>;           // of the model on one batch
+  using Visitor = std::function<void(const Run&)>;   // called with each batch's run
+  using Pass = std::function<void(const Visitor&)>;  // over all batches
+
+  template <typename Call, typename Batch>
+  static at::Tensor output_of(const Call& call, Batch& batch) {
+    if constexpr (std::is_convertible_v<decltype(call(batch)), at::Tensor>) {
+      return call(batch);
+    } else {
+      call(batch);
+      return {};
+    }
+  }
+
+  void calibrate_with(const Pass& pass, const FitOptions& options) const;
+  void choose_moves(const Pass& pass) const;
+
+  std::shared_ptr<State> state_;
+};
+
+/// Adapts a model in place: the ResLoraLinear layers that `config` names get A and B, everything
+/// but these and modules_to_save is frozen. Step 0 equals the base model.
+///
+/// Throws c10::ValueError for a bad config, a model that is adapted already, a pattern that matches
+/// nothing, and a match that is no ResLoraLinear, a torch::nn::Linear above all. The model is then
+/// unchanged.
+RESLORA_API Adapters inject(torch::nn::Module& model, const ResLoraConfig& config);
+
+/// Adapts a plain model by the config of a saved adapter, and loads it. Throws as `inject` and
+/// `Adapters::load` do; the model is then unchanged.
+RESLORA_API Adapters load(torch::nn::Module& model, const std::string& folder);
+
+/// Parameters and buffers by path, without A and B: what `torch.nn.Module.state_dict` of the
+/// Python twin of a plain (or merged) model holds. Write them with `save_tensors`.
+RESLORA_API std::map<std::string, at::Tensor> base_tensors(const torch::nn::Module& model);
+
+/// Copies such tensors into a model. Throws c10::ValueError for a tensor that is missing, unknown
+/// or of another shape; nothing is copied then.
+RESLORA_API void load_base_tensors(torch::nn::Module& model,
+                                   const std::map<std::string, at::Tensor>& tensors);
+
+}  // namespace reslora

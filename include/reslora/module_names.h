@@ -1,0 +1,60 @@
+/// @file
+/// Which modules an option means: names as PEFT writes them, or a regular expression.
+///
+///     ModuleNames({"q_proj", "v_proj"});       // these names, and paths that end with ".q_proj"
+///     ModuleNames(".*\\.(q|v)_proj");          // a regular expression for the whole path
+///     ModuleNames("all-linear");               // every linear layer
+#pragma once
+
+#include <reslora/export.h>
+
+#include <initializer_list>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace reslora {
+
+class RESLORA_API ModuleNames {
+ public:
+  /// Nothing is given.
+  ModuleNames() = default;
+  /// A list of names and suffixes of whole parts.
+  ModuleNames(std::initializer_list<std::string> names) : ModuleNames(std::vector(names)) {}
+  ModuleNames(std::vector<std::string> names) : names_(std::move(names)), is_list_(true) {}
+  /// A regular expression (ECMAScript) that must match the whole path, or "all-linear".
+  ModuleNames(std::string expression) : expression_(std::move(expression)) {}
+  ModuleNames(const char* expression) : expression_(expression) {}
+
+  bool is_given() const { return is_list_ || !expression_.empty(); }
+  bool is_list() const { return is_list_; }
+  /// True for "all-linear", in any case of letters.
+  bool is_all_linear() const;
+  const std::vector<std::string>& names() const { return names_; }
+  const std::string& expression() const { return expression_; }
+
+  /// True where `path` is meant. "all-linear" means no path by itself. Throws c10::ValueError for
+  /// an expression that cannot be read.
+  bool matches(const std::string& path) const;
+  /// The names in quotes, or the expression, for messages.
+  std::string shown() const;
+
+  bool operator==(const ModuleNames& other) const {
+    return is_list_ == other.is_list_ && names_ == other.names_ && expression_ == other.expression_;
+  }
+
+ private:
+  std::vector<std::string> names_;
+  std::string expression_;
+  bool is_list_ = false;
+};
+
+/// True where `path` is `name` or ends with "." and `name`.
+RESLORA_API bool is_or_ends_with(const std::string& path, const std::string& name);
+
+/// True where the regular expression `pattern`, which may begin anywhere after a dot, matches up to
+/// the end of `path`: how the keys of rank_pattern and alpha_pattern are read. Throws
+/// c10::ValueError for a pattern that cannot be read.
+RESLORA_API bool matches_pattern(const std::string& path, const std::string& pattern);
+
+}  // namespace reslora

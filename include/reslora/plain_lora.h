@@ -1,0 +1,55 @@
+/// @file
+/// Planned merges as plain LoRA: at one rank, and in the format of PEFT.
+///
+///     reslora::PlainLora lora;
+///     lora.layers = plan.layers();              // of a MergePlan
+///     reslora::save_plain_lora("lora", lora);   // adapter_config.json, adapter_model.safetensors
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <reslora/export.h>
+#include <reslora/merge.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace reslora {
+
+/// Pads a planned pair with zeros to rank R: A [R, in], B [out, R]. With r = lora_alpha = R in the
+/// exported config the scale is 1 in every reader of plain LoRA files. Throws c10::ValueError for
+/// an R below the pair's rank.
+RESLORA_API std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R);
+
+struct ReducedFactors {
+  LayerMerge layer;  // with A [k, in] and B [out, k]
+  double error = 0;  // |B A - reduced|_F / |B A|_F
+};
+
+/// Reduces a planned pair (of bs: rank (m+1) r) to the smallest rank whose error is at most
+/// `tolerance`, and never above `max_rank`, by QR of both factors and the SVD of the core between
+/// them, in fp64. Throws c10::ValueError for a rank below 1, a tolerance outside [0, 1) and factors
+/// that are not finite. Cost: (in + out) R^2.
+RESLORA_API ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank,
+                                           double tolerance = 1e-7);
+
+/// What `save_plain_lora` writes.
+struct PlainLora {
+  std::vector<LayerMerge> layers;                // by full module path
+  std::map<std::string, at::Tensor> heads = {};  // tensors of modules_to_save, by path
+  std::vector<std::string> target_modules = {};  // default: the paths of the layers
+  std::vector<std::string> modules_to_save = {};
+  bool fan_in_fan_out = false;               // the base holds W^T, as transformers' Conv1D
+  std::string base_model_name_or_path = "";  // "": null
+  std::string task_type = "";                // "": null
+};
+
+/// Writes adapter_config.json and adapter_model.safetensors in PEFT's format: every pair padded to
+/// the largest rank R, with lora_alpha = r = R. Returns R. Throws c10::ValueError for no layers and
+/// for a folder that holds an unmerged adapter, which would be lost; c10::Error where the system
+/// refuses.
+RESLORA_API int64_t save_plain_lora(const std::string& folder, const PlainLora& lora);
+
+}  // namespace reslora

@@ -1,0 +1,88 @@
+// What the layers of a chain share, and how it is made: for linear.cpp and what links layers.
+#pragma once
+
+#include <reslora/linear.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "detail/check.h"
+
+namespace reslora {
+
+/// What the layers of a chain share. Layers hold it; it holds them weakly.
+struct ChainState {
+  struct Pass {
+    std::vector<at::Tensor> taps;
+    int64_t last_position = -1;
+    bool is_open = false;
+  };
+
+  ChainState(Chain links, std::vector<std::weak_ptr<ResLoraLinearImpl>> members)
+      : chain(std::move(links)), layers(std::move(members)), missed(layers.size(), 0) {}
+
+  std::shared_ptr<ResLoraLinearImpl> layer(int64_t position) const {
+    auto strong = layers.at(position).lock();
+    RESLORA_CHECK(
+        strong && strong->state_.get() == this,
+        "[linear] a layer of the chain is gone; got position {} ({}): keep the model alive, "
+        "and call reslora::relink on a cloned model",
+        position, chain.layer(position).name);
+    return strong;
+  }
+
+  /// Makes `layer` the one at `position` of `state`; adapts it first where it is plain.
+  static void join(const std::shared_ptr<ChainState>& state, ResLoraLinearImpl& layer,
+                   int64_t position) {
+    if (!layer.is_adapted())
+      layer.register_adapter(state->chain.layer(position).r,
+                             state->chain.config().init_lora_weights());
+    layer.state_ = state;
+    layer.position_ = position;
+  }
+
+  static const std::shared_ptr<ChainState>& of(const ResLoraLinearImpl& layer) {
+    return layer.state_;
+  }
+  static int64_t position_of(const ResLoraLinearImpl& layer) { return layer.position_; }
+
+  /// The pass of this thread.
+  Pass& pass() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return passes[std::this_thread::get_id()];
+  }
+
+  void end_pass() {
+    std::lock_guard<std::mutex> lock(mutex);
+    passes.erase(std::this_thread::get_id());
+  }
+
+  void count_missed(int64_t position) {
+    std::lock_guard<std::mutex> lock(mutex);
+    ++missed[position];
+  }
+
+  Chain chain;
+  std::vector<std::weak_ptr<ResLoraLinearImpl>> layers;
+  std::vector<int64_t> missed;
+  bool is_enabled = true;
+  FitCollector* collector = nullptr;
+  int64_t collector_index = 0;
+  std::mutex mutex;
+  std::unordered_map<std::thread::id, Pass> passes;
+};
+
+namespace detail {
+
+/// Checks that `layers` can form the chain `links`, and makes its state; changes no layer.
+std::shared_ptr<ChainState> new_state(const std::vector<ResLoraLinear>& layers, Chain links);
+
+/// Adapts and links the layers that `new_state` was given.
+LinkedChain join(const std::shared_ptr<ChainState>& state);
+
+}  // namespace detail
+}  // namespace reslora

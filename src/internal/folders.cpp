@@ -1,0 +1,59 @@
+// POSIX calls rather than std::filesystem: some releases of torch export a copy of it that differs
+// from the compiler's.
+#include "internal/folders.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "detail/safetensors.h"
+#include "internal/tensor_types.h"
+
+namespace reslora::detail {
+
+void make_folder(const std::string& path) {
+  for (size_t end = path.find('/', 1);; end = path.find('/', end + 1)) {
+    const std::string part = path.substr(0, end);
+    if (::mkdir(part.c_str(), 0777) != 0 && errno != EEXIST)
+      TORCH_CHECK(false, fmt::format("[save] {}: the folder could not be made ({})",
+                                     shown(part, 4096), std::strerror(errno)));
+    if (end == std::string::npos) break;
+  }
+  struct stat found;
+  TORCH_CHECK_VALUE(::stat(path.c_str(), &found) == 0 && S_ISDIR(found.st_mode),
+                    fmt::format("[save] the place to write must be a folder; got the file {}",
+                                shown(path, 4096)));
+}
+
+bool is_file(const std::string& path) {
+  struct stat found;
+  return ::stat(path.c_str(), &found) == 0 && S_ISREG(found.st_mode);
+}
+
+std::string file_text(const std::string& path) {
+  if (!is_file(path)) return "";
+  return on_file("read", path, [&] {
+    InputFile file(path);
+    std::string text(file.size(), '\0');
+    file.read(text.data(), text.size());
+    return text;
+  });
+}
+
+void write_text(const std::string& path, const std::string& text) {
+  on_file("save", path, [&] {
+    AtomicFile file(path);
+    file.write(text.data(), text.size());
+    file.commit();
+  });
+}
+
+void remove_file(const std::string& path) {
+  if (::unlink(path.c_str()) != 0 && errno != ENOENT)
+    TORCH_CHECK(false, fmt::format("[save] {}: the file could not be removed ({})",
+                                   shown(path, 4096), std::strerror(errno)));
+}
+
+}  // namespace reslora::detail

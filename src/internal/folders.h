@@ -1,0 +1,28 @@
+// Folders and text files of adapters: their names, and how they are made, read and written.
+#pragma once
+
+#include <string>
+
+namespace reslora::detail {
+
+constexpr const char* kConfigName = "adapter_config.json";
+constexpr const char* kWeightsName = "adapter_model.safetensors";
+constexpr const char* kStatisticsName = "adapter_statistics.safetensors";
+
+/// Makes a folder and those above it, where they are not there. Throws c10::Error where the system
+/// refuses or a file lies in the way.
+void make_folder(const std::string& path);
+
+/// True for a regular file.
+bool is_file(const std::string& path);
+
+/// The text of a file; empty where there is none. Throws c10::Error where the system refuses.
+std::string file_text(const std::string& path);
+
+/// Writes a text file atomically. Throws c10::Error where the system refuses.
+void write_text(const std::string& path, const std::string& text);
+
+/// Removes a file where there is one.
+void remove_file(const std::string& path);
+
+}  // namespace reslora::detail

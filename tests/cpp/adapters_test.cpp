@@ -1,0 +1,440 @@
+// A model adapted by names: what is matched, what is refused, and every use of the handle.
+#include <ATen/autocast_mode.h>
+#include <gtest/gtest.h>
+#include <reslora/adapter_io.h>
+#include <reslora/adapters.h>
+#include <reslora/config_json.h>
+#include <torch/torch.h>
+
+#include <cstdlib>
+#include <thread>
+
+#include "testing.h"
+
+namespace reslora {
+namespace {
+
+using reslora::testing::refuses;
+
+constexpr int64_t kWidth = 8;
+
+struct BlockImpl : torch::nn::Cloneable<BlockImpl> {
+  BlockImpl() { reset(); }
+  void reset() override {
+    q_proj = register_module("q_proj", ResLoraLinear(kWidth, kWidth));
+    v_proj = register_module("v_proj",
+                             ResLoraLinear(torch::nn::LinearOptions(kWidth, kWidth).bias(false)));
+    norm = register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({kWidth})));
+  }
+  at::Tensor forward(const at::Tensor& x) {
+    return x + v_proj->forward(torch::tanh(q_proj->forward(norm->forward(x))));
+  }
+  ResLoraLinear q_proj{nullptr}, v_proj{nullptr};
+  torch::nn::LayerNorm norm{nullptr};
+};
+TORCH_MODULE(Block);
+
+struct NetImpl : torch::nn::Cloneable<NetImpl> {
+  explicit NetImpl(int64_t layer_count = 4) : count(layer_count) { reset(); }
+  void reset() override {
+    layers = register_module("layers", torch::nn::ModuleList());
+    for (int64_t n = 0; n < count; ++n) layers->push_back(Block());
+    head = register_module("head", torch::nn::Linear(kWidth, 3));
+  }
+  at::Tensor forward(at::Tensor x) {
+    for (const auto& layer : *layers) x = layer->as<BlockImpl>()->forward(x);
+    return head->forward(x);
+  }
+  int64_t count;
+  torch::nn::ModuleList layers{nullptr};
+  torch::nn::Linear head{nullptr};
+};
+TORCH_MODULE(Net);
+
+ResLoraConfig config_of(const std::string& res_mode = "is") {
+  return ResLoraConfig().r(2).lora_alpha(4).res_mode(res_mode).target_modules({"q_proj", "v_proj"});
+}
+
+void randomise(const Adapters& adapters) {
+  torch::NoGradGuard no_grad;
+  for (at::Tensor parameter : adapters.parameters()) parameter.normal_(0, 0.3);
+}
+
+std::vector<std::string> adapted_names(const Adapters& adapters) {
+  std::vector<std::string> names;
+  for (const LinkedChain& chain : adapters.chains())
+    for (int64_t n = 0; n < chain.chain().size(); ++n) names.push_back(chain.chain().layer(n).name);
+  return names;
+}
+
+std::string new_folder() {
+  std::string name = ::testing::TempDir() + "reslora_XXXXXX";
+  if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
+  return name;
+}
+
+double distance(const at::Tensor& a, const at::Tensor& b) {
+  return ((a - b).norm() / b.norm()).item<double>();
+}
+
+TEST(Inject, AdaptsByNameAndFreezesTheRest) {
+  Net net;
+  const at::Tensor x = torch::randn({5, kWidth});
+  const at::Tensor before = net->forward(x);
+  const Adapters adapters = inject(*net, config_of());
+  EXPECT_TRUE(torch::allclose(net->forward(x), before)) << "B starts at zero";
+  EXPECT_EQ(adapters.names(), (std::vector<std::string>{"layers.*.q_proj", "layers.*.v_proj"}));
+  EXPECT_EQ(adapters.parameters().size(), 16U);
+  int64_t trained = 0;
+  for (const at::Tensor& parameter : net->parameters()) trained += parameter.requires_grad();
+  EXPECT_EQ(trained, 16);
+  net->forward(x).sum().backward();
+  for (const at::Tensor& parameter : adapters.parameters()) EXPECT_TRUE(parameter.grad().defined());
+}
+
+TEST(Inject, MatchesAsPythonDoes) {
+  const auto matched = [](const ResLoraConfig& config) {
+    Net net(3);
+    return adapted_names(inject(*net, config));
+  };
+  using Names = std::vector<std::string>;
+  const ResLoraConfig base = ResLoraConfig().r(2);
+  EXPECT_EQ(matched(ResLoraConfig(base).target_modules(R"(layers\.[02]\..*q.*)")),
+            (Names{"layers.0.q_proj", "layers.2.q_proj"}));
+  EXPECT_EQ(matched(ResLoraConfig(base).target_modules({"1.v_proj"})), Names{"layers.1.v_proj"});
+  EXPECT_EQ(matched(ResLoraConfig(base).target_modules({"q_proj"}).layers_to_transform({1, 2})),
+            (Names{"layers.1.q_proj", "layers.2.q_proj"}));
+  EXPECT_EQ(matched(ResLoraConfig(base)
+                        .target_modules("all-linear")
+                        .exclude_modules({"head", "v_proj"})
+                        .layers_to_transform({0})),
+            Names{"layers.0.q_proj"});
+}
+
+TEST(Inject, TakesRanksAndScalingsByPattern) {
+  Net net(2);
+  const Adapters adapters = inject(
+      *net, config_of("none").rank_pattern({{R"(0\.q_proj)", 3}}).alpha_pattern({{"v_proj", 6}}));
+  const Chain& q = adapters.chains()[0].chain();
+  EXPECT_EQ(q.layer(0).r, 3);
+  EXPECT_EQ(q.layer(1).r, 2);
+  EXPECT_DOUBLE_EQ(q.layer(0).scaling, 4.0 / 3);
+  EXPECT_DOUBLE_EQ(adapters.chains()[1].chain().layer(1).scaling, 3);
+}
+
+TEST(Inject, FillsAsAsked) {
+  Net gaussian(1), random(1);
+  const Adapters a = inject(*gaussian, config_of().init_lora_weights("gaussian"));
+  const Adapters b = inject(*random, config_of().init_lora_weights(false));
+  EXPECT_EQ(a.parameters()[1].abs().max().item<double>(), 0);
+  EXPECT_GT(b.parameters()[1].abs().max().item<double>(), 0);
+}
+
+struct Bad {
+  ResLoraConfig config;
+  const char* sentence;
+};
+
+TEST(Inject, RefusesInOneSentenceAndChangesNothing) {
+  const ResLoraConfig base = ResLoraConfig().r(2);
+  const Bad bad[] = {
+      {base, "target_modules must be given; got none (candidates: q_proj, v_proj, head"},
+      {ResLoraConfig(base).target_modules({"nope"}), "got 'nope', which matches nothing"},
+      {ResLoraConfig(base).target_modules({"q_proj", "nope"}), "got 'nope'"},
+      {ResLoraConfig(base).target_modules("(("), "must be a regular expression"},
+      {ResLoraConfig(base).target_modules(std::vector<std::string>{}), "got an empty list"},
+      {ResLoraConfig(base).target_modules({"head"}),
+       "got head: declare this member as reslora::ResLoraLinear"},
+      {ResLoraConfig(base).target_modules("all-linear"), "got head: declare"},
+      {ResLoraConfig(base).target_modules({"norm"}), "must be linear layers; got layers.0.norm"},
+      {config_of().exclude_modules(".*"), "matches none that is not excluded"},
+      {config_of().layers_to_transform({7}), "layers_to_transform must name layers"},
+      {config_of().rank_pattern({{"k_proj", 3}}), "rank_pattern must match adapted layers"},
+      {config_of().modules_to_save({"nope"}), "modules_to_save must match modules"},
+      {config_of().res_mode("xs"), "res_mode must be"},
+      {config_of().init_lora_weights("zeros"), "init_lora_weights must be"},
+      {config_of().merge_method("best"), "merge_method must be"},
+  };
+  for (const Bad& one : bad) {
+    Net net(2);
+    EXPECT_TRUE(refuses([&] { inject(*net, one.config); }, one.sentence));
+    for (const auto& item : net->named_parameters()) {
+      EXPECT_TRUE(item.value().requires_grad());
+      EXPECT_EQ(item.key().find("reslora"), std::string::npos);
+    }
+  }
+  Net net(2);
+  const Adapters adapters = inject(*net, config_of());
+  EXPECT_TRUE(refuses([&] { inject(*net, config_of()); }, "adapted already"));
+}
+
+TEST(Inject, ASharedLayerIsAdaptedOnce) {
+  torch::nn::Sequential model;
+  ResLoraLinear shared(kWidth, kWidth);
+  model->push_back(shared);
+  model->push_back(ResLoraLinear(kWidth, kWidth));
+  model->push_back(shared);
+  const Adapters adapters = inject(*model, ResLoraConfig().r(2).target_modules(R"(\d+)"));
+  EXPECT_EQ(adapted_names(adapters), (std::vector<std::string>{"0", "1"}));
+  EXPECT_EQ(adapters.names(), std::vector<std::string>{"*"});
+  EXPECT_EQ(model->forward(torch::randn({3, kWidth})).sizes(), (std::vector<int64_t>{3, kWidth}));
+}
+
+TEST(Inject, TrainsAHead) {
+  Net net(2);
+  const Adapters adapters = inject(*net, config_of().modules_to_save({"head"}));
+  EXPECT_TRUE(net->head->weight.requires_grad());
+  EXPECT_FALSE(net->layers[0]->as<BlockImpl>()->norm->weight.requires_grad());
+  EXPECT_EQ(adapters.parameters().size(), 10U);
+  randomise(adapters);
+  const std::string folder = new_folder();
+  adapters.save(folder);
+  Net other(2);
+  load_base_tensors(*other, base_tensors(*net));
+  torch::nn::init::zeros_(other->head->weight);
+  load(*other, folder);
+  const at::Tensor x = torch::randn({5, kWidth});
+  EXPECT_TRUE(torch::equal(net->forward(x), other->forward(x)));
+}
+
+TEST(Links, AreListedWithWhatIsMissing) {
+  Net net(3);
+  const Adapters adapters = inject(*net, config_of("ms"));
+  EXPECT_EQ(adapters.links(),
+            "layers.*.q_proj: ms, 3 layers, 2 linked\nlayers.*.v_proj: ms, 3 layers, 2 linked\n");
+  net->layers[1]->as<BlockImpl>()->forward(torch::randn({2, kWidth}));
+  EXPECT_NE(adapters.links().find("layers.1.q_proj: 1 times without a tap"), std::string::npos);
+}
+
+class Modes : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(Modes, SaveAndLoadGiveTheSameModel) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of(GetParam()));
+  randomise(adapters);
+  const at::Tensor x = torch::randn({5, kWidth});
+  net->forward(x).sum().backward();  // fills norm windows
+  const std::string folder = new_folder() + "/deep/er";
+  adapters.save(folder, /*statistics=*/true);
+  Net plain;
+  load_base_tensors(*plain, base_tensors(*net));
+  const Adapters loaded = load(*plain, folder);
+  EXPECT_EQ(loaded.views()[0].layers[1].norms.filled(), 1);
+  EXPECT_TRUE(torch::equal(net->forward(x), plain->forward(x)));
+  EXPECT_EQ(config_to_json(loaded.config()), config_to_json(adapters.config()));
+
+  Net three(3), other(4);
+  EXPECT_TRUE(refuses([&] { load(*three, folder); }, "got chain layers.*.q_proj with 3 layers"));
+  EXPECT_FALSE(three->layers[0]->as<BlockImpl>()->q_proj->is_adapted());
+  const Adapters different = inject(*other, config_of().res_mode("none").pre_num(0));
+  EXPECT_TRUE(refuses([&] { different.load(folder); }, "model and file must agree on"));
+}
+
+TEST_P(Modes, MergeUnmergeAndExport) {
+  torch::manual_seed(3);
+  Net net;
+  const Adapters adapters = inject(*net, config_of(GetParam()));
+  randomise(adapters);
+  net->eval();
+  const torch::NoGradGuard no_grad;
+  const at::Tensor x = torch::randn({200, kWidth});
+  const at::Tensor wanted = net->forward(x);
+  adapters.calibrate(std::vector{x}, [&](const at::Tensor& batch) { return net->forward(batch); });
+  const std::string folder = new_folder();
+  adapters.export_lora(folder);
+  const at::Tensor weight = net->layers[1]->as<BlockImpl>()->v_proj->weight.clone();
+  int64_t calls = 0;
+  const MergePlan& plan = adapters.merge("", [&](int64_t) { ++calls; });
+  EXPECT_EQ(calls, 8);
+  EXPECT_TRUE(adapters.is_merged());
+  const double error = distance(net->forward(x), wanted);
+  const std::string mode = GetParam();
+  EXPECT_EQ(error < 1e-5, mode == "none" || mode == "bs") << error;
+  EXPECT_LT(error, 0.5);
+  EXPECT_TRUE(refuses([&] { adapters.merge(); }, "must not be merged yet"));
+  EXPECT_TRUE(refuses([&] { adapters.set_enabled(true); }, "must not be merged"));
+
+  const TensorFile lora = load_tensors(folder + "/adapter_model.safetensors");
+  const std::string key = "base_model.model.layers.1.v_proj.lora_";
+  const at::Tensor product =
+      lora.tensors.at(key + "B.weight").matmul(lora.tensors.at(key + "A.weight"));
+  EXPECT_TRUE(torch::allclose(net->layers[1]->as<BlockImpl>()->v_proj->weight, weight + product,
+                              1e-5, 1e-6));
+  EXPECT_EQ(plan.layers().size(), 8U);
+  adapters.unmerge();
+  EXPECT_TRUE(torch::equal(net->layers[1]->as<BlockImpl>()->v_proj->weight, weight));
+  EXPECT_TRUE(torch::equal(net->forward(x), wanted));
+  EXPECT_TRUE(refuses([&] { adapters.unmerge(); }, "must be merged"));
+}
+
+TEST_P(Modes, AClonedModelHasAdaptersOfItsOwn) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of(GetParam()).modules_to_save({"head"}));
+  randomise(adapters);
+  auto copy = std::dynamic_pointer_cast<NetImpl>(net->clone());
+  const Adapters own = adapters.of_clone(*copy);
+  const at::Tensor x = torch::randn({5, kWidth});
+  const at::Tensor wanted = net->forward(x).detach();
+  EXPECT_TRUE(torch::equal(copy->forward(x), wanted));
+  EXPECT_EQ(own.parameters().size(), adapters.parameters().size());
+  EXPECT_FALSE(copy->layers[0]->as<BlockImpl>()->norm->weight.requires_grad());
+  randomise(own);
+  EXPECT_TRUE(torch::equal(net->forward(x), wanted));
+  EXPECT_FALSE(torch::equal(copy->forward(x), wanted));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Modes, ::testing::Values("none", "is", "bs", "ms"));
+
+TEST(Calibrate, DemandsEvalModeAndFitsOfTheAdapterAsItIs) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of());
+  randomise(adapters);
+  const std::vector<at::Tensor> batches = {torch::randn({50, kWidth}), torch::randn({9, kWidth})};
+  const auto run = [&](const at::Tensor& batch) { net->forward(batch); };
+  EXPECT_TRUE(refuses([&] { adapters.calibrate(batches, run); }, "call model->eval() first"));
+  net->eval();
+  EXPECT_TRUE(refuses([&] { adapters.calibrate(std::vector<at::Tensor>(), run); },
+                      "got none for layer layers.1.q_proj"));
+  adapters.calibrate(batches, run);
+  EXPECT_EQ(adapters.plan().layers()[1].rule, MergeRule::kLsq);
+  const std::string folder = new_folder();
+  adapters.save(folder, /*statistics=*/true);
+  Net other;
+  load_base_tensors(*other, base_tensors(*net));
+  const Adapters loaded = load(*other, folder);
+  EXPECT_TRUE(torch::equal(loaded.plan().layers()[1].A, adapters.plan().layers()[1].A));
+  randomise(adapters);
+  EXPECT_TRUE(refuses([&] { adapters.plan(); }, "fits made before it changed"));
+  EXPECT_TRUE(refuses([&] { adapters.save(folder, true); }, "fits made before it changed"));
+  EXPECT_NO_THROW(adapters.plan("weight"));
+}
+
+TEST(Calibrate, MovesTapsWhereTheOutputIsNearerThen) {
+  torch::manual_seed(5);
+  Net net(6);
+  const Adapters adapters = inject(*net, config_of("ms"));
+  randomise(adapters);
+  net->eval();
+  const torch::NoGradGuard no_grad;
+  const std::vector<at::Tensor> batches = {torch::randn({300, kWidth})};
+  const at::Tensor wanted = net->forward(batches[0]);
+  const auto error = [&] {
+    adapters.merge("lsq");
+    const double found = distance(net->forward(batches[0]), wanted);
+    adapters.unmerge();
+    return found;
+  };
+  adapters.calibrate(batches, [&](const at::Tensor& batch) { net->forward(batch); });
+  const double apart = error();
+  EXPECT_EQ(adapters.plan().layers()[7].A.size(0), 2);
+  adapters.calibrate(batches, [&](const at::Tensor& batch) { return net->forward(batch); });
+  EXPECT_LT(error(), 0.9 * apart);
+  EXPECT_EQ(adapters.plan().layers()[7].A.size(0), 4) << "v_proj adds to the stream";
+}
+
+TEST(Programs, TwoThreadsTrainTwoModelsAndAThirdEvaluates) {
+  Net nets[3];
+  std::vector<Adapters> adapters;
+  for (Net& net : nets) adapters.push_back(inject(*net, config_of("ms")));
+  const at::Tensor x = torch::randn({7, kWidth});
+  std::vector<at::Tensor> wanted;
+  for (size_t k = 0; k < 3; ++k) {
+    randomise(adapters[k]);
+    wanted.push_back(nets[k]->forward(x).detach());
+  }
+  nets[2]->eval();
+  std::vector<int64_t> wrong(3, 0);
+  std::vector<std::thread> threads;
+  for (size_t k = 0; k < 3; ++k)
+    threads.emplace_back([&, k] {
+      for (int step = 0; step < 50; ++step) {
+        const at::Tensor y = nets[k]->forward(x);
+        if (k < 2) y.sum().backward();
+        wrong[k] += !torch::equal(y, wanted[k]);
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, (std::vector<int64_t>{0, 0, 0}));
+  for (const Adapters& own : adapters)
+    EXPECT_EQ(own.links().find("without a tap"), std::string::npos);
+}
+
+TEST(Programs, UseLoadersArchivesTypesAndAutocast) {
+  Net net(2), other(2);
+  const Adapters adapters = inject(*net, config_of("bs")), twin = inject(*other, config_of("bs"));
+  auto data = torch::data::datasets::TensorDataset(torch::randn({32, kWidth}))
+                  .map(torch::data::transforms::Stack<torch::data::TensorExample>());
+  auto loader = torch::data::make_data_loader(std::move(data), 8);
+  torch::optim::AdamW optimizer(adapters.parameters(), 1e-2);
+  for (auto& batch : *loader) {
+    optimizer.zero_grad();
+    net->forward(batch.data).square().mean().backward();
+    optimizer.step();
+  }
+  const at::Tensor x = torch::randn({5, kWidth});
+  std::stringstream archive;
+  torch::save(net, archive);
+  torch::load(other, archive);
+  EXPECT_TRUE(torch::equal(net->forward(x), other->forward(x)));
+
+  const at::Tensor wanted = net->forward(x).detach();
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+  const at::Tensor low = net->forward(x);
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  EXPECT_EQ(low.scalar_type(), at::kBFloat16);
+  EXPECT_LT(distance(low.to(at::kFloat), wanted), 2e-2);
+
+  net->to(torch::kDouble);
+  EXPECT_LT(distance(net->forward(x.to(torch::kDouble)), wanted.to(torch::kDouble)), 1e-5);
+  net->eval();
+  adapters.calibrate(
+      *loader, [&](const auto& batch) { return net->forward(batch.data.to(torch::kDouble)); });
+  EXPECT_NO_THROW(adapters.merge());
+}
+
+TEST(ConfigJson, GoesThroughTextUnchanged) {
+  const ResLoraConfig config = ResLoraConfig()
+                                   .r(4)
+                                   .lora_alpha(2.5)
+                                   .lora_dropout(0.1)
+                                   .res_mode("ms")
+                                   .pre_num(-1)
+                                   .use_rslora(true)
+                                   .norm_window(7)
+                                   .first_block("plain")
+                                   .detach_taps(true)
+                                   .strict_links(true)
+                                   .merge_method("lsq")
+                                   .target_modules("all-linear")
+                                   .exclude_modules({"a\"b", "c"})
+                                   .layers_to_transform({1, 2})
+                                   .rank_pattern({{"z", 3}, {"a", 5}})
+                                   .alpha_pattern({{"q", 1.5}})
+                                   .modules_to_save({"head"})
+                                   .init_lora_weights("gaussian")
+                                   .other_options({{"finish_at", "0.5"}});
+  const std::string text = config_to_json(config);
+  EXPECT_EQ(config_to_json(config_from_json(text)), text);
+  EXPECT_EQ(config_from_json(text).rank_pattern()[0].first, "z");
+  EXPECT_EQ(config_to_json(config_from_json("{}")), config_to_json(ResLoraConfig()));
+}
+
+TEST(ConfigJson, RefusesWhatIsNone) {
+  const std::pair<const char*, const char*> bad[] = {
+      {"", "must have an object"},
+      {"{\"r\": 0}", "r must be at least 1"},
+      {"{\"r\": 1.5}", "must have an integer"},
+      {"{\"r\": 2", "must have '}'"},
+      {"{\"res_mode\": \"xs\"}", "res_mode must be"},
+      {"{\"peft_type\": \"LORA\"}", "peft_type must be 'RESLORA'; got 'LORA' in the file"},
+      {"{\"target_modules\": []}", "got an empty list"},
+      {"{\"rank_pattern\": [1]}", "must have an object"},
+  };
+  for (const auto& [text, sentence] : bad)
+    EXPECT_TRUE(refuses([&, t = text] { config_from_json(t, "the file"); }, sentence)) << text;
+}
+
+}  // namespace
+}  // namespace reslora
