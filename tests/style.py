@@ -53,9 +53,11 @@ BELOW: dict[str, tuple[str, ...]] = {
     "adapter_io": ("chain", "norm_window", "detail", "tensor_types"),
     "statistics_io": ("adapter_io", "regression"),
     "model_files": ("merge", "tensor_types"),
-    "adapters": ("linear", "merge", "statistics_io", "config_json", "plain_lora"),
+    "saved_adapter": ("statistics_io", "config_json", "folders"),
+    "adapters": ("linear", "merge", "saved_adapter", "plain_lora"),
+    "merge_files": ("model_files", "saved_adapter"),
     "bindings": ("merge_errors", "statistics_io", "model_files", "plain_lora", "config"),
-    "reslora": ("adapters", "merge_errors", "model_files"),
+    "reslora": ("adapters", "merge_errors", "merge_files"),
 }
 # Files that are parts of a layer with another name.
 PARTS = {

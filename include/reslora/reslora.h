@@ -11,6 +11,7 @@
 #include <reslora/linear.h>         // IWYU pragma: export
 #include <reslora/merge.h>          // IWYU pragma: export
 #include <reslora/merge_errors.h>   // IWYU pragma: export
+#include <reslora/merge_files.h>    // IWYU pragma: export
 #include <reslora/model_files.h>    // IWYU pragma: export
 #include <reslora/module_names.h>   // IWYU pragma: export
 #include <reslora/norm_window.h>    // IWYU pragma: export

@@ -226,6 +226,18 @@ class MergePlan:
     ) -> None:
         """Restore the exact bits that `apply` replaced, in the plan's tensors or in these."""
 
+def save_plain_lora(
+    folder: str | os.PathLike[str],
+    layers: list[LayerMerge],
+    heads: dict[str, Tensor],
+    target_modules: list[str],
+    modules_to_save: list[str],
+    fan_in_fan_out: bool,
+    base_model_name_or_path: str,
+    task_type: str,
+) -> int:
+    """Write a plain LoRA in PEFT's format, padded to the largest rank, which is returned."""
+
 def padded_factors(layer: LayerMerge, R: int) -> tuple[Tensor, Tensor]:
     """Pad a planned pair with zeros to A [R, in], B [out, R]."""
 

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from . import _C
 from .calibration import earlier_fits_after_errors
 from .checkpoint import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
     PathLike,
     base_line,
     base_name,
@@ -31,7 +29,7 @@ from .checkpoint import (
     read_adapter,
     saved_tensors,
 )
-from .config import PEFT_TYPE
+from .config import ResLoraConfig
 from .injection import Injection
 from .layer import is_conv1d
 from .merging import prepare
@@ -80,19 +78,16 @@ def export_lora(
     plan = _planned(model, injection, merge_method, "export_lora", data, refine_steps, progressbar)
     _refuse_tied(model, injection)
     layers, error = reduced(plan.layers, rank, tolerance)
-    R, pairs = padded(layers)
-    tensors = peft_tensors(pairs)
-    for key, tensor in saved_tensors(model, injection).items():
-        tensors[f"base_model.model.{key}"] = tensor.detach()
     base = base_name(model, base_model_name_or_path)
-    config = lora_config(
-        R,
-        _short_targets(model, list(pairs)),
-        injection.saved_modules,
+    _write_lora(
+        directory,
+        layers,
+        {key: tensor.detach() for key, tensor in saved_tensors(model, injection).items()},
+        _short_targets(model, [layer.name for layer in layers]),
+        injection.config,
         all(is_conv1d(layer.base_layer) for layer in injection.layers),
-    ) | {"base_model_name_or_path": base, "task_type": task_type}
-    write_lora(
-        make_folder(directory), tensors, config, lora_card(injection.config.res_mode, plan, base)
+        base,
+        task_type,
     )
     return error
 
@@ -141,7 +136,7 @@ def export_diffusers(
     )
     layers, error = reduced(plan.layers, rank, tolerance)
     tensors: dict[str, Tensor] = {}
-    for name, (A, B) in padded(layers)[1].items():
+    for name, (A, B) in padded(layers).items():
         tensors[f"{component}.{name}.lora_A.weight"] = A
         tensors[f"{component}.{name}.lora_B.weight"] = B
     _C.save_tensors(make_folder(directory) / DIFFUSERS_NAME, tensors, {"format": "pt"})
@@ -169,32 +164,30 @@ def reduced(
     return [layer for layer, _ in found], worst
 
 
-def padded(layers: list[_C.LayerMerge]) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
-    """Return the largest rank and every layer's pair padded to it, by name."""
+def padded(layers: list[_C.LayerMerge]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return every layer's pair padded to the largest rank, by name."""
     R = max(int(layer.A.shape[0]) for layer in layers)
-    return R, {layer.name: _C.padded_factors(layer, R) for layer in layers}
+    return {layer.name: _C.padded_factors(layer, R) for layer in layers}
 
 
-def peft_tensors(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Return pairs under PEFT's names."""
-    tensors = {}
-    for name, (A, B) in pairs.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    return tensors
-
-
-def write_lora(folder: Any, tensors: dict[str, Tensor], config: dict[str, Any], card: str) -> None:
-    """Write a folder in PEFT's format; one that holds an unmerged adapter is refused."""
-    there = folder / CONFIG_NAME
-    if there.is_file() and f'"{PEFT_TYPE}"' in there.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(
-            f"[export] the folder must not hold an unmerged adapter, which would be lost; got "
-            f"{folder}"
-        )
-    _C.save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
-    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_text(folder / "README.md", card)
+def _write_lora(
+    directory: PathLike,
+    layers: list[_C.LayerMerge],
+    heads: dict[str, Tensor],
+    targets: list[str],
+    config: ResLoraConfig,
+    fan_in_fan_out: bool,
+    base: str | None,
+    task_type: str | None,
+) -> int:
+    """Write a folder in PEFT's format and return the rank of its pairs."""
+    folder = make_folder(directory)
+    saved = config.modules_to_save or []
+    R = _C.save_plain_lora(
+        folder, layers, heads, targets, saved, fan_in_fan_out, base or "", task_type or ""
+    )
+    write_text(folder / "README.md", _card(config.res_mode, layers, base))
+    return R
 
 
 def _refuse_tied(model: nn.Module, injection: Injection) -> None:
@@ -253,30 +246,9 @@ def _short_targets(model: nn.Module, names: list[str]) -> list[str]:
     return short if meant == set(names) else sorted(names)
 
 
-def lora_config(
-    rank: int, targets: list[str], modules_to_save: list[str], fan_in_fan_out: bool
-) -> dict[str, Any]:
-    """Return the options of a plain LoRA whose scale is 1."""
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": targets,
-        "modules_to_save": modules_to_save or None,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-
-
-def lora_card(res_mode: str, plan: _C.MergePlan, base: str | None) -> str:
+def _card(res_mode: str, layers: list[_C.LayerMerge], base: str | None) -> str:
     """Return the README of an exported folder."""
-    rules = ", ".join(sorted({layer.rule for layer in plan.layers}))
+    rules = ", ".join(sorted({layer.rule for layer in layers}))
     head = f"---\nlibrary_name: peft\n{base_line(base)}tags: [lora, reslora]\n---\n"
     return (
         f"{head}\n# LoRA adapter\n\nExported by reslora from a ResLoRA adapter (shortcut "
@@ -308,18 +280,16 @@ def export_folder(
     read, config = read_adapter(folder)
     plan = plan_of(read, config, folder, merge_method, {}, {})
     layers, error = reduced(plan.layers, rank, tolerance)
-    R, pairs = padded(layers)
     values = json.loads(read.config_json)
-    tensors = peft_tensors(pairs)
-    for key, tensor in heads_of(read).items():
-        tensors[f"base_model.model.{key}"] = tensor
     transposed = set(values.get("fan_in_fan_out") or ())
-    base = values.get("base_model_name_or_path")
-    options = lora_config(
-        R,
-        sorted(pairs),
-        config.modules_to_save or [],
+    R = _write_lora(
+        directory,
+        layers,
+        heads_of(read),
+        sorted(layer.name for layer in layers),
+        config,
         bool(transposed) and all(key in transposed for key, _ in read.chains),
-    ) | {"base_model_name_or_path": base, "task_type": values.get("task_type")}
-    write_lora(make_folder(directory), tensors, options, lora_card(config.res_mode, plan, base))
+        values.get("base_model_name_or_path"),
+        values.get("task_type"),
+    )
     return R, error

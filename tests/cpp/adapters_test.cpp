@@ -4,6 +4,7 @@
 #include <reslora/adapter_io.h>
 #include <reslora/adapters.h>
 #include <reslora/config_json.h>
+#include <reslora/merge_files.h>
 #include <torch/torch.h>
 
 #include <cstdlib>
@@ -330,6 +331,48 @@ TEST(Calibrate, MovesTapsWhereTheOutputIsNearerThen) {
   adapters.calibrate(batches, [&](const at::Tensor& batch) { return net->forward(batch); });
   EXPECT_LT(error(), 0.9 * apart);
   EXPECT_EQ(adapters.plan().layers()[7].A.size(0), 4) << "v_proj adds to the stream";
+}
+
+TEST(MergeFiles, GiveWhatMergingTheModelGives) {
+  Net net(2);
+  const Adapters adapters = inject(*net, config_of("is").modules_to_save({"head"}));
+  randomise(adapters);
+  const at::Tensor x = torch::randn({5, kWidth});
+  for (int step = 0; step < 3; ++step) net->forward(x);
+  const std::string folder = new_folder();
+  TensorFile shards[2];
+  for (const auto& [name, tensor] : base_tensors(*net))
+    shards[name.find("layers.0") == 0 ? 0 : 1].tensors.emplace(name, tensor.detach());
+  shards[0].metadata = {{"format", "pt"}};
+  const std::vector<std::string> base = {folder + "/one.safetensors", folder + "/two.safetensors"};
+  for (size_t k = 0; k < 2; ++k) save_tensors(base[k], shards[k]);
+  adapters.save(folder + "/adapter", /*statistics=*/true);
+  int64_t bytes = 0;
+  MergeFilesOptions options;
+  options.progress = [&](int64_t now) { bytes = now; };
+  const auto layers = merge_files(base, folder + "/adapter", folder + "/merged", options);
+  EXPECT_EQ(layers[1].rule, MergeRule::kInput);
+  EXPECT_GT(bytes, 0);
+
+  adapters.merge();
+  TensorFile merged = load_tensors(folder + "/merged/one.safetensors");
+  EXPECT_EQ(merged.metadata, shards[0].metadata);
+  merged.tensors.merge(load_tensors(folder + "/merged/two.safetensors").tensors);
+  Net plain(2);
+  load_base_tensors(*plain, merged.tensors);
+  EXPECT_TRUE(torch::equal(plain->forward(x), net->forward(x)));
+
+  const auto again = [&](const std::vector<std::string>& from, const std::string& to) {
+    return [=] { merge_files(from, folder + "/adapter", folder + to); };
+  };
+  EXPECT_TRUE(refuses(again(base, "/merged"), "an output must be a new file; got"));
+  EXPECT_TRUE(refuses(again({base[0]}, "/other"), "got no tensor layers.1.q_proj.weight"));
+  EXPECT_TRUE(refuses(again({}, "/other"), "the base must be files; got none"));
+  TensorFile one = load_tensors(base[0]);
+  one.tensors["layers.0.q_proj.weight"] = torch::zeros({3, kWidth});
+  save_tensors(folder + "/bad.safetensors", one);
+  EXPECT_TRUE(refuses(again({folder + "/bad.safetensors", base[1]}, "/other"),
+                      "got layers.0.q_proj.weight [3, 8]"));
 }
 
 TEST(Programs, TwoThreadsTrainTwoModelsAndAThirdEvaluates) {

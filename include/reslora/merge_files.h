@@ -1,0 +1,42 @@
+/// @file
+/// Merging a saved adapter into the safetensors files of its base, without building a model.
+///
+///     reslora::merge_files({"base/model-00001-of-00002.safetensors",
+///                           "base/model-00002-of-00002.safetensors"}, "adapter", "merged");
+///
+/// Tensors are streamed: what the adapter does not change is copied byte by byte, what it changes
+/// is summed in fp32 by rows and cast once. Memory: the adapter, and the buffers of a few rows.
+/// Files must name a layer's weight as the adapter does, `<layer>.weight` [out, in]; Python's
+/// `merge_folder` also knows the layouts of transformers and diffusers.
+#pragma once
+
+#include <ATen/core/ScalarType.h>
+#include <reslora/export.h>
+#include <reslora/merge.h>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace reslora {
+
+struct MergeFilesOptions {
+  std::string merge_method = "";        // "": the adapter's own, else the best for what is at hand
+  std::optional<at::ScalarType> dtype;  // of floating tensors; default: as they are
+  std::function<void(int64_t)> progress = {};  // called with the bytes written so far
+};
+
+/// Writes a merged copy of every file of `base`, under its own name, to `output`, a folder that is
+/// made where there is none. `adapter`: a folder that `Adapters::save` or Python's save_pretrained
+/// wrote; `lsq` and `input` need its statistics. Returns what was decided for each layer.
+///
+/// Throws c10::ValueError, before anything is written, for an adapter of another model (naming the
+/// tensor), a rule that cannot serve, and an output file that exists; c10::Error where the system
+/// refuses. Each file appears when it is whole.
+RESLORA_API std::vector<LayerMerge> merge_files(const std::vector<std::string>& base,
+                                                const std::string& adapter,
+                                                const std::string& output,
+                                                const MergeFilesOptions& options = {});
+
+}  // namespace reslora

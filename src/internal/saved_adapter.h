@@ -1,0 +1,23 @@
+// An adapter's folder as it was read: for loading into a model and for merging into files.
+#pragma once
+
+#include <reslora/adapter_io.h>
+#include <reslora/config_json.h>
+#include <reslora/statistics_io.h>
+
+#include <map>
+#include <string>
+
+namespace reslora::detail {
+
+struct SavedAdapter {
+  AdapterFile file;
+  ResLoraConfig config;
+  std::map<std::string, LayerStatistics> statistics;
+};
+
+/// Reads and checks a folder that `Adapters::save` or Python's save_pretrained wrote. Throws
+/// c10::Error where a file is missing, c10::ValueError where files are damaged or do not agree.
+SavedAdapter read_folder(const std::string& folder);
+
+}  // namespace reslora::detail
