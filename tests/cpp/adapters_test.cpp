@@ -8,6 +8,8 @@
 #include <torch/torch.h>
 
 #include <cstdlib>
+#include <fstream>
+#include <sstream>
 #include <thread>
 
 #include "testing.h"
@@ -374,6 +376,58 @@ TEST(MergeFiles, GiveWhatMergingTheModelGives) {
   EXPECT_TRUE(refuses(again({folder + "/bad.safetensors", base[1]}, "/other"),
                       "got layers.0.q_proj.weight [3, 8]"));
 }
+
+struct StackImpl : torch::nn::Module {
+  StackImpl() {
+    for (int n = 0; n < 4; ++n) layers->push_back(ResLoraLinear(6, 6));
+    register_module("layers", layers);
+    to(torch::kDouble);
+  }
+  at::Tensor forward(at::Tensor x) {
+    for (const auto& layer : *layers) x = torch::tanh(layer->as<ResLoraLinearImpl>()->forward(x));
+    return x;
+  }
+  torch::nn::ModuleList layers;
+};
+TORCH_MODULE(Stack);
+
+void copy_file(const std::string& from, const std::string& to) {
+  std::ifstream source(from, std::ios::binary);
+  std::ofstream(to, std::ios::binary) << source.rdbuf();
+}
+
+class Parity : public ::testing::TestWithParam<const char*> {};
+
+/// The folder that Python's save_pretrained wrote (tests/data/make_parity.py).
+TEST_P(Parity, AFolderThatPythonWroteIsLoaded) {
+  const std::string start = std::string(RESLORA_TEST_DATA) + "/parity_" + GetParam();
+  const std::string folder = new_folder();
+  copy_file(start + ".safetensors", folder + "/adapter_model.safetensors");
+  std::ofstream(folder + "/adapter_config.json")
+      << load_adapter(start + ".safetensors").config_json;
+  TensorFile values = load_tensors(start + "_values.safetensors");
+  const auto take = [&](const char* name) {
+    const auto node = values.tensors.extract(name);
+    return node ? node.mapped() : at::Tensor();
+  };
+  const at::Tensor x = take("x"), y = take("y"), merged = take("merged");
+  Stack model;
+  load_base_tensors(*model, values.tensors);
+  if (merged.defined())
+    copy_file(start + "_statistics.safetensors", folder + "/adapter_statistics.safetensors");
+  const Adapters adapters = load(*model, folder);
+  model->eval();
+  EXPECT_TRUE(torch::allclose(model->forward(x), y, 1e-13, 1e-14));
+  EXPECT_EQ(adapters.names(), std::vector<std::string>{"layers.*"});
+  // What only Python knows is written back.
+  EXPECT_NE(config_to_json(adapters.config()).find("\"bias\": \"none\""), std::string::npos);
+  if (!merged.defined()) return;
+  EXPECT_EQ(adapters.views()[0].layers[1].norms.filled(), 1);
+  adapters.merge("lsq");
+  EXPECT_TRUE(torch::allclose(model->forward(x), merged, 1e-13, 1e-14));
+}
+
+INSTANTIATE_TEST_SUITE_P(Files, Parity, ::testing::Values("none", "is", "bs2", "ms2", "msall"));
 
 TEST(Programs, TwoThreadsTrainTwoModelsAndAThirdEvaluates) {
   Net nets[3];

@@ -1,6 +1,5 @@
 // ResLoraLinear in LibTorch programs: drop-in, passes, explicit taps, training, merging, copies.
 #include <gtest/gtest.h>
-#include <reslora/adapter_io.h>
 #include <reslora/formulas.h>
 #include <reslora/linear.h>
 #include <reslora/merge.h>
@@ -219,43 +218,6 @@ INSTANTIATE_TEST_SUITE_P(All, Shortcuts,
                                          Case{"bs", -1}, Case{"ms", 1}, Case{"ms", 2},
                                          Case{"ms", -1}),
                          testing::PrintToStringParamName());
-
-struct ParityCase {
-  const char* name;
-  const char* res_mode;
-  int64_t pre_num;
-};
-
-class Parity : public testing::TestWithParam<ParityCase> {};
-
-TEST_P(Parity, ModulesAgreeWithTheFileThatPythonWrote) {
-  const ParityCase& c = GetParam();
-  const std::string stem = std::string(RESLORA_TEST_DATA "/parity_") + c.name;
-  const TensorFile values = load_tensors(stem + "_values.safetensors");
-  const AdapterFile adapter = load_adapter(stem + ".safetensors");
-  ASSERT_EQ(adapter.chains.size(), 1U);
-  Net net;
-  net->to(torch::kDouble);
-  const auto config = ResLoraConfig().r(3).lora_alpha(6).res_mode(c.res_mode).pre_num(c.pre_num);
-  link(net->blocks, config);
-  torch::NoGradGuard no_grad;
-  for (size_t n = 0; n < net->blocks.size(); ++n) {
-    auto& layer = *net->blocks[n];
-    const std::string name = adapter.chains[0].layers[n].name;
-    layer.weight.copy_(values.tensors.at(name + ".weight"));
-    layer.bias.copy_(values.tensors.at(name + ".bias"));
-    layer.reslora_A.copy_(adapter.tensors.at(name + ".reslora_A.weight"));
-    layer.reslora_B.copy_(adapter.tensors.at(name + ".reslora_B.weight"));
-  }
-  const at::Tensor y = net->forward(values.tensors.at("x"));
-  EXPECT_TRUE(torch::allclose(y, values.tensors.at("y"), 1e-13, 1e-14));
-}
-
-INSTANTIATE_TEST_SUITE_P(Files, Parity,
-                         testing::Values(ParityCase{"none", "none", 0}, ParityCase{"is", "is", 1},
-                                         ParityCase{"bs2", "bs", 2}, ParityCase{"ms2", "ms", 2},
-                                         ParityCase{"msall", "ms", -1}),
-                         [](const auto& info) { return std::string(info.param.name); });
 
 TEST(Passes, AForwardThatStoppedEarlyLeavesNothingBehind) {
   Net net;

@@ -3,7 +3,9 @@
     python tests/data/make_parity.py
 
 For each case: parity_<case>.safetensors, an adapter as save_pretrained writes it, and
-parity_<case>_values.safetensors with the base weights, an input x and the output y in fp64.
+parity_<case>_values.safetensors with the base weights, an input x and the output y in fp64. For the
+case "is" also parity_is_statistics.safetensors (norm windows and fits), and `merged`, the output of
+the model merged by those fits, among the values.
 """
 
 from __future__ import annotations
@@ -65,11 +67,27 @@ def main() -> None:
         x = torch.randn(2, 5, WIDTH, dtype=torch.float64)
         with torch.no_grad():
             values |= {"x": x, "y": model(x)}
-        _C.save_tensors(str(FOLDER / f"parity_{case}_values.safetensors"), values, {})
         with tempfile.TemporaryDirectory() as folder:
+            if case == "is":
+                values["merged"] = merged(model, x, Path(folder))
             reslora.save_pretrained(model, folder)
             written = Path(folder) / "adapter_model.safetensors"
             shutil.copyfile(written, FOLDER / f"parity_{case}.safetensors")
+        _C.save_tensors(str(FOLDER / f"parity_{case}_values.safetensors"), values, {})
+
+
+def merged(model: nn.Module, x: Tensor, folder: Path) -> Tensor:
+    """Write the statistics of a model; return its output when it is merged by their fits."""
+    model(x)  # fills the norm windows
+    reslora.calibrate(model.eval(), [torch.randn(40, WIDTH, dtype=torch.float64)])
+    reslora.save_pretrained(model, folder, statistics=True)
+    written = folder / "adapter_statistics.safetensors"
+    shutil.copyfile(written, FOLDER / "parity_is_statistics.safetensors")
+    reslora.merge(model, "lsq")
+    with torch.no_grad():
+        y = model(x)
+    reslora.unmerge(model)
+    return y
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Python modules give what the files in tests/data say; linear_test.cpp checks the C++ ones."""
+"""The Python modules give what tests/data says; adapters_test.cpp checks the C++ ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ spec.loader.exec_module(make_parity)
 @pytest.mark.parametrize("case", make_parity.CASES)
 def test_python_modules_agree_with_the_file(case, tmp_path):
     values, _ = _C.load_tensors(str(DATA / f"parity_{case}_values.safetensors"))
-    x, y = values.pop("x"), values.pop("y")
+    x, y, merged = values.pop("x"), values.pop("y"), values.pop("merged", None)
     model = make_parity.Stack()
     model.load_state_dict(values)
     adapter = DATA / f"parity_{case}.safetensors"
@@ -31,6 +31,12 @@ def test_python_modules_agree_with_the_file(case, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     reslora.load(model, tmp_path)
     torch.testing.assert_close(model(x), y, rtol=1e-13, atol=1e-14)
+    if merged is not None:  # by the fits of the statistics' file
+        statistics = DATA / f"parity_{case}_statistics.safetensors"
+        (tmp_path / "adapter_statistics.safetensors").write_bytes(statistics.read_bytes())
+        reslora.load(model, tmp_path)
+        reslora.merge(model, "lsq")
+        torch.testing.assert_close(model(x), merged, rtol=1e-13, atol=1e-14)
 
 
 def test_config_defaults_are_those_of_cpp():

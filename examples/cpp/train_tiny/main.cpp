@@ -71,7 +71,7 @@ int main(int count, char** arguments) try {
   if (!folder.empty()) {
     reslora::save_tensors(folder + "/base.safetensors", {reslora::base_tensors(*net), {}});
     reslora::save_tensors(folder + "/values.safetensors", {{{"x", x}, {"y", y}}, {}});
-    adapters.save(folder + "/adapter");
+    adapters.save(folder + "/adapter", /*statistics=*/true);
     adapters.export_lora(folder + "/lora");
   }
   adapters.calibrate(std::vector{x},
