@@ -55,6 +55,8 @@ missing_packages() {
   have g++ || echo g++
   have ccache || echo ccache
   have clang-format || echo clang-format
+  have doxygen || echo doxygen
+  have pkg-config || echo pkg-config
   [[ -e /usr/include/gtest/gtest.h ]] || echo libgtest-dev
   [[ -e /usr/include/gmock/gmock.h ]] || echo libgmock-dev
   if ((full)) && [[ ! -e /usr/include/benchmark/benchmark.h ]]; then echo libbenchmark-dev; fi
@@ -79,7 +81,7 @@ install_packages() {
           apt-get install -y -qq --no-install-recommends $missing >/dev/null; } ||
       say "apt-get could not install all of: $missing"
   fi
-  missing=$(missing_packages "$(find_python)" | tr ' ' '\n' | grep -vxE 'ccache|clang-format' | xargs || true)
+  missing=$(missing_packages "$(find_python)" | tr ' ' '\n' | grep -vxE 'ccache|clang-format|doxygen|pkg-config' | xargs || true)
   [[ -z $missing ]] || die "These Debian packages are missing: $missing; install them" \
     "(sudo apt-get install $missing) and run this again."
 }

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -153,6 +154,18 @@ def check_types(tree: Path) -> list[str]:
     """python/reslora passes mypy."""
     needs_module("mypy")
     return run_tool(tree, sys.executable, "-m", "mypy", "--no-error-summary", "python/reslora")
+
+
+def check_reference(tree: Path) -> list[str]:
+    """Every public name of include/ is documented: doxygen has nothing to complain of."""
+    if shutil.which("doxygen") is None:
+        raise CannotCheckError("doxygen is not installed (apt-get install doxygen)")
+    if not (tree / "include").is_dir():
+        return []
+    doxyfile = Path(__file__).resolve().parent.parent / "src/cmake/Doxyfile"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["RESLORA_DOCS"] = folder
+        return run_tool(tree, "doxygen", str(doxyfile))
 
 
 def layer_of(path: Path) -> str:
@@ -375,6 +388,7 @@ CHECKS: tuple[Callable[[Path], list[str]], ...] = (
     check_ruff_format,
     check_ruff_lint,
     check_types,
+    check_reference,
     check_include_direction,
     check_foreign_headers,
     check_file_length,

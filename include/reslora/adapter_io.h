@@ -1,15 +1,19 @@
-// Files: safetensors only, by a strict reader and an atomic writer.
-//
-//   auto file = reslora::load_tensors("model.safetensors");    // any safetensors file
-//   reslora::save_adapter("adapter_model.safetensors", adapter);  // and ours
-//
-// A reader never trusts a length: sizes are checked with overflow-safe arithmetic against the file
-// before anything is allocated; holes, overlaps, duplicate keys and trailing bytes are refused. A
-// writer makes a temporary file in the same folder, syncs, renames and syncs the folder, so that a
-// crash leaves the old file or the new one. Every error is one sentence with the operation and the
-// path: c10::ValueError where the content breaks a rule, plain c10::Error where the system refuses
-// (no such file, no permission, disk full).
-// Element types: F64 F32 F16 BF16 F8_E4M3 F8_E5M2 I64 I32 I16 I8 U8 BOOL.
+/// @file
+/// Files: safetensors only, by a strict reader and an atomic writer.
+///
+/// @code{.cpp}
+/// reslora::TensorFile file = reslora::load_tensors("model.safetensors");  // any safetensors file
+/// reslora::AdapterFile adapter = reslora::load_adapter("adapter/adapter_model.safetensors");
+/// reslora::save_adapter("copy.safetensors", adapter);
+/// @endcode
+///
+/// A reader never trusts a length: sizes are checked with overflow-safe arithmetic against the file
+/// before anything is allocated; holes, overlaps, duplicate keys and trailing bytes are refused. A
+/// writer makes a temporary file in the same folder, syncs, renames and syncs the folder, so that a
+/// crash leaves the old file or the new one. Every error is one sentence with the operation and the
+/// path: c10::ValueError where the content breaks a rule, plain c10::Error where the system refuses
+/// (no such file, no permission, disk full).
+/// Element types: F64 F32 F16 BF16 F8_E4M3 F8_E5M2 I64 I32 I16 I8 U8 BOOL.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,8 +29,8 @@ namespace reslora {
 
 /// Named tensors and the string-to-string metadata of a safetensors file.
 struct TensorFile {
-  std::map<std::string, at::Tensor> tensors;
-  std::map<std::string, std::string> metadata;
+  std::map<std::string, at::Tensor> tensors;    ///< by name
+  std::map<std::string, std::string> metadata;  ///< free text by key
 };
 
 /// Reads a whole safetensors file into CPU tensors, each with memory of its own. Throws for
@@ -40,16 +44,16 @@ RESLORA_API void save_tensors(const std::string& path, const TensorFile& file);
 
 /// A chain as files name it.
 struct ChainRecord {
-  std::string name;
-  std::vector<LayerShape> layers;
+  std::string name;                ///< such as "layers.*.q_proj"
+  std::vector<LayerShape> layers;  ///< in the order of execution
 };
 
 /// An unmerged ResLoRA adapter. Keys of `tensors`: `<module>.reslora_A.weight`,
 /// `<module>.reslora_B.weight`, and any others (modules_to_save) under their own names.
 struct AdapterFile {
-  std::string config_json;  // a JSON object: the Python dataclass, or what C++ made of its config
-  std::vector<ChainRecord> chains;
-  std::map<std::string, at::Tensor> tensors;
+  std::string config_json;  ///< a JSON object: the Python dataclass, or what C++ made of its config
+  std::vector<ChainRecord> chains;            ///< in the order of the model
+  std::map<std::string, at::Tensor> tensors;  ///< by key
 };
 
 /// The format that save_adapter writes and the newest that load_adapter reads.

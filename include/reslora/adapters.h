@@ -1,14 +1,16 @@
 /// @file
 /// Adapting a LibTorch model by names, and the handle for everything after that.
 ///
-///     auto adapters = reslora::inject(*model, reslora::ResLoraConfig()
-///                                                 .r(8).lora_alpha(16).res_mode("is")
-///                                                 .target_modules({"q_proj", "v_proj"}));
-///     torch::optim::AdamW optimizer(adapters.parameters());
-///     ... train ...
-///     adapters.save("adapter");                    // read by C++ and Python
-///     adapters.merge();                            // W <- W*; adapters.unmerge() undoes it
-///     adapters.export_lora("lora");                // a plain LoRA, read by PEFT
+/// @code{.cpp}
+/// auto adapters = reslora::inject(
+///     *model, reslora::ResLoraConfig().r(8).lora_alpha(16).res_mode("is").target_modules(
+///                 {"q_proj", "v_proj"}));
+/// torch::optim::AdamW optimizer(adapters.parameters());
+/// train(model, optimizer);
+/// adapters.save("adapter");      // read by C++ and Python; reslora::load(*model, "adapter")
+/// adapters.merge();              // W <- W*; adapters.unmerge() undoes it
+/// adapters.export_lora("lora");  // a plain LoRA, read by PEFT
+/// @endcode
 ///
 /// The model declares what may be adapted as ResLoraLinear (linear.h): LibTorch cannot replace a
 /// torch::nn::Linear from outside. Names, defaults, matching and chains are those of the Python
@@ -41,9 +43,11 @@ struct ExportOptions {
   /// Reduce every pair to at most this rank (0: no reduction), to the smallest that keeps
   /// `tolerance`, the relative error |BA - reduced| / |BA|.
   TORCH_ARG(int64_t, rank) = 0;
+  /// See `rank`.
   TORCH_ARG(double, tolerance) = 1e-6;
   /// For adapter_config.json.
   TORCH_ARG(std::string, base_model_name_or_path) = "";
+  /// For adapter_config.json, such as "CAUSAL_LM".
   TORCH_ARG(std::string, task_type) = "";
 };
 
@@ -52,9 +56,12 @@ struct ExportOptions {
 class RESLORA_API Adapters {
  public:
   struct State;
+  /// For the library itself: handles come from `inject` and `load`.
   explicit Adapters(std::shared_ptr<State> state) : state_(std::move(state)) {}
 
+  /// The options that the model was adapted with.
   const ResLoraConfig& config() const;
+  /// The chains, in the order of their first layers.
   const std::vector<LinkedChain>& chains() const;
   /// The chains' names, such as "layers.*.q_proj".
   const std::vector<std::string>& names() const;
@@ -66,6 +73,7 @@ class RESLORA_API Adapters {
   void begin_forward() const;
   /// One line for each chain, each broken link, and each layer that ran without its link.
   std::string links() const;
+  /// Prints `links`.
   void print_links(std::ostream& stream) const;
   /// false: the base model alone. Throws c10::ValueError while merged.
   void set_enabled(bool is_enabled) const;
@@ -98,6 +106,7 @@ class RESLORA_API Adapters {
                          const std::function<void(int64_t)>& progress = nullptr) const;
   /// Restores the exact bits that `merge` replaced. Throws c10::ValueError where nothing is merged.
   void unmerge() const;
+  /// True between `merge` and `unmerge`.
   bool is_merged() const;
 
   /// Writes adapter_config.json and adapter_model.safetensors to a folder, which is made where

@@ -1,21 +1,26 @@
-// A chain: the adapted layers of one kind in execution order, and the links between them.
-//
-// It holds no tensor. From shapes alone it answers, for each layer, which rows of A see x, which B
-// is used, which taps are added and what is handed on: the table of the four shortcuts, as data.
-//
-//   shortcut | A that sees x_n   | added to what enters B | B             | handed on
-//   none     | A_n               |                        | B_n           |
-//   is       | A_n, A_{n+1}      | tap of n-1             | B_n           | tap = A_{n+1} x_n
-//   bs       | A_{n-m} .. A_n    |                        | B_{n-m} .. B_n|
-//   ms       | A_n               | taps of n-1 .. n-m     | B_n           | tap = A_n x_n
-//   ms, all  | A_n               | running sum of n-1     | B_n           | running sum
-//
-// A link needs: `is` equal in_features, `bs` equal in and out, `ms` equal r. A window is
-// contiguous: the first layer that does not fit ends it, and is named in `broken`. With pre_num = 0
-// every layer is a row of `none`.
-//
-//   reslora::Chain chain(reslora::ResLoraConfig().res_mode("ms").pre_num(2), shapes);
-//   chain.reached(3);  // {2, 1}
+/// @file
+/// A chain: the adapted layers of one kind in execution order, and the links between them.
+///
+/// It holds no tensor. From shapes alone it answers, for each layer, which rows of A see x, which B
+/// is used, which taps are added and what is handed on: the table of the four shortcuts, as data.
+///
+/// @verbatim
+/// shortcut | A that sees x_n   | added to what enters B | B             | handed on
+/// none     | A_n               |                        | B_n           |
+/// is       | A_n, A_{n+1}      | tap of n-1             | B_n           | tap = A_{n+1} x_n
+/// bs       | A_{n-m} .. A_n    |                        | B_{n-m} .. B_n|
+/// ms       | A_n               | taps of n-1 .. n-m     | B_n           | tap = A_n x_n
+/// ms, all  | A_n               | running sum of n-1     | B_n           | running sum
+/// @endverbatim
+///
+/// A link needs: `is` equal in_features, `bs` equal in and out, `ms` equal r. A window is
+/// contiguous: the first layer that does not fit ends it, and is named in `broken`. With pre_num =
+/// 0 every layer is a row of `none`.
+///
+/// @code{.cpp}
+/// reslora::Chain chain(reslora::ResLoraConfig().res_mode("ms").pre_num(2), shapes);
+/// chain.reached(3);  // {2, 1}
+/// @endcode
 #pragma once
 
 #include <reslora/config.h>
@@ -29,31 +34,32 @@ namespace reslora {
 
 /// What a chain needs to know of one layer.
 struct LayerShape {
-  std::string name;  // full module path, for messages and files
-  int64_t in_features = 0;
-  int64_t out_features = 0;
-  int64_t r = 0;
-  double scaling = 1;
+  std::string name;          ///< full module path, for messages and files
+  int64_t in_features = 0;   ///< columns of A
+  int64_t out_features = 0;  ///< rows of B
+  int64_t r = 0;             ///< rank
+  double scaling = 1;        ///< lora_alpha / r, or / sqrt(r)
 };
 
 /// Which output of `adapt` a later layer reads.
 enum class Handed {
   kNothing,
-  kTap,  // the output `tap`
-  kS,    // the output `s`: what entered B, for which no extra tensor is made
+  kTap,  ///< the output `tap`
+  kS,    ///< the output `s`: what entered B, for which no extra tensor is made
 };
 
 /// What one layer reads and hands on. Integers are positions in the chain.
 struct Wiring {
-  std::vector<int64_t> a;       // A blocks that see x_n; the first b.size() of them enter B
-  std::vector<int64_t> b;       // B blocks, in the order of the first A blocks
-  std::vector<double> scaling;  // one per B block
-  std::vector<int64_t> taps;    // layers whose tap is added to what enters B
-  Handed handed = Handed::kNothing;
-  bool is_doubled = false;          // first layer of an `is` chain with first_block = "double"
-  std::vector<std::string> broken;  // one sentence for each link that shapes forbid
+  std::vector<int64_t> a;            ///< A blocks that see x_n; the first b.size() of them enter B
+  std::vector<int64_t> b;            ///< B blocks, in the order of the first A blocks
+  std::vector<double> scaling;       ///< one per B block
+  std::vector<int64_t> taps;         ///< layers whose tap is added to what enters B
+  Handed handed = Handed::kNothing;  ///< what a later layer may read
+  bool is_doubled = false;           ///< first layer of an `is` chain with first_block = "double"
+  std::vector<std::string> broken;   ///< one sentence for each link that shapes forbid
 };
 
+/// The links of one chain; see above.
 class RESLORA_API Chain {
  public:
   /// Links `layers` (execution order). Throws c10::ValueError for a bad config or shape, and under
@@ -61,10 +67,15 @@ class RESLORA_API Chain {
   /// those of the first (where links are wanted at all). Cost: O(layers * m), no tensor.
   Chain(const ResLoraConfig& config, std::vector<LayerShape> layers);
 
+  /// Number of layers.
   int64_t size() const { return static_cast<int64_t>(layers_.size()); }
+  /// The shortcut that all layers of the chain have.
   Shortcut shortcut() const { return shortcut_; }
+  /// The options that the chain was made with.
   const ResLoraConfig& config() const { return config_; }
+  /// Name, shape and scaling of the layer at a position; throws std::out_of_range.
   const LayerShape& layer(int64_t n) const { return layers_.at(n); }
+  /// What the layer at a position reads and hands on; throws std::out_of_range.
   const Wiring& wiring(int64_t n) const { return wirings_.at(n); }
   /// True where a layer adds something of an earlier one (the first layer never does).
   bool is_linked(int64_t n) const;

@@ -1,9 +1,12 @@
-// The options of ResLoRA, with PEFT's names and the same defaults as the Python dataclass.
-//
-//   auto config = reslora::ResLoraConfig().r(8).lora_alpha(16).res_mode("is");
-//   reslora::validate(config);  // throws one sentence for the first bad value
-//
-// Source of the meanings: Shi et al., ResLoRA (arXiv 2402.18039).
+/// @file
+/// The options of ResLoRA, with PEFT's names and the same defaults as the Python dataclass.
+///
+/// @code{.cpp}
+/// auto config = reslora::ResLoraConfig().r(8).lora_alpha(16).res_mode("is");
+/// reslora::validate(config);  // throws one sentence for the first bad value
+/// @endcode
+///
+/// Source of the meanings: Shi et al., ResLoRA (arXiv 2402.18039).
 #pragma once
 
 #include <reslora/export.h>
@@ -20,18 +23,20 @@ namespace reslora {
 
 /// The shortcut between the adapters of consecutive layers of a chain.
 enum class Shortcut {
-  kNone,  // plain LoRA
-  kIs,    // input shortcut:  B_n A_n (x_n + x_{n-1})
-  kBs,    // block shortcut:  sum over k of B_{n-k} A_{n-k} x_n
-  kMs,    // middle shortcut: B_n sum over k of A_{n-k} x_{n-k}
+  kNone,  ///< plain LoRA
+  kIs,    ///< input shortcut:  B_n A_n (x_n + x_{n-1})
+  kBs,    ///< block shortcut:  sum over k of B_{n-k} A_{n-k} x_n
+  kMs,    ///< middle shortcut: B_n sum over k of A_{n-k} x_{n-k}
 };
 
 /// Values by pattern, in the order in which patterns are tried.
 template <typename T>
 using Patterns = std::vector<std::pair<std::string, T>>;
 
+/// true, false or "gaussian".
 using InitLoraWeights = std::variant<bool, std::string>;
 
+/// The options; setters return the config, so that calls chain.
 struct ResLoraConfig {
   /// Rank of A [r, in] and B [out, r].
   TORCH_ARG(int64_t, r) = 8;

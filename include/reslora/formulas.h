@@ -1,12 +1,13 @@
-// The paper on one page: every formula of ResLoRA, literally, in plain ATen.
-//
-// Slow on purpose, any dtype, differentiable by autograd: this is the oracle that everything fast
-// is compared with, and nothing fast calls the forward formulas. Source: Shi et al., arXiv
-// 2402.18039; equation numbers are the paper's. Rows are tokens: x_n is [..., in], y_n is [...,
-// out].
-//
-// Two conventions: `scaling` is LoRA's lora_alpha / r, which the paper omits; `alpha_star` is the
-// paper's alpha*, the factor that stands for a neighbour's input when a shortcut is merged away.
+/// @file
+/// The paper on one page: every formula of ResLoRA, literally, in plain ATen.
+///
+/// Slow on purpose, any dtype, differentiable by autograd: this is the oracle that everything fast
+/// is compared with, and nothing fast calls the forward formulas. Source: Shi et al., arXiv
+/// 2402.18039; equation numbers are the paper's. Rows are tokens: x_n is [..., in], y_n is [...,
+/// out].
+///
+/// Two conventions: `scaling` is LoRA's lora_alpha / r, which the paper omits; `alpha_star` is the
+/// paper's alpha*, the factor that stands for a neighbour's input when a shortcut is merged away.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,11 +21,11 @@ namespace reslora::formulas {
 
 /// One adapted layer of a chain, in the paper's symbols.
 struct Block {
-  at::Tensor W;     // [out, in]
-  at::Tensor bias;  // [out], or undefined
-  at::Tensor A;     // [r, in]
-  at::Tensor B;     // [out, r]
-  double scaling = 1;
+  at::Tensor W;        ///< [out, in]
+  at::Tensor bias;     ///< [out], or undefined
+  at::Tensor A;        ///< [r, in]
+  at::Tensor B;        ///< [out, r]
+  double scaling = 1;  ///< lora_alpha / r
 };
 
 /// Plain LoRA (eq. 1): y = W x + s B A x.

@@ -1,21 +1,26 @@
-// ResLoraLinear: a drop-in for torch::nn::Linear that can be adapted, and chains of them.
-//
-//   struct Net : torch::nn::Module {
-//     Net() {
-//       for (int i = 0; i < 4; ++i) blocks->push_back(reslora::ResLoraLinear(64, 64));
-//       register_module("blocks", blocks);
-//     }
-//     torch::nn::ModuleList blocks;
-//   };
-//   // The same constructors as torch::nn::Linear, and plain until linked:
-//   auto chain = reslora::link(layers, reslora::ResLoraConfig().r(8).res_mode("is"));
-//   ... train chain.parameters() ...
-//   reslora::MergePlan plan({chain.view()}, "");   // then plan.apply(); chain.set_enabled(false);
-//
-// What passes between layers (the taps, T x r each) lives in a *pass*, one per thread and forward.
-// A pass begins with `begin_forward()`, or by itself when the first layer of the chain runs; it
-// ends after the last layer. A model that may enter a chain elsewhere calls `begin_forward()`, or
-// hands the taps on itself with `forward_with_taps`.
+/// @file
+/// ResLoraLinear: a drop-in for torch::nn::Linear that can be adapted, and chains of them.
+///
+/// @code{.cpp}
+/// struct Net : torch::nn::Module {
+///   Net() {
+///     for (int i = 0; i < 4; ++i) blocks->push_back(reslora::ResLoraLinear(64, 64));
+///     register_module("blocks", blocks);
+///   }
+///   torch::nn::ModuleList blocks;
+/// };
+/// // Adapted by names (adapters.h), or layer by layer in the order of execution:
+/// auto chain = reslora::link(layers, reslora::ResLoraConfig().r(8).res_mode("is"));
+/// torch::optim::AdamW optimizer(chain.parameters());
+/// reslora::MergePlan plan({chain.view()}, "");
+/// plan.apply();
+/// chain.set_enabled(false);
+/// @endcode
+///
+/// What passes between layers (the taps, T x r each) lives in a *pass*, one per thread and forward.
+/// A pass begins with `begin_forward()`, or by itself when the first layer of the chain runs; it
+/// ends after the last layer. A model that may enter a chain elsewhere calls `begin_forward()`, or
+/// hands the taps on itself with `forward_with_taps`.
 #pragma once
 
 #include <reslora/chain.h>
@@ -40,16 +45,23 @@ struct ChainState;
 
 /// What layers of one chain hand on within one forward, by position; undefined where nothing was.
 struct Taps {
-  std::vector<at::Tensor> by_position;
+  std::vector<at::Tensor> by_position;  ///< one for each layer of the chain
 };
 
+/// The module behind `ResLoraLinear`: torch::nn::Linear's options, parameters and values, plus
+/// an adapter once it is linked.
 class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearImpl> {
  public:
+  /// As torch::nn::Linear, with a bias.
   ResLoraLinearImpl(int64_t in_features, int64_t out_features);
+  /// As torch::nn::Linear.
   explicit ResLoraLinearImpl(const torch::nn::LinearOptions& options_);
 
+  /// Makes the parameters anew (LibTorch calls this when it clones).
   void reset() override;
+  /// Fills weight and bias as torch::nn::Linear does.
   void reset_parameters();
+  /// Prints features, rank, shortcut and position.
   void pretty_print(std::ostream& stream) const override;
 
   /// Copies the layer. A copy of an adapted layer belongs to no chain until `relink` is called on
@@ -65,14 +77,16 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   /// one to the next. Touches no pass. Throws c10::ValueError for a layer that is in no chain.
   std::pair<at::Tensor, Taps> forward_with_taps(const at::Tensor& x, Taps taps);
 
+  /// True once the layer is linked.
   bool is_adapted() const { return reslora_A.defined(); }
 
+  /// As torch::nn::Linear's.
   torch::nn::LinearOptions options;
-  at::Tensor weight;     // [out, in]
-  at::Tensor bias;       // [out], or undefined
-  at::Tensor reslora_A;  // [r, in], undefined until linked
-  at::Tensor reslora_B;  // [out, r], undefined until linked
-  NormWindow norms;      // filled by training forwards
+  at::Tensor weight;     ///< [out, in]
+  at::Tensor bias;       ///< [out], or undefined
+  at::Tensor reslora_A;  ///< [r, in], undefined until linked
+  at::Tensor reslora_B;  ///< [out, r], undefined until linked
+  NormWindow norms;      ///< filled by training forwards
 
  private:
   friend struct ChainState;  // joins layers to a chain
@@ -105,8 +119,10 @@ RESLORA_API std::vector<at::Tensor> forward_together(
 /// A chain of ResLoraLinear: the handle for passes, parameters and merging.
 class RESLORA_API LinkedChain {
  public:
+  /// For the library itself: handles come from `link`, `relink` and `inject`.
   explicit LinkedChain(std::shared_ptr<ChainState> state) : state_(std::move(state)) {}
 
+  /// Order, shapes and links of the layers.
   const Chain& chain() const;
   /// Starts a pass on this thread; taps of an earlier, unfinished one are dropped.
   void begin_forward() const;

@@ -1,12 +1,15 @@
-// Removing the shortcuts and folding the adapters into the base weights.
-//
-//   auto plan = reslora::MergePlan(chains, "input");  // all alpha* are known before any write
-//   plan.apply();                                     // W <- W*, originals kept on the CPU
-//   plan.revert();                                    // the exact bits come back
-//
-// Works on views of tensors, never on modules, so that C++ modules and Python's share it. After any
-// rule a layer's adapter is an ordinary low-rank pair, `LayerMerge::A` and `B` with scaling and
-// alpha* folded in fp32; the merged weight is computed in fp32 (fp64 for fp64) and cast once.
+/// @file
+/// Removing the shortcuts and folding the adapters into the base weights.
+///
+/// @code{.cpp}
+/// reslora::MergePlan plan(views, "input");  // all alpha* are known before any write
+/// plan.apply();                             // W <- W*, originals kept on the CPU
+/// plan.revert();                            // the exact bits come back
+/// @endcode
+///
+/// Works on views of tensors, never on modules, so that C++ modules and Python's share it. After
+/// any rule a layer's adapter is an ordinary low-rank pair, `LayerMerge::A` and `B` with scaling
+/// and alpha* folded in fp32; the merged weight is computed in fp32 (fp64 for fp64) and cast once.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,12 +26,12 @@ namespace reslora {
 
 /// How a layer's shortcut is replaced.
 enum class MergeRule {
-  kExact,     // none, bs, unlinked layers, the first layer of a chain
-  kInput,     // eq. 6-9, 12: ratio of windowed norms
-  kWeight,    // eq. 10-11, 13: ratio of merged weight norms
-  kFactored,  // ms: windowed |x|_F on the neighbours' A; the same as kInput for is
-  kLsq,       // the fit of regression.h
-  kRefined,   // that fit, improved by distillation; asked for as "lsq"
+  kExact,     ///< none, bs, unlinked layers, the first layer of a chain
+  kInput,     ///< eq. 6-9, 12: ratio of windowed norms
+  kWeight,    ///< eq. 10-11, 13: ratio of merged weight norms
+  kFactored,  ///< ms: windowed |x|_F on the neighbours' A; the same as kInput for is
+  kLsq,       ///< the fit of regression.h
+  kRefined,   ///< that fit, improved by distillation; asked for as "lsq"
 };
 
 /// Returns the rule that a name stands for; throws c10::ValueError for an unknown name.
@@ -39,15 +42,16 @@ RESLORA_API std::string merge_rule_name(MergeRule rule);
 
 /// What was decided for one layer: W* = W + B A, and bias* = bias + `bias` after an affine fit.
 struct LayerMerge {
-  std::string name;
-  MergeRule rule = MergeRule::kExact;
-  std::vector<double> alpha_star;  // one per reached layer, nearest first; empty where unused
-  at::Tensor A;                    // [R, in] fp32 (fp64 for fp64 adapters)
-  at::Tensor B;                    // [out, R], scaling and alpha* folded
-  at::Tensor bias = {};  // [out], what an affine fit adds to the bias; undefined elsewhere
-  std::optional<double> residual = {};  // of the fit, on its calibration rows
+  std::string name;                    ///< full module path
+  MergeRule rule = MergeRule::kExact;  ///< how the factors were found
+  std::vector<double> alpha_star;      ///< one per reached layer, nearest first; empty where unused
+  at::Tensor A;                        ///< [R, in] fp32 (fp64 for fp64 adapters)
+  at::Tensor B;                        ///< [out, R], scaling and alpha* folded
+  at::Tensor bias = {};  ///< [out], what an affine fit adds to the bias; undefined elsewhere
+  std::optional<double> residual = {};  ///< of the fit, on its calibration rows
 };
 
+/// All decisions of a merge, and the merge itself; see above.
 class RESLORA_API MergePlan {
  public:
   /// Computes every alpha* and factor without touching a weight. `merge_method`: "exact", "lsq",
@@ -59,11 +63,16 @@ class RESLORA_API MergePlan {
   /// Cost: `weight` forms each merged matrix once (one at a time), the others no matrix.
   MergePlan(const std::vector<ChainView>& chains, const std::string& merge_method,
             bool use_affine = true);
+  /// Moves the plan, with the originals that it keeps.
   MergePlan(MergePlan&&) = default;
+  /// Moves the plan, with the originals that it keeps.
   MergePlan& operator=(MergePlan&&) = default;
 
+  /// What was decided, layer by layer, chain by chain.
   const std::vector<LayerMerge>& layers() const { return layers_; }
+  /// True where no rule was named and neither fits nor norms were there for a better one.
   bool fell_back_to_weight() const { return fell_back_to_weight_; }
+  /// True between `apply` and `revert`.
   bool is_applied() const { return is_applied_; }
 
   /// Writes W* into every weight, one matrix in memory at a time. With `keep_originals` the old

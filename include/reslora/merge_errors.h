@@ -1,8 +1,11 @@
-// What merging a layer changes, measured on rows that the layer saw: the method's error and the
-// rounding of the merged weight apart.
-//
-//   auto errors = reslora::layer_errors(planned, x, s, y, {B}, {scaling}, weight);
-//   std::sqrt(errors.method / errors.whole);  // relative error of the rule alone
+/// @file
+/// What merging a layer changes, measured on rows that the layer saw: the method's error and the
+/// rounding of the merged weight apart.
+///
+/// @code{.cpp}
+/// auto errors = reslora::layer_errors(plan.layers()[1], x, s, y, {B}, {scaling}, weight);
+/// double relative = std::sqrt(errors.method / errors.whole);  // error of the rule alone
+/// @endcode
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,10 +19,10 @@ namespace reslora {
 
 /// Squared Frobenius norms, to be added up over calls.
 struct LayerErrors {
-  double method = 0;    // |B A x + bias - sum of scaling_k B_k s_k|^2: what the rule gives away
-  double rounding = 0;  // |(cast(W*) - W*) x|^2: what the dtype of the merged weight gives away
-  double both = 0;      // of their sum
-  double whole = 0;     // |y|^2
+  double method = 0;    ///< |B A x + bias - sum of scaling_k B_k s_k|^2: what the rule gives away
+  double rounding = 0;  ///< |(cast(W*) - W*) x|^2: what the dtype of the merged weight gives away
+  double both = 0;      ///< of their sum
+  double whole = 0;     ///< |y|^2
 };
 
 /// Compares one call of an unmerged layer with its planned pair, in fp32 (fp64 for fp64 factors).

@@ -1,8 +1,11 @@
 /// @file
 /// Merging a saved adapter into the safetensors files of its base, without building a model.
 ///
-///     reslora::merge_files({"base/model-00001-of-00002.safetensors",
-///                           "base/model-00002-of-00002.safetensors"}, "adapter", "merged");
+/// @code{.cpp}
+/// reslora::merge_files({"base/model-00001-of-00002.safetensors",
+///                       "base/model-00002-of-00002.safetensors"},
+///                      "adapter", "merged");
+/// @endcode
 ///
 /// Tensors are streamed: what the adapter does not change is copied byte by byte, what it changes
 /// is summed in fp32 by rows and cast once. Memory: the adapter, and the buffers of a few rows.
@@ -21,10 +24,11 @@
 
 namespace reslora {
 
+/// How `merge_files` writes.
 struct MergeFilesOptions {
-  std::string merge_method = "";        // "": the adapter's own, else the best for what is at hand
-  std::optional<at::ScalarType> dtype;  // of floating tensors; default: as they are
-  std::function<void(int64_t)> progress = {};  // called with the bytes written so far
+  std::string merge_method = "";  ///< "": the adapter's own, else the best for what is at hand
+  std::optional<at::ScalarType> dtype;         ///< of floating tensors; default: as they are
+  std::function<void(int64_t)> progress = {};  ///< called with the bytes written so far
 };
 
 /// Writes a merged copy of every file of `base`, under its own name, to `output`, a folder that is

@@ -1,13 +1,18 @@
-// Merging on disk: the safetensors files of a model, read where they lie and written changed.
-//
-//   reslora::ModelFiles base({"model-00001-of-00002.safetensors",
-//   "model-00002-of-00002.safetensors"}); auto weight =
-//   base.tensor("model.layers.0.self_attn.q_proj.weight");  // a view, nothing is read
-//   ... plan with such views (MergePlan) ...
-//   base.write("out/model-00001-of-00002.safetensors", names, {{key, {&layer}}}, {});
-//
-// Files are mapped, not read: a model larger than memory costs the buffers of a few rows. The files
-// must not change meanwhile (a map of a file that shrinks is a crash).
+/// @file
+/// Merging on disk: the safetensors files of a model, read where they lie and written changed.
+///
+/// @code{.cpp}
+/// reslora::ModelFiles base({"model-00001-of-00002.safetensors",
+///                           "model-00002-of-00002.safetensors"});
+/// auto weight = base.tensor("layers.0.q_proj.weight");  // a view, nothing is read
+/// reslora::TensorEdit edit;
+/// edit.layer = plan.layers()[0];  // of a MergePlan over such views
+/// base.write("out/model-00001-of-00002.safetensors", {"layers.0.q_proj.weight"},
+///            {{"layers.0.q_proj.weight", edit}}, {});
+/// @endcode
+///
+/// Files are mapped, not read: a model larger than memory costs the buffers of a few rows. The
+/// files must not change meanwhile (a map of a file that shrinks is a crash).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,18 +31,20 @@ namespace reslora {
 
 /// What happens to one tensor on its way to the output.
 struct TensorEdit {
-  std::optional<LayerMerge> layer;  // add B A (or, with `is_bias`, the layer's `bias`)
-  bool is_transposed = false;       // the file holds W^T [in, out], as transformers' Conv1D
-  bool is_bias = false;
-  std::optional<at::Tensor> replacement;  // take this tensor instead
+  std::optional<LayerMerge> layer;        ///< add B A (or, with `is_bias`, the layer's `bias`)
+  bool is_transposed = false;             ///< the file holds W^T [in, out], as transformers' Conv1D
+  bool is_bias = false;                   ///< add the layer's `bias` instead
+  std::optional<at::Tensor> replacement;  ///< take this tensor instead
 };
 
+/// How `ModelFiles::write` writes.
 struct WriteOptions {
-  std::optional<at::ScalarType> dtype;  // of floating tensors; default: as they are
-  std::map<std::string, std::string> metadata = {};
-  std::function<void(int64_t)> progress = {};  // called with the bytes written so far
+  std::optional<at::ScalarType> dtype;               ///< of floating tensors; default: as they are
+  std::map<std::string, std::string> metadata = {};  ///< of the new file
+  std::function<void(int64_t)> progress = {};        ///< called with the bytes written so far
 };
 
+/// The mapped files of a model; see above.
 class RESLORA_API ModelFiles {
  public:
   /// Maps files and checks their headers. Throws c10::ValueError for a malformed file or a tensor
@@ -48,6 +55,7 @@ class RESLORA_API ModelFiles {
   const std::vector<std::string>& names() const;
   /// The path that holds a tensor, and its metadata. Throw c10::ValueError for an unknown name.
   const std::string& path_of(const std::string& name) const;
+  /// The metadata of a file; throws c10::ValueError for an unknown path.
   const std::map<std::string, std::string>& metadata_of(const std::string& path) const;
   /// A tensor as a view of the file; it keeps the map alive. Must not be written to.
   at::Tensor tensor(const std::string& name) const;

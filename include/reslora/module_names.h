@@ -1,9 +1,11 @@
 /// @file
 /// Which modules an option means: names as PEFT writes them, or a regular expression.
 ///
-///     ModuleNames({"q_proj", "v_proj"});       // these names, and paths that end with ".q_proj"
-///     ModuleNames(".*\\.(q|v)_proj");          // a regular expression for the whole path
-///     ModuleNames("all-linear");               // every linear layer
+/// @code{.cpp}
+/// reslora::ModuleNames({"q_proj", "v_proj"});  // these names, and paths that end with ".q_proj"
+/// reslora::ModuleNames(".*\\.(q|v)_proj");     // a regular expression for the whole path
+/// reslora::ModuleNames("all-linear");          // every linear layer
+/// @endcode
 #pragma once
 
 #include <reslora/export.h>
@@ -15,22 +17,29 @@
 
 namespace reslora {
 
+/// A list of names, a regular expression, or nothing; see above.
 class RESLORA_API ModuleNames {
  public:
   /// Nothing is given.
   ModuleNames() = default;
   /// A list of names and suffixes of whole parts.
   ModuleNames(std::initializer_list<std::string> names) : ModuleNames(std::vector(names)) {}
+  /// A list of names and suffixes of whole parts.
   ModuleNames(std::vector<std::string> names) : names_(std::move(names)), is_list_(true) {}
   /// A regular expression (ECMAScript) that must match the whole path, or "all-linear".
   ModuleNames(std::string expression) : expression_(std::move(expression)) {}
+  /// A regular expression (ECMAScript) that must match the whole path, or "all-linear".
   ModuleNames(const char* expression) : expression_(expression) {}
 
+  /// False for a default-made one.
   bool is_given() const { return is_list_ || !expression_.empty(); }
+  /// True for names, false for an expression.
   bool is_list() const { return is_list_; }
   /// True for "all-linear", in any case of letters.
   bool is_all_linear() const;
+  /// The list; empty for an expression.
   const std::vector<std::string>& names() const { return names_; }
+  /// The expression; empty for a list.
   const std::string& expression() const { return expression_; }
 
   /// True where `path` is meant. "all-linear" means no path by itself. Throws c10::ValueError for
@@ -39,6 +48,7 @@ class RESLORA_API ModuleNames {
   /// The names in quotes, or the expression, for messages.
   std::string shown() const;
 
+  /// True for the same names in the same order, or the same expression.
   bool operator==(const ModuleNames& other) const {
     return is_list_ == other.is_list_ && names_ == other.names_ && expression_ == other.expression_;
   }

@@ -1,8 +1,9 @@
-// The last N norms of a layer's input, kept on the device for the merge rules.
-//
-// `adapt` writes into the ring (no host sync); `mean` reads it once, at merge time. A statistic: it
-// never changes an output or a weight. The tensors are plain, not module buffers, so that casts and
-// DistributedDataParallel's broadcasts leave them alone.
+/// @file
+/// The last N norms of a layer's input, kept on the device for the merge rules.
+///
+/// `adapt` writes into the ring (no host sync); `mean` reads it once, at merge time. A statistic:
+/// it never changes an output or a weight. The tensors are plain, not module buffers, so that casts
+/// and DistributedDataParallel's broadcasts leave them alone.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,6 +18,7 @@ namespace reslora {
 /// Which norm of a layer is meant: a row of the ring.
 enum class Norm : int64_t { kInput = 0, kOwnProduct = 1 };  // |x_n|_F and |A_n x_n|_F
 
+/// A ring of norms; see above.
 class RESLORA_API NormWindow {
  public:
   NormWindow() = default;
@@ -26,13 +28,16 @@ class RESLORA_API NormWindow {
   /// one goes to column count % N). Throws c10::ValueError for other shapes and dtypes.
   NormWindow(at::Tensor norms, at::Tensor count);
 
+  /// False for a default-made one, which records nothing.
   bool is_defined() const { return norms_.defined(); }
   /// Number of valid entries: min(forwards recorded, N). Reads the device once.
   int64_t filled() const;
   /// Mean of the valid entries, nullopt while there are none (the paper's f_n). Reads the device.
   std::optional<double> mean(Norm which) const;
 
+  /// fp32 [2, N], rows as `Norm`.
   const at::Tensor& norms() const { return norms_; }
+  /// int64 [1]: forwards ever recorded.
   const at::Tensor& count() const { return count_; }
 
  private:

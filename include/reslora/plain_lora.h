@@ -1,9 +1,11 @@
 /// @file
 /// Planned merges as plain LoRA: at one rank, and in the format of PEFT.
 ///
-///     reslora::PlainLora lora;
-///     lora.layers = plan.layers();              // of a MergePlan
-///     reslora::save_plain_lora("lora", lora);   // adapter_config.json, adapter_model.safetensors
+/// @code{.cpp}
+/// reslora::PlainLora lora;
+/// lora.layers = plan.layers();             // of a MergePlan
+/// reslora::save_plain_lora("lora", lora);  // adapter_config.json, adapter_model.safetensors
+/// @endcode
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,9 +25,10 @@ namespace reslora {
 /// an R below the pair's rank.
 RESLORA_API std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R);
 
+/// A pair of a smaller rank, and what that costs.
 struct ReducedFactors {
-  LayerMerge layer;  // with A [k, in] and B [out, k]
-  double error = 0;  // |B A - reduced|_F / |B A|_F
+  LayerMerge layer;  ///< with A [k, in] and B [out, k]
+  double error = 0;  ///< |B A - reduced|_F / |B A|_F
 };
 
 /// Reduces a planned pair (of bs: rank (m+1) r) to the smallest rank whose error is at most
@@ -37,13 +40,13 @@ RESLORA_API ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_
 
 /// What `save_plain_lora` writes.
 struct PlainLora {
-  std::vector<LayerMerge> layers;                // by full module path
-  std::map<std::string, at::Tensor> heads = {};  // tensors of modules_to_save, by path
-  std::vector<std::string> target_modules = {};  // default: the paths of the layers
-  std::vector<std::string> modules_to_save = {};
-  bool fan_in_fan_out = false;               // the base holds W^T, as transformers' Conv1D
-  std::string base_model_name_or_path = "";  // "": null
-  std::string task_type = "";                // "": null
+  std::vector<LayerMerge> layers;                 ///< by full module path
+  std::map<std::string, at::Tensor> heads = {};   ///< tensors of modules_to_save, by path
+  std::vector<std::string> target_modules = {};   ///< default: the paths of the layers
+  std::vector<std::string> modules_to_save = {};  ///< as PEFT's option
+  bool fan_in_fan_out = false;                    ///< the base holds W^T, as transformers' Conv1D
+  std::string base_model_name_or_path = "";       ///< "": null
+  std::string task_type = "";                     ///< "": null
 };
 
 /// Writes adapter_config.json and adapter_model.safetensors in PEFT's format: every pair padded to

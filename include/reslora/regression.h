@@ -1,22 +1,31 @@
-// The regression merge: the best linear function of x_n for what entered B.
-//
-//   v_n = A_n x_n + taps                      (known on calibration batches: the output s of adapt)
-//   A'_n = argmin  sum |v_n - A' x_n|^2 + lambda |A' - A_n|^2
-//        = A_n + (sum v x^T - A_n sum x x^T) (sum x x^T + lambda I)^-1
-//
-// lambda is `ridge` times the mean diagonal of sum x x^T (of centred x in the affine form). The
-// rank stays r and B is untouched; what remains is the part of the taps that is no linear function
-// of x_n. The paper's alpha* is the special case A' = (1 + alpha*) A_n.
-//
-//   reslora::FitCollector collector({chain.view()});
-//   chain.collect(&collector, 0);
-//   do {
-//     for (const auto& batch : batches) { model->forward(batch); collector.end_batch(); }
-//   } while (collector.finish_pass());  // true: memory held only some layers, run the batches
-//   again chain.collect(nullptr, 0); reslora::MergePlan plan(collector.views(), "lsq");
-//
-// Sums are fp32 GEMMs over at most 4096 rows, added up in fp64 (fp64 throughout for fp64 rows), and
-// are solved in fp64 by Cholesky. Layers that merge exactly are left out. Not thread safe.
+/// @file
+/// The regression merge: the best linear function of x_n for what entered B.
+///
+/// @verbatim
+/// v_n = A_n x_n + taps                      (known on calibration batches: the output s of adapt)
+/// A'_n = argmin  sum |v_n - A' x_n|^2 + lambda |A' - A_n|^2
+///      = A_n + (sum v x^T - A_n sum x x^T) (sum x x^T + lambda I)^-1
+/// @endverbatim
+///
+/// lambda is `ridge` times the mean diagonal of sum x x^T (of centred x in the affine form). The
+/// rank stays r and B is untouched; what remains is the part of the taps that is no linear function
+/// of x_n. The paper's alpha* is the special case A' = (1 + alpha*) A_n.
+///
+/// @code{.cpp}
+/// reslora::FitCollector collector({chain.view()});
+/// chain.collect(&collector, 0);
+/// do {
+///   for (const auto& batch : batches) {
+///     model->forward(batch);
+///     collector.end_batch();
+///   }
+/// } while (collector.finish_pass());  // true: memory held some layers only; once more
+/// chain.collect(nullptr);
+/// reslora::MergePlan plan(collector.views(), "lsq");
+/// @endcode
+///
+/// Sums are fp32 GEMMs over at most 4096 rows, added up in fp64 (fp64 throughout for fp64 rows),
+/// and are solved in fp64 by Cholesky. Layers that merge exactly are left out. Not thread safe.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,21 +40,23 @@
 
 namespace reslora {
 
+/// How fits are made.
 struct FitOptions {
-  double ridge = 1e-4;  // lambda over the mean diagonal of sum x x^T; > 0
-  bool affine = false;  // also fit an offset, for layers with a bias that fit into max_cov_bytes
-  int64_t max_cov_bytes = int64_t{4} << 30;  // of sums held at once; solving takes one more matrix
-  bool keep_sums = false;                    // keep what a later solve_fit needs
+  double ridge = 1e-4;  ///< lambda over the mean diagonal of sum x x^T; > 0
+  bool affine = false;  ///< also fit an offset, for layers with a bias that fit into max_cov_bytes
+  int64_t max_cov_bytes = int64_t{4}
+                          << 30;  ///< of sums held at once; solving takes one more matrix
+  bool keep_sums = false;         ///< keep what a later solve_fit needs
 };
 
 /// What a fit is solved from, fp64. Layers that read the same x share `xx`.
 struct FitSums {
-  at::Tensor xx;     // [in, in], sum x x^T
-  at::Tensor vx;     // [r, in], sum v x^T
-  at::Tensor x_sum;  // [in]
-  at::Tensor v_sum;  // [r]
-  double vv = 0;     // sum |v|^2
-  int64_t rows = 0;
+  at::Tensor xx;     ///< [in, in], sum x x^T
+  at::Tensor vx;     ///< [r, in], sum v x^T
+  at::Tensor x_sum;  ///< [in]
+  at::Tensor v_sum;  ///< [r]
+  double vv = 0;     ///< sum |v|^2
+  int64_t rows = 0;  ///< calibration rows
 };
 
 /// Solves for A' (and the affine form). A: [r, in]. Throws c10::ValueError for sums that are not
@@ -69,19 +80,22 @@ RESLORA_API std::vector<Fit> move_taps(const ChainView& chain, double share);
 
 /// What collecting took, for reports.
 struct FitCost {
-  int64_t passes = 0;          // over the calibration batches
-  int64_t peak_bytes = 0;      // of sums at once
-  int64_t row_file_bytes = 0;  // rows written to a temporary file (layers above max_cov_bytes)
-  int64_t solver_steps = 0;    // reads of such a file by the iterative solver
+  int64_t passes = 0;          ///< over the calibration batches
+  int64_t peak_bytes = 0;      ///< of sums at once
+  int64_t row_file_bytes = 0;  ///< rows written to a temporary file (layers above max_cov_bytes)
+  int64_t solver_steps = 0;    ///< reads of such a file by the iterative solver
 };
 
+/// Collects sums over calibration batches and solves them; see above.
 class RESLORA_API FitCollector {
  public:
   /// Prepares to fit every layer of `chains` that does not merge exactly. Throws c10::ValueError
   /// for options out of range, and with `affine` for chains whose layers have no bias at all.
   explicit FitCollector(std::vector<ChainView> chains, FitOptions options = {});
   ~FitCollector();
+  /// Moves the sums; the source may only be destroyed.
   FitCollector(FitCollector&&) noexcept;
+  /// Moves the sums; the source may only be destroyed.
   FitCollector& operator=(FitCollector&&) noexcept;
 
   /// Adds the rows of one call of a layer: x [..., in], v [..., r]; `mask`, bool with one element
@@ -102,6 +116,7 @@ class RESLORA_API FitCollector {
   const std::vector<ChainView>& views() const;
   /// What a layer was solved from, where `keep_sums` was asked for and it fitted into memory.
   const std::optional<FitSums>& sums(int64_t chain, int64_t position) const;
+  /// What collecting has taken so far.
   const FitCost& cost() const;
 
  private:

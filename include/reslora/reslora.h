@@ -1,4 +1,15 @@
-// Everything of reslora: ResLoRA adapters (arXiv 2402.18039) for LibTorch, and their merger.
+/// @file
+/// Everything of reslora.
+///
+/// @mainpage reslora: ResLoRA for LibTorch
+/// LoRA adapters with residual shortcuts between the adapters of consecutive layers (arXiv
+/// 2402.18039), and a merger that folds them into the base weights. Begin with adapters.h (adapt a
+/// model by names, train, merge, save) and linear.h (layers and chains); config.h has the options.
+/// formulas.h is the paper on one page, ops.h the op that evaluates it. merge.h, regression.h and
+/// merge_files.h merge; adapter_io.h and statistics_io.h are the files.
+///
+/// Errors are c10::Error (bad input: c10::ValueError), one sentence each; nothing is half-changed
+/// after one.
 #pragma once
 
 #include <reslora/adapter_io.h>     // IWYU pragma: export

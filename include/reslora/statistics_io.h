@@ -1,11 +1,14 @@
-// What a later merge needs besides the adapter: norm windows, fits and, on request, covariances.
-//
-//   reslora::save_statistics("adapter_statistics.safetensors", sum, {{"layers.1.q", {norms, fit,
-//   {}}}}); auto statistics = reslora::load_statistics("adapter_statistics.safetensors", sum);
-//
-// A safetensors file beside the adapter's, bound to it by the checksum of its A and B
-// (tensors_sum): statistics of another adapter, or of the same one before more training, are
-// refused. Written atomically, read strictly.
+/// @file
+/// What a later merge needs besides the adapter: norm windows, fits and, on request, covariances.
+///
+/// @code{.cpp}
+/// reslora::save_statistics("adapter_statistics.safetensors", sum, {{"layers.1.q", {norms, fit}}});
+/// auto statistics = reslora::load_statistics("adapter_statistics.safetensors", sum);
+/// @endcode
+///
+/// A safetensors file beside the adapter's, bound to it by the checksum of its A and B
+/// (tensors_sum): statistics of another adapter, or of the same one before more training, are
+/// refused. Written atomically, read strictly.
 #pragma once
 
 #include <reslora/chain_view.h>
@@ -20,9 +23,9 @@ namespace reslora {
 
 /// What is known of one layer; any part may be absent.
 struct LayerStatistics {
-  NormWindow norms = {};
-  Fit fit = {};
-  std::optional<FitSums> sums = {};
+  NormWindow norms = {};             ///< of training forwards
+  Fit fit = {};                      ///< for the rule `lsq`
+  std::optional<FitSums> sums = {};  ///< what the fit was solved from
 };
 
 /// Writes statistics by layer. Tensors: `<layer>.norms` [2, N], `.norm_count` [1], `.fit_A`,

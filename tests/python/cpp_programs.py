@@ -1,6 +1,6 @@
 """Builds C++ programs against the installed reslora, as a user would; shared by the tests of them.
 
-Build folders are kept under build/cpp, so that a second run compiles nothing.
+Build folders are kept under build/cpp-*, so that a second run compiles nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reslora.utils import cmake_prefix_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent
-BUILDS = REPOSITORY / "build" / "cpp"
+BUILDS = REPOSITORY / "build"  # as deep as the package's own: ccache knows the files then
 
 
 def run(*command: str | Path, cwd: Path = REPOSITORY) -> str:
@@ -45,7 +45,7 @@ def fails(*command: str | Path, cwd: Path) -> str:
 
 def build(source: Path, name: str, *options: str) -> Path:
     """Configure and build a project; return its build folder."""
-    folder = BUILDS / name
+    folder = BUILDS / f"cpp-{name}"
     run("cmake", "-S", source, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *options)
     run("cmake", "--build", folder)
     return folder

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cpp_programs import REPOSITORY, TORCH, build, fails, run
 
 from reslora.utils import cmake_prefix_path
@@ -133,3 +135,16 @@ def test_components_and_later_versions_are_refused(tmp_path: Path) -> None:
     assert "has no components; got 'cuda'" in configure(tmp_path, WHEEL, root, wanted=wanted)
     printed = configure(tmp_path, WHEEL, root, wanted="9.0 CONFIG REQUIRED")
     assert 'compatible with requested version "9.0"' in printed
+
+
+def test_the_examples_of_readme_and_headers_compile(tmp_path: Path) -> None:
+    snippets = REPOSITORY / "tests/snippets"
+    text = run(sys.executable, snippets / "snippets.py")
+    assert text.count("void example_") >= 14
+    (tmp_path / "snippets.cpp").write_text(text)
+    includes = [f"-I{snippets}", f"-I{REPOSITORY / 'include'}", "-isystem", TORCH / "include"]
+    includes += ["-isystem", TORCH / "include/torch/csrc/api/include"]
+    unused = ["-Wno-unused-variable", "-Wno-unused-but-set-variable", "-Wno-unused-value"]
+    warnings = ["-Wall", "-Wextra", "-Werror", *unused, "-Wno-shadow"]
+    standard = f"-std=c++{20 if torch.__version__ >= '2.13' else 17}"
+    run("c++", standard, "-fsyntax-only", *warnings, *includes, tmp_path / "snippets.cpp")

@@ -53,6 +53,7 @@ PLANTED = [
         "#include <reslora/linear.h>\n",
         "'bindings'",
     ),
+    ("reference", "include/reslora/a.h", "/// @file\nint f(int a);\n", "a.h:2"),
     ("foreign_headers", "include/reslora/a.h", "#include <fmt/format.h>\n", "fmt/format.h"),
     ("foreign_headers", "src/a.cpp", "#include <pybind11/stl.h>\n", "csrc only"),
     ("foreign_headers", "include/reslora/a.h", "#include <cuda_runtime.h>\n", "src/cuda"),
