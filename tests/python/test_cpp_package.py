@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -148,3 +149,14 @@ def test_the_examples_of_readme_and_headers_compile(tmp_path: Path) -> None:
     warnings = ["-Wall", "-Wextra", "-Werror", *unused, "-Wno-shadow"]
     standard = f"-std=c++{20 if torch.__version__ >= '2.13' else 17}"
     run("c++", standard, "-fsyntax-only", *warnings, *includes, tmp_path / "snippets.cpp")
+
+
+def test_exactly_the_listed_symbols_are_exported() -> None:
+    path = REPOSITORY / "tests/data/make_symbols.py"
+    spec = importlib.util.spec_from_file_location("make_symbols", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found, listed = module.exported(), module.LIST.read_text().splitlines()
+    assert found == listed, f"if that is meant: python {path.relative_to(REPOSITORY)}"
+    assert all("reslora::" in name for name in found)

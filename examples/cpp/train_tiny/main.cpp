@@ -35,7 +35,7 @@ TORCH_MODULE(Net);
 
 double train(Net& net, const std::vector<torch::Tensor>& parameters, const torch::Tensor& x,
              const torch::Tensor& wanted) {
-  torch::optim::AdamW optimizer(parameters, torch::optim::AdamWOptions(3e-3));
+  torch::optim::AdamW optimizer(parameters, torch::optim::AdamWOptions(1e-3));
   torch::Tensor loss;
   for (int step = 0; step < 200; ++step) {
     optimizer.zero_grad();
@@ -55,8 +55,7 @@ int main(int count, char** arguments) try {
   net->to(is_double ? torch::kDouble : torch::kFloat);
   const auto options = net->parameters()[0].options().requires_grad(false);
   const torch::Tensor x = torch::randn({256, 16}, options);
-  const torch::Tensor first = torch::tanh(x.roll(1, 1)),
-                      second = torch::tanh(1.5 * x.roll(1, 1) + 0.3);
+  const auto first = torch::tanh(x.roll(1, 1)), second = torch::tanh(1.2 * x.roll(1, 1) + 0.1);
   fmt::print("pretrained:    loss {:.5f}\n", train(net, net->parameters(), x, first));
 
   auto adapters = reslora::inject(
@@ -69,13 +68,12 @@ int main(int count, char** arguments) try {
   torch::NoGradGuard no_grad;
   const torch::Tensor y = net->forward(x);
   if (!folder.empty()) {
-    reslora::save_tensors(folder + "/base.safetensors", {reslora::base_tensors(*net), {}});
-    reslora::save_tensors(folder + "/values.safetensors", {{{"x", x}, {"y", y}}, {}});
     adapters.save(folder + "/adapter", /*statistics=*/true);
     adapters.export_lora(folder + "/lora");
+    reslora::save_tensors(folder + "/base.safetensors", {reslora::base_tensors(*net), {}});
+    reslora::save_tensors(folder + "/values.safetensors", {{{"x", x}, {"y", y}}, {}});
   }
-  adapters.calibrate(std::vector{x},
-                     [&](const torch::Tensor& batch) { return net->forward(batch); });
+  adapters.calibrate(std::vector{x}, [&](const auto& batch) { return net->forward(batch); });
   adapters.merge();
   const torch::Tensor merged = net->forward(x);
   fmt::print("merged:        loss {:.5f}, output off by {:.1e}\n",
