@@ -340,10 +340,43 @@ double sum_of_squares(const Tile& x) {
   return total;
 }
 
+typedef uint16_t Shorts __attribute__((vector_size(2 * W)));
+typedef uint32_t Words __attribute__((vector_size(4 * W)));
+
+/// bfloat16 is the upper half of fp32.
+INLINE Vector load_bf16(const uint16_t* from) {
+  Shorts halves;
+  memcpy(&halves, from, sizeof(halves));
+  return (Vector)(__builtin_convertvector(halves, Words) << 16);
+}
+
+double sum_of_squares_bf16(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns) {
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i, x += stride) {
+    Vector sums[4] = {};
+    int64_t j = 0;
+    for (; j + 4 * W <= columns; j += 4 * W)
+      for (int v = 0; v < 4; ++v) {
+        const Vector xs = load_bf16(x + j + v * W);
+        sums[v] += xs * xs;
+      }
+    float rest = 0;
+    for (; j < columns; ++j) {
+      const uint32_t bits = static_cast<uint32_t>(x[j]) << 16;
+      float value;
+      memcpy(&value, &bits, sizeof(value));
+      rest += value * value;
+    }
+    total += static_cast<double>(sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]))) + rest;
+  }
+  return total;
+}
+
 }  // namespace
 
 #define RESLORA_NAME_OF(isa) kKernels_##isa
 #define RESLORA_NAME(isa) RESLORA_NAME_OF(isa)
-const Kernels RESLORA_NAME(RESLORA_ISA) = {project, expand, reduce, sum_of_squares};
+const Kernels RESLORA_NAME(RESLORA_ISA) = {project, expand, reduce, sum_of_squares,
+                                           sum_of_squares_bf16};
 
 }  // namespace reslora::thin

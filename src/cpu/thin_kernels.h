@@ -35,6 +35,8 @@ struct Kernels {
   void (*reduce)(const Tile& x, Rows u, int64_t r, float* p, int64_t p_stride);
   /// The sum of x[i, j]^2, dropped or not.
   double (*sum_of_squares)(const Tile& x);
+  /// The same of bfloat16 numbers, `columns` in each row; rows `stride` apart.
+  double (*sum_of_squares_bf16)(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns);
 };
 
 extern const Kernels kKernels_base;  // what every processor of the architecture runs

@@ -241,6 +241,17 @@ void project_and_reduce(const Tile& x, Rows p, Rows v, int64_t r, float* u, floa
   });
 }
 
+double sum_of_squares_bf16(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns) {
+  const int64_t shares = std::min<int64_t>(std::max<int64_t>(1, rows), threads_for(rows * columns));
+  std::vector<double> sums(shares, 0.0);
+  for_shares(rows, 1, shares, [&](int64_t share, int64_t first, int64_t count) {
+    sums[share] = best_kernels().sum_of_squares_bf16(x + first * stride, stride, count, columns);
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
 void transpose(const float* from, int64_t r, int64_t c, float scale, float* to, int64_t stride) {
   constexpr int64_t kBlock = 64;  // rows of `from` that stay in L1 while their columns are written
   for (int64_t first = 0; first < r; first += kBlock) {

@@ -38,6 +38,9 @@ void reduce(const Tile& x, Rows u, int64_t r, float* p);
 /// Both at once, in one read of x: u = x p^T and q = v^T x; u [T, r], q [r, n] dense, v [T, r].
 void project_and_reduce(const Tile& x, Rows p, Rows v, int64_t r, float* u, float* q);
 
+/// The sum of squares of bfloat16 numbers x [rows, columns], rows `stride` apart.
+double sum_of_squares_bf16(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns);
+
 /// to [c, r] (row stride `stride`) = scale * from [r, c]^T, where `from` is dense.
 void transpose(const float* from, int64_t r, int64_t c, float scale, float* to, int64_t stride);
 

@@ -110,7 +110,7 @@ thin::Tile columns_tile(const Tensor& t, int64_t first, int64_t count) {
           count};
 }
 
-/// norms_of where |x|_F^2 is known already.
+/// norms_of where |x|_F^2 is known already; u is fp32.
 Tensor norms_from(double squares, const Tensor& u, at::ArrayRef<Range> own) {
   Tensor norms = at::empty({2 * static_cast<int64_t>(own.size())}, u.options());
   auto* values = norms.mutable_data_ptr<float>();
@@ -126,14 +126,26 @@ Tensor norms_from(double squares, const Tensor& u, at::ArrayRef<Range> own) {
   return norms;
 }
 
+/// norms_of without ATen's reduction where x is bfloat16, which takes a third of the GEMM's time.
+Tensor norms_with_bf16(const Tensor& x, const Tensor& u, at::ArrayRef<Range> own) {
+  if (x.scalar_type() != at::kBFloat16 || x.stride(1) != 1) return norms_of(x, u, own);
+  const auto* numbers = static_cast<const uint16_t*>(x.const_data_ptr());
+  const double squares = thin::sum_of_squares_bf16(numbers, x.stride(0), x.size(0), x.size(1));
+  return norms_from(squares, u.to(at::kFloat), own);
+}
+
 /// Types other than fp32: ATen's products, with dropout in slabs.
 Tensor project_with_aten(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range> own,
                          Tensor* norms) {
-  if (!mask.is_on) return kAtenKernels.project(x, mask, A, own, norms);
-  const Tensor stacked = stack(A, 0, x);
-  Tensor u = at::empty({x.size(0), stacked.size(0)}, x.options());
-  project_slabs(x, mask.bits, stacked, 1 / mask.keep, u);
-  if (norms) *norms = norms_of(x, u, own);
+  Tensor u;
+  if (mask.is_on) {
+    const Tensor stacked = stack(A, 0, x);
+    u = at::empty({x.size(0), stacked.size(0)}, x.options());
+    project_slabs(x, mask.bits, stacked, 1 / mask.keep, u);
+  } else {
+    u = kAtenKernels.project(x, mask, A, own, nullptr);
+  }
+  if (norms) *norms = norms_with_bf16(x, u, own);
   return u;
 }
 

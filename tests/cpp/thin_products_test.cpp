@@ -6,6 +6,7 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 
@@ -161,6 +162,27 @@ std::vector<Sizes> all_sizes() {
 }
 
 INSTANTIATE_TEST_SUITE_P(Sizes, Products, testing::ValuesIn(all_sizes()), name_of);
+
+TEST(Thin, SumOfSquaresOfBfloat16EqualsThatInDouble) {
+  for (const int64_t columns : {1, 3, 16, 63, 64, 65, 200}) {
+    const int64_t rows = 17, stride = columns + 2;
+    std::vector<uint16_t> x(rows * stride, 0x7FC0);  // NaN where nothing may be read
+    double wanted = 0;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        const float value = static_cast<float>((i * 31 + j * 17) % 37 - 18) / 4;  // exact in bf16
+        uint32_t bits = 0;
+        std::memcpy(&bits, &value, sizeof(bits));
+        x[i * stride + j] = static_cast<uint16_t>(bits >> 16);
+        wanted += static_cast<double>(value) * value;
+      }
+    for (const Kernels* kernels : supported_kernels())
+      EXPECT_NEAR(kernels->sum_of_squares_bf16(x.data(), stride, rows, columns), wanted,
+                  1e-6 * wanted);
+    EXPECT_NEAR(sum_of_squares_bf16(x.data(), stride, rows, columns), wanted, 1e-6 * wanted);
+    EXPECT_EQ(sum_of_squares_bf16(x.data(), stride, 0, columns), 0);
+  }
+}
 
 TEST(Thin, SumOfSquaresCountsDroppedElements) {
   Problem a({13, 100, 1, false, 5});
