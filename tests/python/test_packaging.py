@@ -1,15 +1,14 @@
 """What is installed: the wheel's content, its libraries, the torch it asks for, C++ use of it.
 
 The quick tests look at the installation that runs them. Those marked `full` build a wheel, install
-it into an empty virtual environment, and build the program of tests/consumer.
+it into an empty virtual environment, and build the C++ benchmarks; test_cpp_package.py has the
+programs of others.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import venv
@@ -20,12 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpp_programs import REPOSITORY, TORCH, build, fails, run
 
 import reslora
 from reslora import _C
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-TORCH = Path(torch.__file__).parent
 MINOR = ".".join(torch.__version__.split(".")[:2])
 INSTALLED = Path(_C.__file__).parent  # of an editable installation: the compiled part
 
@@ -39,30 +37,6 @@ assert torch.allclose(model(x), before)
 model(x).sum().backward()
 print(reslora.__file__, reslora.__version__)
 """
-
-
-def run(*command: str | Path, cwd: Path = REPOSITORY) -> str:
-    """Run a program; return what it printed, fail with it where it failed."""
-    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", **os.environ}
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
-
-
-def fails(*command: str | Path, cwd: Path) -> str:
-    """Run a program that must fail; return what it printed on one line."""
-    words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    return " ".join((done.stdout + done.stderr).split())
 
 
 def dynamic_section(library: Path) -> list[tuple[str, str]]:
@@ -212,16 +186,10 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_a_cpp_program_uses_the_library_without_python(tmp_path: Path) -> None:
-    run(
-        "cmake",
-        *("-S", REPOSITORY / "tests/consumer", "-B", tmp_path, "-G", "Ninja"),
-        *("-DCMAKE_BUILD_TYPE=Release", f"-DRESLORA_TORCH_ROOT={TORCH}"),
-        *("-DRESLORA_BUILD_BENCHMARKS=ON", "-DRESLORA_WERROR=ON"),
-    )
-    run("cmake", "--build", tmp_path)
-    assert run(tmp_path / "consumer").strip() == "ok"
-    (program,) = tmp_path.rglob("bench_adapt")
+def test_the_cpp_benchmarks_build_and_run() -> None:
+    options = (f"-DRESLORA_TORCH_ROOT={TORCH}", "-DRESLORA_BUILD_BENCHMARKS=ON")
+    folder = build(REPOSITORY, "benchmarks", *options)
+    (program,) = folder.rglob("bench_adapt")
     printed = run(program, "--benchmark_filter=Step/.*T:128", "--benchmark_min_time=0.01")
     for shortcut in ("frozen", "none", "is", "bs", "ms"):
         assert f"Step/{shortcut}/" in printed
