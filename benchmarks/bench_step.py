@@ -2,9 +2,10 @@
 
 Models of random weights in the shapes of real ones, all linear layers adapted, r = 16: a BERT (6
 layers of 384, batch 16 x 64) and a Llama (30 layers of 576, intermediate 1536, 9 heads, 3 of them
-for keys, batch 4 x 128). A step is forward, loss and backward. The reference is the frozen model
-with gradients down to its embeddings; variants are timed in interleaved rounds, eager and compiled.
-Peak memory is measured at batch 8 x 256, with and without checkpointing.
+for keys, batch 4 x 128; also 6 layers of it, since compiling 30 takes an hour). A step is forward,
+loss and backward. The reference is the frozen model with gradients down to its embeddings; variants
+are timed in interleaved rounds, eager and compiled. Peak memory is measured at batch 8 x 256, with
+and without checkpointing.
 
     python benchmarks/bench_step.py                  # both models
     python benchmarks/bench_step.py --models bert --no-compile --rounds 5
@@ -16,6 +17,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import harness
@@ -47,13 +49,13 @@ def bert() -> nn.Module:
     return BertForSequenceClassification(config)
 
 
-def llama() -> nn.Module:
-    """Return a Llama of 30 layers."""
+def llama(layers: int) -> nn.Module:
+    """Return a Llama of so many layers."""
     config = LlamaConfig(
         vocab_size=8192,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
+        num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         use_cache=False,
@@ -61,11 +63,14 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
+LLAMA = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # name: how to make it, batch, length, what PEFT and reslora adapt
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {
     "bert": (bert, 16, 64, r".*encoder\.layer\..*(query|key|value|dense)"),
-    "llama": (llama, 4, 128, r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"),
+    "llama": (partial(llama, 30), 4, 128, LLAMA),
+    "llama6": (partial(llama, 6), 4, 128, LLAMA),
 }
+COMPILED = ("bert", "llama6")  # 30 layers would take an hour
 
 
 def adapted(model: nn.Module, targets: str, method: str) -> nn.Module:
@@ -86,7 +91,7 @@ def batch_of(name: str, rows: int, length: int) -> dict[str, Tensor]:
     """Return random tokens and labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 8000, (rows, length), generator=generator)
-    return {"input_ids": ids, "labels": ids if name == "llama" else ids[:, 0] % 2}
+    return {"input_ids": ids, "labels": ids if name.startswith("llama") else ids[:, 0] % 2}
 
 
 @contextmanager
@@ -169,7 +174,7 @@ def time_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
             lambda module, args, output: output.requires_grad_()
         )
         steps[method] = step_of(model, model, batch)
-        if options.compile and method not in ("frozen", APART):
+        if options.compile and name in COMPILED and method not in ("frozen", APART):
             call, count = compiled(model)
             errors[method] = check_against_eager(f"{name} {method}", model, call, batch)
             breaks[method] = count()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -132,25 +133,22 @@ def _counts(cells: list[dict[str, Any]], name: str, p: str) -> str:
 
 def steps_table() -> str:
     """Return what bench_step.py measured."""
-    runs = [HERE / "results" / f"step_{name}.json" for name in ("bert", "llama")]
+    runs = [HERE / "results" / f"step_{name}.json" for name in ("bert", "llama", "llama6")]
     found = [json.loads(path.read_text()) for path in runs if path.exists()]
     if not found:
         return "Steps of whole models have not been measured."
+    methods = ("frozen", "peft", "none", "none, each layer apart", "is", "bs", "ms")
+    columns = [column for run in found for column in _step_columns(run, methods) if any(column[1])]
+    rows = zip(methods, *(cells for _, cells in columns), strict=True)
     lines = [
         "A training step of a whole model with all linear layers adapted (r 16; bs m = 3, ms m = "
         "all), as the ratio to the frozen model's (which is never compiled), and peak memory at "
-        "batch 8 x 256 in MB, plain and with checkpointing:",
+        "batch 8 x 256 in MB, plain and with checkpointing; llama has 30 layers, llama6 6:",
         "",
-        "| | " + " | ".join(_step_heads(run) for run in found) + " |",
-        "|---|" + "---|---|---|" * len(found),
+        "| | " + " | ".join(head for head, _ in columns) + " |",
+        "|---|" + "---|" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
     ]
-    for method in ("frozen", "peft", "none", "none, each layer apart", "is", "bs", "ms"):
-        row = []
-        for run in found:
-            steps, memory = run["results"]["steps"], run["results"]["memory"].get(method, {})
-            row += [cell(steps, method), cell(steps, f"{method} compiled")]
-            row.append(" / ".join(f"{value / 1e6:.0f}" for value in memory.values()))
-        lines.append(f"| {method} | " + " | ".join(row) + " |")
     own = sum(max(0, n - b["peft"]) for b in _breaks(found) for n in b.values())
     lines += ["", f"Graph breaks of the compiled models beyond those of PEFT's: {own}."]
     return "\n".join(lines)
@@ -161,9 +159,16 @@ def _breaks(runs: list[dict[str, Any]]) -> list[dict[str, int]]:
     return [counts for counts in found if "peft" in counts]
 
 
-def _step_heads(run: dict[str, Any]) -> str:
+def _step_columns(run: dict[str, Any], methods: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return (head, a cell for each method) of a model's columns."""
     name, (rows, length) = run["settings"]["model"], run["settings"]["batch"]
-    return f"{name} {rows}x{length} | compiled | memory"
+    steps, memory = run["results"]["steps"], run["results"]["memory"]
+    peaks = [" / ".join(f"{n / 1e6:.0f}" for n in memory.get(m, {}).values()) for m in methods]
+    return [
+        (f"{name} {rows}x{length}", [cell(steps, method) for method in methods]),
+        ("compiled", [cell(steps, f"{method} compiled") for method in methods]),
+        ("memory", peaks),
+    ]
 
 
 def growth_sentence() -> str:
