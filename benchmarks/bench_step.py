@@ -23,7 +23,7 @@ from typing import Any
 import harness
 import peft
 import torch
-from memory import peak_resident_bytes
+from memory import peak_resident_bytes, return_memory_at_once
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -196,6 +196,7 @@ def compiled(model: nn.Module) -> tuple[Any, Callable[[], int]]:
 def memory_of(name: str) -> dict[str, dict[str, int]]:
     """Return peak bytes of a step beyond the model, by method, with and without checkpointing."""
     make, _, _, targets = MODELS[name]
+    return_memory_at_once()
     batch = batch_of(name, *MEMORY_BATCH)
     table: dict[str, dict[str, int]] = {}
     for method in ("frozen", "peft", *METHODS):

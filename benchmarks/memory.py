@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 from collections.abc import Callable, Iterable
 from itertools import accumulate
@@ -34,13 +35,23 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return max(accumulate(changes_of(work), initial=0))
 
 
+def return_memory_at_once() -> None:
+    """Let what is freed leave the process at once, for `peak_resident_bytes` (glibc).
+
+    Blocks of 64 KiB and more are mapped one by one from now on, which makes allocating slow.
+    """
+    library = ctypes.CDLL(None)
+    library.mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD
+    library.malloc_trim(0)
+
+
 def peak_resident_bytes(work: Callable[[], Any]) -> int:
     """Return by how much the process grew at most in `work`, for work too long for a profile.
 
-    The C library is told to map blocks of 64 KiB and more one by one, so that what is freed leaves
-    the process at once (glibc; Linux counts the peak).
+    Linux counts the peak; call `return_memory_at_once` before.
     """
-    ctypes.CDLL(None).mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS")
     work()

@@ -102,7 +102,9 @@ class Adapt : public Function<Adapt> {
     for (const Member& member : args.members)
       if (needs_dx && member.weight) saved.push_back(*member.weight);
     ctx->saved_data["weights"] = static_cast<int64_t>(saved.size()) - 2;
-    for (size_t g = 0; g < members; ++g) saved.push_back(out[3 * g + 1]);
+    // s as an alias: what saving is interrupted by (checkpointing stops its recompute there) would
+    // leave an output in the context, and with it a cycle that keeps the whole graph.
+    for (size_t g = 0; g < members; ++g) saved.push_back(out[3 * g + 1].detach());
     saved.insert(saved.end(), A.begin(), A.end());
     saved.insert(saved.end(), B.begin(), B.end());
     ctx->save_for_backward(std::move(saved));

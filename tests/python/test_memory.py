@@ -7,12 +7,13 @@ import pytest
 import torch
 from models import Net, adapted, tiny_llama, tokens
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from reslora import ops
 from reslora.utils import find_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from memory import allocations, peak_bytes, saved_bytes
+from memory import allocations, changes_of, peak_bytes, saved_bytes
 
 T, WIDTH, RANK, DEPTH = 2048, 256, 2, 3
 SHORTCUTS = [("none", 1), ("is", 1), ("bs", 2), ("ms", -1)]
@@ -123,3 +124,25 @@ def test_layers_together_save_one_mask(dropout):
     assert all(group is not None for group in apart)
     width = model.config.hidden_size
     assert alone - together == (2 * 2 * 32 * (-(-width // 8)) if dropout else 0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("res_mode", "pre_num"), SHORTCUTS)
+def test_a_recompute_leaves_nothing_behind(res_mode, pre_num, dropout):
+    """It is interrupted where the last tensor is saved, here in an adapted layer."""
+    model = model_of(res_mode, pre_num, dropout, torch.float32)
+    layers = list(model.layers)
+    model.layers = nn.ModuleList(Recomputed(layer) for layer in layers)
+    step = step_of(model, torch.float32)
+    assert abs(sum(changes_of(step))) < T * WIDTH  # bytes: what stays is smaller than any x
+
+
+class Recomputed(nn.Module):
+    """A block whose activations are recomputed in the backward."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return checkpoint(lambda h: self.layer(torch.tanh(h)), x, use_reentrant=False)
