@@ -2,8 +2,8 @@
 
 Models of random weights in the shapes of real ones, all linear layers adapted, r = 16: a BERT (6
 layers of 384, batch 16 x 64) and a Llama (30 layers of 576, intermediate 1536, 9 heads, 3 of them
-for keys, batch 4 x 128; also 6 layers of it, since compiling 30 takes an hour). A step is forward,
-loss and backward. The reference is the frozen model with gradients down to its embeddings; variants
+for keys, batch 4 x 128; also 6 layers of it, which compile in minutes). A step is forward, loss and
+backward. The reference is the frozen model with gradients down to its embeddings; variants
 are timed in interleaved rounds, eager and compiled. Peak memory is measured at batch 8 x 256, with
 and without checkpointing.
 
@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, str]] = {
     "llama": (partial(llama, 30), 4, 128, LLAMA),
     "llama6": (partial(llama, 6), 4, 128, LLAMA),
 }
-COMPILED = ("bert", "llama6")  # 30 layers would take an hour
+COMPILED = ("bert", "llama6")  # 30 layers take more than ten minutes for each method
 
 
 def adapted(model: nn.Module, targets: str, method: str) -> nn.Module:

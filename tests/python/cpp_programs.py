@@ -21,7 +21,8 @@ BUILDS = REPOSITORY / "build"  # as deep as the package's own: ccache knows the 
 
 def run(*command: str | Path, cwd: Path = REPOSITORY) -> str:
     """Run a program; return what it printed, fail with it where it failed."""
-    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", **os.environ}
+    # Small programs gain nothing from threads, and spin for long where others use the cores too.
+    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
