@@ -8,6 +8,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
+if ! ls /dev/nvidia[0-9]* >/dev/null 2>&1 && ! command -v nvidia-smi >/dev/null; then
+  echo "[gpu.sh] a GPU of NVIDIA must be there; got none (no nvidia-smi, no /dev/nvidia0)" >&2
+  exit 1
+fi
 if ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   "$python" -m venv .venv-gpu
   python=.venv-gpu/bin/python

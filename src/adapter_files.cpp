@@ -93,9 +93,11 @@ void check_heads(const std::map<std::string, at::Tensor>& heads, const SavedAdap
                   "[load] shapes must fit the model; got [{}] for {}, which is [{}]",
                   fmt::join(found->second.sizes(), ", "), name, fmt::join(tensor.sizes(), ", "));
   }
-  RESLORA_CHECK(saved.file.tensors.size() == factors + heads.size(),
-                "[load] the file must hold A, B and modules_to_save only; got {} tensors more",
-                saved.file.tensors.size() - factors - heads.size());
+  if (saved.file.tensors.size() == factors + heads.size()) return;
+  for (const auto& [name, tensor] : saved.file.tensors)
+    RESLORA_CHECK(is_or_ends_with(name, "reslora_A.weight") ||
+                      is_or_ends_with(name, "reslora_B.weight") || heads.count(name) > 0,
+                  "[load] the file must hold A, B and modules_to_save only; got {}", name);
 }
 
 void check_options(const ResLoraConfig& own, const ResLoraConfig& stored) {
@@ -156,12 +158,14 @@ void Adapters::save(const std::string& folder, bool statistics) const {
   file.tensors = detail::factors_of(*state_);
   file.tensors.insert(state_->heads.begin(), state_->heads.end());
   for (auto& [name, tensor] : file.tensors) tensor = tensor.detach();
-  detail::make_folder(folder);
-  const std::string beside = folder + "/" + detail::kStatisticsName;
-  detail::remove_file(beside);  // whatever lies there is of another adapter
-  save_adapter(folder + "/" + detail::kWeightsName, file);
-  detail::write_text(folder + "/" + detail::kConfigName, file.config_json);
-  if (statistics && !known.empty()) save_statistics(beside, sum, known);
+  detail::Stage stage(folder);
+  const bool has_statistics = statistics && !known.empty();
+  if (has_statistics) save_statistics(stage.path(detail::kStatisticsName), sum, known);
+  save_adapter(stage.path(detail::kWeightsName), file);
+  detail::write_text(stage.path(detail::kConfigName), file.config_json);
+  stage.commit();
+  // What lies there otherwise is of another adapter.
+  if (!has_statistics) detail::remove_file(folder + "/" + detail::kStatisticsName);
 }
 
 void Adapters::load(const std::string& folder) const {

@@ -91,7 +91,12 @@ const MergePlan& Adapters::merge(const std::string& merge_method,
                                  const std::function<void(int64_t)>& progress) const {
   auto made = std::make_unique<MergePlan>(plan(merge_method));
   made->apply(/*keep_originals=*/true, /*safe_merge=*/false, progress);
-  for (const LinkedChain& chain : state_->chains) chain.set_enabled(false);
+  state_->was_enabled.clear();
+  for (const LinkedChain& chain : state_->chains) {
+    state_->was_enabled.push_back(chain.is_enabled());
+    chain.set_enabled(false);
+    chain.mark_merged(true);
+  }
   state_->plan = std::move(made);
   return *state_->plan;
 }
@@ -100,13 +105,24 @@ void Adapters::unmerge() const {
   RESLORA_CHECK(is_merged(), "[unmerge] adapters must be merged; got a model that is not");
   state_->plan->revert();
   state_->plan.reset();
-  for (const LinkedChain& chain : state_->chains) chain.set_enabled(true);
+  for (size_t i = 0; i < state_->chains.size(); ++i) {
+    state_->chains[i].set_enabled(state_->was_enabled[i]);
+    state_->chains[i].mark_merged(false);
+  }
 }
 
 Adapters Adapters::of_clone(torch::nn::Module& clone) const {
-  RESLORA_CHECK(!is_merged(),
-                "[of_clone] the adapters must not be merged; got merged ones (unmerge first, or "
-                "clone before merging)");
+  for (const auto& module : clone.modules(/*include_self=*/false)) {
+    const auto* layer = dynamic_cast<const ResLoraLinearImpl*>(module.get());
+    if (layer == nullptr || !layer->is_adapted()) continue;
+    RESLORA_CHECK(!layer->is_merged(),
+                  "[of_clone] the clone must be of an unmerged model; got {} merged: clone before "
+                  "merging, or unmerge first",
+                  layer->name());
+    RESLORA_CHECK(!layer->is_linked(),
+                  "[of_clone] the model must be a clone; got {}, which is linked already",
+                  layer->name());
+  }
   auto state = std::make_shared<State>();
   state->chains = relink(clone);
   state->config = state_->config;

@@ -55,68 +55,81 @@ void Adapters::calibrate_with(const Pass& pass, const FitOptions& options) const
                     plain[i].chain.layer(n).name);
     }
   const torch::NoGradGuard no_grad;
-  FitCollector collector(std::move(plain), options);
-  {
-    const Listening listening(state_->chains, &collector);
-    do {
-      pass([&](const Run& run) {
-        run();
-        collector.end_batch();
-      });
-    } while (collector.finish_pass());
+  const auto earlier_fits = state_->fits;
+  const std::string earlier_sum = state_->fits_sum;
+  try {
+    FitCollector collector(std::move(plain), options);
+    collect_fits(pass, collector);
+    state_->fits.clear();
+    for (const ChainView& view : collector.views()) {
+      auto& fits = state_->fits.emplace_back();
+      for (const LayerView& layer : view.layers) fits.push_back(layer.fit);
+    }
+    state_->fits_sum = detail::adapter_sum(*state_);
+    choose_moves(pass);
+  } catch (...) {
+    state_->fits = earlier_fits;
+    state_->fits_sum = earlier_sum;
+    throw;
   }
-  state_->fits.clear();
-  for (const ChainView& view : collector.views()) {
-    auto& fits = state_->fits.emplace_back();
-    for (const LayerView& layer : view.layers) fits.push_back(layer.fit);
-  }
-  state_->fits_sum = detail::adapter_sum(*state_);
-  choose_moves(pass);
+}
+
+void Adapters::collect_fits(const Pass& pass, FitCollector& collector) const {
+  const Listening listening(state_->chains, &collector);
+  do {
+    pass([&](const Run& run) {
+      run();
+      collector.end_batch();
+    });
+  } while (collector.finish_pass());
+}
+
+/// For each of `candidates`, how far the merged model is from the adapted one on a few batches.
+/// Every batch is run for all of them before the next: a loader may shuffle. Empty where outputs
+/// cannot be compared.
+std::vector<double> Adapters::distances(
+    const Pass& pass, const std::vector<std::vector<std::vector<Fit>>>& candidates) const {
+  std::vector<double> found(candidates.size(), 0.0);
+  size_t batches = 0;
+  bool is_comparable = true;
+  pass([&](const Run& run) {
+    if (batches++ >= kMeasured || !is_comparable) return;
+    const at::Tensor wanted = run();
+    is_comparable = wanted.defined() && wanted.is_floating_point();
+    for (size_t k = 0; is_comparable && k < candidates.size(); ++k) {
+      state_->fits = candidates[k];
+      merge("lsq");
+      try {
+        found[k] += squared(run() - wanted);
+      } catch (...) {
+        unmerge();
+        throw;
+      }
+      unmerge();
+    }
+  });
+  return is_comparable && batches > 0 ? found : std::vector<double>();
 }
 
 /// Moves the taps of those chains whose moved form is nearer to the model on a few batches.
 void Adapters::choose_moves(const Pass& pass) const {
-  const auto first_outputs = [&] {
-    std::vector<at::Tensor> outputs;
-    pass([&](const Run& run) {
-      if (outputs.size() < kMeasured) outputs.push_back(run());
-    });
-    return outputs;
-  };
-  std::vector<size_t> movable;
-  for (size_t i = 0; i < state_->chains.size(); ++i)
-    if (!merges_exactly(state_->chains[i].chain())) movable.push_back(i);
-  if (movable.empty()) return;
-  const std::vector<at::Tensor> wanted = first_outputs();
-  for (const at::Tensor& output : wanted)
-    if (!output.defined() || !output.is_floating_point()) return;
-  const auto distance = [&] {
-    merge("lsq");
-    double total = 0;
-    try {
-      const std::vector<at::Tensor> outputs = first_outputs();
-      for (size_t k = 0; k < wanted.size(); ++k) total += squared(outputs[k] - wanted[k]);
-    } catch (...) {
-      unmerge();
-      throw;
-    }
-    unmerge();
-    return total;
-  };
   const auto plain = state_->fits;
-  auto together = plain;
-  const double start = distance();
-  bool is_moved = false;
-  for (const size_t i : movable) {
-    state_->fits = plain;
-    const std::vector<Fit> moved = move_taps(views()[i], kShare);
-    state_->fits[i] = moved;
-    if (distance() >= start) continue;
-    together[i] = moved;
-    is_moved = true;
+  std::vector<std::vector<std::vector<Fit>>> candidates = {plain};
+  std::vector<size_t> moved;  // the chain of each further candidate
+  const std::vector<ChainView> all = views();
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (merges_exactly(all[i].chain)) continue;
+    candidates.push_back(plain);
+    candidates.back()[i] = move_taps(all[i], kShare);
+    moved.push_back(i);
   }
-  state_->fits = together;
-  if (is_moved && distance() >= start) state_->fits = plain;
+  if (moved.empty()) return;
+  const std::vector<double> apart = distances(pass, candidates);
+  auto together = plain;
+  for (size_t k = 0; k + 1 < apart.size(); ++k)
+    if (apart[k + 1] < apart[0]) together[moved[k]] = candidates[k + 1][moved[k]];
+  const std::vector<double> last = distances(pass, {plain, together});
+  state_->fits = !last.empty() && last[1] < last[0] ? together : plain;
 }
 
 }  // namespace reslora

@@ -16,6 +16,17 @@
 namespace reslora {
 namespace {
 
+/// Runs `body`; an error that it throws names the layer.
+template <typename Body>
+auto naming(const std::string& layer, const Body& body) {
+  try {
+    return body();
+  } catch (c10::Error& error) {
+    error.add_context("layer " + layer);
+    throw;
+  }
+}
+
 bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
   return tap.defined() && tap.dim() == x.dim() &&
          tap.sizes().slice(0, tap.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
@@ -36,7 +47,7 @@ void ResLoraLinearImpl::reset() {
   bias = options.bias() ? register_parameter("bias", torch::empty({options.out_features()}))
                         : register_parameter("bias", {}, /*requires_grad=*/false);
   reset_parameters();
-  if (is_adapted()) register_adapter(reslora_A.size(0));
+  if (is_adapted()) register_adapter(new_adapter(reslora_A.size(0), true));
 }
 
 void ResLoraLinearImpl::reset_parameters() {
@@ -47,20 +58,35 @@ void ResLoraLinearImpl::reset_parameters() {
   torch::nn::init::uniform_(bias, -bound, bound);
 }
 
-void ResLoraLinearImpl::register_adapter(int64_t r, const InitLoraWeights& init) {
+/// A and B as `init` fills them, registered nowhere.
+std::pair<at::Tensor, at::Tensor> ResLoraLinearImpl::new_adapter(
+    int64_t r, const InitLoraWeights& init) const {
+  const torch::NoGradGuard no_grad;
   const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto made = weight.options().dtype(dtype).requires_grad(false);
-  reslora_A = register_parameter("reslora_A", torch::empty({r, options.in_features()}, made));
-  reslora_B = register_parameter("reslora_B", torch::zeros({options.out_features(), r}, made));
+  at::Tensor A = torch::empty({r, options.in_features()}, made);
+  at::Tensor B = torch::zeros({options.out_features(), r}, made);
   if (std::holds_alternative<std::string>(init)) {  // "gaussian"
-    torch::nn::init::normal_(reslora_A, 0, 1 / static_cast<double>(r));
+    torch::nn::init::normal_(A, 0, 1 / static_cast<double>(r));
   } else {
-    torch::nn::init::kaiming_uniform_(reslora_A, std::sqrt(5));
-    if (!std::get<bool>(init)) torch::nn::init::kaiming_uniform_(reslora_B, std::sqrt(5));
+    torch::nn::init::kaiming_uniform_(A, std::sqrt(5));
+    if (!std::get<bool>(init)) torch::nn::init::kaiming_uniform_(B, std::sqrt(5));
   }
+  return {A, B};
+}
+
+void ResLoraLinearImpl::register_adapter(const std::pair<at::Tensor, at::Tensor>& adapter) {
+  reslora_A = register_parameter("reslora_A", adapter.first);
+  reslora_B = register_parameter("reslora_B", adapter.second);
   weight.set_requires_grad(false);
   if (bias.defined()) bias.set_requires_grad(false);
 }
+
+bool ResLoraLinearImpl::is_linked() const {
+  return is_adapted() && state_->layers[position_].lock().get() == this;
+}
+
+const std::string& ResLoraLinearImpl::name() const { return state_->chain.layer(position_).name; }
 
 void ResLoraLinearImpl::pretty_print(std::ostream& stream) const {
   stream << std::boolalpha << "reslora::ResLoraLinear(in_features=" << options.in_features()
@@ -91,7 +117,7 @@ at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
   std::vector<at::Tensor> outside;
   std::vector<at::Tensor>& taps = enter_pass(outside);
   const AdaptInput in = input_of(x, taps);
-  at::Tensor y = take(in, adapt(in), taps);
+  at::Tensor y = take(in, naming(name(), [&] { return adapt(in); }), taps);
   leave_pass();
   return y;
 }
@@ -101,13 +127,15 @@ std::pair<at::Tensor, Taps> ResLoraLinearImpl::forward_with_taps(const at::Tenso
                 "[linear] forward_with_taps needs a layer that reslora::link adapted");
   taps.by_position.resize(state_->chain.size());
   const AdaptInput in = input_of(x, taps.by_position);
-  at::Tensor y = take(in, adapt(in), taps.by_position);
+  at::Tensor y = take(in, naming(name(), [&] { return adapt(in); }), taps.by_position);
   return {std::move(y), std::move(taps)};
 }
 
 std::vector<at::Tensor> forward_together(
     const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x) {
   std::vector<at::Tensor> y;
+  for (const auto& layer : layers)
+    RESLORA_CHECK(layer != nullptr, "[linear] forward_together needs layers; got a null pointer");
   if (std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l->is_plain(); })) {
     for (const auto& layer : layers) y.push_back(layer->forward(x));
     return y;
@@ -117,8 +145,7 @@ std::vector<at::Tensor> forward_together(
       RESLORA_CHECK(layers[j]->state_ != layers[k]->state_,
                     "[linear] layers that are evaluated together must be of different chains; got "
                     "{} and {} of one",
-                    layers[j]->state_->chain.layer(layers[j]->position_).name,
-                    layers[k]->state_->chain.layer(layers[k]->position_).name);
+                    layers[j]->name(), layers[k]->name());
   std::vector<std::vector<at::Tensor>> outside(layers.size());
   std::vector<std::vector<at::Tensor>*> taps;
   std::vector<AdaptInput> inputs;
@@ -130,7 +157,7 @@ std::vector<at::Tensor> forward_together(
       std::any_of(inputs.begin(), inputs.end(), [](const AdaptInput& in) { return in.want_norms; });
   std::vector<AdaptInput> asked = inputs;
   for (AdaptInput& in : asked) in.want_norms = want_norms;
-  std::vector<AdaptOutput> out = adapt_together(asked);
+  std::vector<AdaptOutput> out = naming(layers[0]->name(), [&] { return adapt_together(asked); });
   for (size_t k = 0; k < layers.size(); ++k) {
     y.push_back(layers[k]->take(inputs[k], std::move(out[k]), *taps[k]));
     layers[k]->leave_pass();
@@ -163,10 +190,11 @@ AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
   const ResLoraConfig& config = chain.config();
   const Wiring& wiring = chain.wiring(position_);
   RESLORA_CHECK(
-      state_->layers[position_].lock().get() == this,
+      is_linked(),
       "[linear] this layer ({}) is a copy that is in no chain; call reslora::relink on the "
       "cloned model",
-      chain.layer(position_).name);
+      name());
+  RESLORA_CHECK(x.defined(), "[adapt] x must be a tensor; got an undefined one (layer {})", name());
   AdaptInput in;
   in.x = x;
   in.weight = weight;
@@ -178,6 +206,11 @@ AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
     if (has_rows_of(taps[k], x)) {
       in.taps.push_back(config.detach_taps() ? taps[k].detach() : taps[k]);
     } else {
+      RESLORA_CHECK(!config.strict_links(),
+                    "[linear] strict_links demands every link; got {} without one: {} did not run "
+                    "before it on as many rows (begin_forward, or the first layer of the chain, "
+                    "starts a pass)",
+                    name(), chain.layer(k).name);
       state_->count_missed(position_);
     }
   }
@@ -225,6 +258,10 @@ ChainView LinkedChain::view() const {
 }
 
 void LinkedChain::set_enabled(bool is_enabled) const { state_->is_enabled = is_enabled; }
+
+bool LinkedChain::is_enabled() const { return state_->is_enabled; }
+
+void LinkedChain::mark_merged(bool is_merged) const { ChainState::mark_merged(*state_, is_merged); }
 
 void LinkedChain::collect(FitCollector* collector, int64_t index) const {
   state_->collector = collector;

@@ -20,12 +20,15 @@ std::shared_ptr<ChainState> new_state(const std::vector<ResLoraLinear>& layers, 
                     name(n));
     members.push_back(layers[n].ptr());
   }
-  return std::make_shared<ChainState>(std::move(links), std::move(members));
+  auto state = std::make_shared<ChainState>(std::move(links), std::move(members));
+  state->allocate();
+  return state;
 }
 
 LinkedChain join(const std::shared_ptr<ChainState>& state) {
   for (int64_t n = 0; n < state->chain.size(); ++n)
     ChainState::join(state, *state->layers[n].lock(), n);
+  state->adapters.clear();
   return LinkedChain(state);
 }
 

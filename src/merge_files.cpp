@@ -33,6 +33,9 @@ std::vector<ChainView> views_of(const detail::SavedAdapter& saved, const ModelFi
       RESLORA_CHECK(
           at::isfinite(own.A).all().item<bool>() && at::isfinite(own.B).all().item<bool>(),
           "[merge_files] an adapter must be finite; got NaN or infinity in layer {}", layer.name);
+      RESLORA_CHECK(at::isFloatingType(own.weight.scalar_type()),
+                    "[merge_files] an adapted weight must be floating; got {} in {}.weight",
+                    c10::toString(own.weight.scalar_type()), layer.name);
       RESLORA_CHECK(
           own.weight.sizes() == at::IntArrayRef({layer.out_features, layer.in_features}),
           "[merge_files] the base must be that of the adapter; got {}.weight [{}], which should be "
@@ -70,6 +73,9 @@ std::vector<LayerMerge> merge_files(const std::vector<std::string>& base,
                                     const std::string& adapter, const std::string& output,
                                     const MergeFilesOptions& options) {
   RESLORA_CHECK(!base.empty(), "[merge_files] the base must be files; got none");
+  RESLORA_CHECK(!options.dtype || at::isFloatingType(*options.dtype),
+                "[merge_files] dtype must be a floating one; got {}",
+                c10::toString(*options.dtype));
   const ModelFiles files(base);
   const detail::SavedAdapter saved = detail::read_folder(adapter);
   const std::string method =
@@ -86,7 +92,7 @@ std::vector<LayerMerge> merge_files(const std::vector<std::string>& base,
   };
   std::set<std::string> targets;
   for (const std::string& path : base) {
-    RESLORA_CHECK(targets.insert(target(path)).second && !detail::is_file(target(path)),
+    RESLORA_CHECK(targets.insert(target(path)).second && !detail::exists(target(path)),
                   "[merge_files] an output must be a new file; got {}, which is there",
                   target(path));
   }

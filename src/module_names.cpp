@@ -10,13 +10,15 @@
 namespace reslora {
 namespace {
 
-bool matches_whole(const std::string& path, const std::string& expression) {
+/// `shown`: what the user wrote.
+bool matches_whole(const std::string& path, const std::string& expression,
+                   const std::string& shown) {
   try {
     return std::regex_match(path, std::regex(expression));
   } catch (const std::regex_error& error) {
     RESLORA_CHECK(false,
                   "[config] a pattern must be a regular expression (ECMAScript); got '{}' ({})",
-                  expression, error.what());
+                  shown, error.what());
   }
 }
 
@@ -33,7 +35,7 @@ bool ModuleNames::matches(const std::string& path) const {
   if (is_list_)
     return std::any_of(names_.begin(), names_.end(),
                        [&](const std::string& name) { return is_or_ends_with(path, name); });
-  return is_given() && !is_all_linear() && matches_whole(path, expression_);
+  return is_given() && !is_all_linear() && matches_whole(path, expression_, expression_);
 }
 
 std::string ModuleNames::shown() const {
@@ -48,7 +50,7 @@ bool is_or_ends_with(const std::string& path, const std::string& name) {
 }
 
 bool matches_pattern(const std::string& path, const std::string& pattern) {
-  return matches_whole(path, "(.*\\.)?(" + pattern + ")");
+  return matches_whole(path, "(.*\\.)?(" + pattern + ")", pattern);
 }
 
 }  // namespace reslora

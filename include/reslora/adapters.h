@@ -110,8 +110,8 @@ class RESLORA_API Adapters {
   bool is_merged() const;
 
   /// Writes adapter_config.json and adapter_model.safetensors to a folder, which is made where
-  /// there is none; with `statistics` also norm windows and fits, for a merge elsewhere. Each file
-  /// is written atomically. Throws c10::Error where the system refuses.
+  /// there is none; with `statistics` also norm windows and fits, for a merge elsewhere. What lies
+  /// there stays whole until all files are written. Throws c10::Error where the system refuses.
   void save(const std::string& folder, bool statistics = false) const;
   /// Reads what `save` or Python's save_pretrained wrote. Everything is checked before the first
   /// value is copied. Throws c10::ValueError for an adapter of another model or other options.
@@ -121,8 +121,8 @@ class RESLORA_API Adapters {
   /// the reduction (0 without `rank`).
   double export_lora(const std::string& folder, const ExportOptions& options = {}) const;
 
-  /// The adapters of a clone of the model (`model->clone()`), linked among themselves. The clone
-  /// must not be of a merged model.
+  /// The adapters of a clone of the model (`model->clone()`), linked among themselves. Throws
+  /// c10::ValueError for the model itself, for a clone of a merged one, and for another model.
   Adapters of_clone(torch::nn::Module& clone) const;
 
  private:
@@ -141,6 +141,9 @@ class RESLORA_API Adapters {
   }
 
   void calibrate_with(const Pass& pass, const FitOptions& options) const;
+  void collect_fits(const Pass& pass, FitCollector& collector) const;
+  std::vector<double> distances(const Pass& pass,
+                                const std::vector<std::vector<std::vector<Fit>>>& candidates) const;
   void choose_moves(const Pass& pass) const;
 
   std::shared_ptr<State> state_;

@@ -79,6 +79,12 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
 
   /// True once the layer is linked.
   bool is_adapted() const { return reslora_A.defined(); }
+  /// True while the adapter is merged into the weight by `Adapters::merge`; copies keep it.
+  bool is_merged() const { return is_merged_; }
+  /// False for a plain layer, and for a copy until `relink`.
+  bool is_linked() const;
+  /// The path of an adapted layer, for messages.
+  const std::string& name() const;
 
   /// As torch::nn::Linear's.
   torch::nn::LinearOptions options;
@@ -94,7 +100,8 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   friend RESLORA_API std::vector<at::Tensor> forward_together(
       const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x);
 
-  void register_adapter(int64_t r, const InitLoraWeights& init = true);
+  std::pair<at::Tensor, at::Tensor> new_adapter(int64_t r, const InitLoraWeights& init) const;
+  void register_adapter(const std::pair<at::Tensor, at::Tensor>& adapter);
   bool is_plain() const;
   std::vector<at::Tensor>& enter_pass(std::vector<at::Tensor>& outside);
   void leave_pass();
@@ -103,6 +110,7 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
 
   std::shared_ptr<ChainState> state_;  // shared by the layers of a chain
   int64_t position_ = 0;
+  bool is_merged_ = false;
 };
 
 /// A `ModuleHolder` for `ResLoraLinearImpl`; see `torch::nn::Linear` for how holders behave.
@@ -132,6 +140,10 @@ class RESLORA_API LinkedChain {
   ChainView view() const;
   /// false: every layer runs as its plain base layer (after a merge, or to compare).
   void set_enabled(bool is_enabled) const;
+  /// False between set_enabled(false) and set_enabled(true).
+  bool is_enabled() const;
+  /// What `ResLoraLinearImpl::is_merged` says of the layers from now on.
+  void mark_merged(bool is_merged) const;
   /// Hands what every later forward of a layer reads and what enters its B to `collector`, as the
   /// chain of that index in it; nullptr ends it. The collector must outlive that. Call the model in
   /// eval mode and under NoGradGuard.

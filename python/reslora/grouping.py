@@ -124,15 +124,17 @@ def _task_of(layer: ResLoraLinear, x: Tensor, current: ForwardPass | None) -> in
 
 def _state_of(x: Tensor, task: int) -> tuple[Any, ...]:
     """Return what the result of an op on x depends on, beside x and the parameters."""
-    if torch.compiler.is_compiling():
-        return (task,)
     device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    if torch.compiler.is_compiling():
+        return task, autocast, x.requires_grad
     return (
-        x._version,
         task,
+        autocast,
+        x.requires_grad,
+        x._version,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
     )
 
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "detail/check.h"
@@ -35,14 +36,32 @@ struct ChainState {
     return strong;
   }
 
-  /// Makes `layer` the one at `position` of `state`; adapts it first where it is plain.
+  /// Makes `layer` the one at `position` of `state`; adapts it first where it is plain, with what
+  /// `allocate` made.
   static void join(const std::shared_ptr<ChainState>& state, ResLoraLinearImpl& layer,
                    int64_t position) {
-    if (!layer.is_adapted())
-      layer.register_adapter(state->chain.layer(position).r,
-                             state->chain.config().init_lora_weights());
+    if (!layer.is_adapted()) layer.register_adapter(state->adapters.at(position));
     layer.state_ = state;
     layer.position_ = position;
+  }
+
+  /// Makes the A and B that `join` will register.
+  void allocate() {
+    for (int64_t n = 0; n < chain.size(); ++n) {
+      const LayerShape& shape = chain.layer(n);
+      try {
+        adapters.push_back(
+            layers[n].lock()->new_adapter(shape.r, chain.config().init_lora_weights()));
+      } catch (const c10::Error& error) {
+        RESLORA_CHECK(false, "[link] the adapter of {} could not be made with r = {}: {}",
+                      shape.name, shape.r, first_line(error.what_without_backtrace()));
+      }
+    }
+  }
+
+  /// Marks the layers of a chain as merged, or not.
+  static void mark_merged(const ChainState& state, bool is_merged) {
+    for (int64_t n = 0; n < state.chain.size(); ++n) state.layer(n)->is_merged_ = is_merged;
   }
 
   static const std::shared_ptr<ChainState>& of(const ResLoraLinearImpl& layer) {
@@ -66,7 +85,10 @@ struct ChainState {
     ++missed[position];
   }
 
+  static std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
   Chain chain;
+  std::vector<std::pair<at::Tensor, at::Tensor>> adapters;  // from `allocate` until they join
   std::vector<std::weak_ptr<ResLoraLinearImpl>> layers;
   std::vector<int64_t> missed;
   bool is_enabled = true;

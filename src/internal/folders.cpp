@@ -6,7 +6,9 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "detail/safetensors.h"
 #include "internal/tensor_types.h"
@@ -32,6 +34,11 @@ bool is_file(const std::string& path) {
   return ::stat(path.c_str(), &found) == 0 && S_ISREG(found.st_mode);
 }
 
+bool exists(const std::string& path) {
+  struct stat found;
+  return ::lstat(path.c_str(), &found) == 0;
+}
+
 std::string file_text(const std::string& path) {
   if (!is_file(path)) return "";
   return on_file("read", path, [&] {
@@ -54,6 +61,37 @@ void remove_file(const std::string& path) {
   if (::unlink(path.c_str()) != 0 && errno != ENOENT)
     TORCH_CHECK(false, fmt::format("[save] {}: the file could not be removed ({})",
                                    shown(path, 4096), std::strerror(errno)));
+}
+
+Stage::Stage(std::string folder) : folder_(std::move(folder)) {
+  make_folder(folder_);
+  hidden_ = folder_ + "/.reslora-XXXXXX";
+  TORCH_CHECK(::mkdtemp(hidden_.data()) != nullptr,
+              fmt::format("[save] {}: no file can be made there ({})", shown(folder_, 4096),
+                          std::strerror(errno)));
+}
+
+Stage::~Stage() {
+  for (const std::string& name : names_) ::unlink((hidden_ + "/" + name).c_str());
+  ::rmdir(hidden_.c_str());
+}
+
+std::string Stage::path(const std::string& name) {
+  names_.push_back(name);
+  return hidden_ + "/" + name;
+}
+
+void Stage::commit() {
+  for (const std::string& name : names_)
+    TORCH_CHECK_VALUE(!exists(folder_ + "/" + name) || is_file(folder_ + "/" + name),
+                      fmt::format("[save] {}/{} must be a file to write; got something else there",
+                                  shown(folder_, 4096), name));
+  for (const std::string& name : names_) {
+    const std::string target = folder_ + "/" + name;
+    TORCH_CHECK(::rename((hidden_ + "/" + name).c_str(), target.c_str()) == 0,
+                fmt::format("[save] {}: the file could not be written ({})", shown(target, 4096),
+                            std::strerror(errno)));
+  }
 }
 
 }  // namespace reslora::detail

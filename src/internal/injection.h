@@ -20,6 +20,7 @@ struct Adapters::State {
   std::map<std::string, at::Tensor> heads;  // parameters and buffers of modules_to_save
   std::vector<std::vector<Fit>> fits;       // as the chains; empty where there are none
   std::string fits_sum;                     // checksum of the adapter that they were made for
+  std::vector<bool> was_enabled;            // by chain, before the merge
   std::unique_ptr<MergePlan> plan;          // while merged
 };
 

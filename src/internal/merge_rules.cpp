@@ -108,7 +108,7 @@ LayerMerge summed_merge(const ChainView& view, int64_t n, MergeRule rule,
     RESLORA_CHECK(
         other.in_features == shape.in_features,
         "[merge] rule '{}' adds A of layer {} to A of layer {}, which needs equal "
-        "in_features; got {} and {}: give calibration batches (data=) for 'lsq', or train with "
+        "in_features; got {} and {}: give calibration batches (calibrate) for 'lsq', or train with "
         "norm_window > 0 for 'input'",
         merge_rule_name(rule), other.name, shape.name, other.in_features, shape.in_features);
     A.add_(view.layers[reached[k]].A.to(options), alpha_star[k]);
@@ -268,7 +268,7 @@ std::vector<LayerMerge> plan_chain(const ChainView& view, MergeRule rule, bool u
                   shortcut_name(chain.shortcut()), chain.layer(n).name);
     RESLORA_CHECK(rule != MergeRule::kLsq,
                   "[merge] rule 'lsq' needs a fit of every linked layer; got none for layer {}: "
-                  "give calibration batches (data=), or use merge_method 'input' or 'weight'",
+                  "give calibration batches (calibrate), or use merge_method 'input' or 'weight'",
                   chain.layer(n).name);
     std::vector<double> factors = alpha_star.of(n, layers.data());
     layers.push_back(is_summed ? summed_merge(view, n, rule, std::move(factors))

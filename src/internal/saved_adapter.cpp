@@ -1,10 +1,29 @@
 // Reading the files of a folder, which must belong together.
 #include "internal/saved_adapter.h"
 
+#include <sstream>
+
 #include "detail/check.h"
 #include "internal/folders.h"
 
 namespace reslora::detail {
+namespace {
+
+/// Demands that both configs are the same; names the first line where they are not.
+void check_equal(const std::string& in_weights, const std::string& beside,
+                 const std::string& folder) {
+  std::stringstream first(in_weights), second(beside);
+  std::string a, b;
+  while (std::getline(first, a), std::getline(second, b))
+    RESLORA_CHECK(a == b, "[load] {} and {} must agree on every option; got{} and{} in {}",
+                  kWeightsName, kConfigName, a, b, folder);
+  RESLORA_CHECK(in_weights == beside,
+                "[load] {} and {} must agree on every option; they do not in "
+                "{}",
+                kWeightsName, kConfigName, folder);
+}
+
+}  // namespace
 
 SavedAdapter read_folder(const std::string& folder) {
   const std::string config_path = folder + "/" + kConfigName, path = folder + "/" + kWeightsName;
@@ -15,9 +34,7 @@ SavedAdapter read_folder(const std::string& folder) {
   saved.file = load_adapter(path);
   saved.config = config_from_json(saved.file.config_json, path);
   const ResLoraConfig beside = config_from_json(file_text(config_path), config_path);
-  RESLORA_CHECK(config_to_json(beside) == config_to_json(saved.config),
-                "[load] {} and {} must agree on every option; got different ones in {}",
-                kConfigName, kWeightsName, folder);
+  check_equal(config_to_json(saved.config), config_to_json(beside), folder);
   const std::string statistics = folder + "/" + kStatisticsName;
   if (is_file(statistics)) {
     std::map<std::string, at::Tensor> factors;

@@ -23,7 +23,7 @@ Tensor with_leading_dims(const Tensor& matrix, const Tensor& like) {
   if (like.dim() == 2) return matrix;
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = matrix.size(1);
-  return matrix.view(sizes);
+  return at::_unsafe_view(matrix, sizes);  // no view for autograd: users may change y in place
 }
 
 /// t with memory of its own, where it was a part of u.

@@ -34,6 +34,8 @@ class Checkpoint {
     for (size_t k = 0; k < parameters.size(); ++k) {
       torch::Tensor value;
       archive.read("parameter" + std::to_string(k), value);
+      TORCH_CHECK_VALUE(value.sizes() == parameters[k].sizes(), path_,
+                        " must be of this model; got one of other sizes: take another --out");
       parameters[k].copy_(value);
     }
     for_each_window([&](const std::string& name, const reslora::LinkedChain& chain, int64_t n) {
