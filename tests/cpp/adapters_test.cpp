@@ -4,81 +4,19 @@
 #include <reslora/adapter_io.h>
 #include <reslora/adapters.h>
 #include <reslora/config_json.h>
-#include <reslora/merge_files.h>
 #include <torch/torch.h>
 
-#include <cstdlib>
 #include <fstream>
 #include <sstream>
 #include <thread>
 
+#include "small_net.h"
 #include "testing.h"
 
 namespace reslora {
 namespace {
 
-using reslora::testing::refuses;
-
-constexpr int64_t kWidth = 8;
-
-struct BlockImpl : torch::nn::Cloneable<BlockImpl> {
-  BlockImpl() { reset(); }
-  void reset() override {
-    q_proj = register_module("q_proj", ResLoraLinear(kWidth, kWidth));
-    v_proj = register_module("v_proj",
-                             ResLoraLinear(torch::nn::LinearOptions(kWidth, kWidth).bias(false)));
-    norm = register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({kWidth})));
-  }
-  at::Tensor forward(const at::Tensor& x) {
-    return x + v_proj->forward(torch::tanh(q_proj->forward(norm->forward(x))));
-  }
-  ResLoraLinear q_proj{nullptr}, v_proj{nullptr};
-  torch::nn::LayerNorm norm{nullptr};
-};
-TORCH_MODULE(Block);
-
-struct NetImpl : torch::nn::Cloneable<NetImpl> {
-  explicit NetImpl(int64_t layer_count = 4) : count(layer_count) { reset(); }
-  void reset() override {
-    layers = register_module("layers", torch::nn::ModuleList());
-    for (int64_t n = 0; n < count; ++n) layers->push_back(Block());
-    head = register_module("head", torch::nn::Linear(kWidth, 3));
-  }
-  at::Tensor forward(at::Tensor x) {
-    for (const auto& layer : *layers) x = layer->as<BlockImpl>()->forward(x);
-    return head->forward(x);
-  }
-  int64_t count;
-  torch::nn::ModuleList layers{nullptr};
-  torch::nn::Linear head{nullptr};
-};
-TORCH_MODULE(Net);
-
-ResLoraConfig config_of(const std::string& res_mode = "is") {
-  return ResLoraConfig().r(2).lora_alpha(4).res_mode(res_mode).target_modules({"q_proj", "v_proj"});
-}
-
-void randomise(const Adapters& adapters) {
-  torch::NoGradGuard no_grad;
-  for (at::Tensor parameter : adapters.parameters()) parameter.normal_(0, 0.3);
-}
-
-std::vector<std::string> adapted_names(const Adapters& adapters) {
-  std::vector<std::string> names;
-  for (const LinkedChain& chain : adapters.chains())
-    for (int64_t n = 0; n < chain.chain().size(); ++n) names.push_back(chain.chain().layer(n).name);
-  return names;
-}
-
-std::string new_folder() {
-  std::string name = ::testing::TempDir() + "reslora_XXXXXX";
-  if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
-  return name;
-}
-
-double distance(const at::Tensor& a, const at::Tensor& b) {
-  return ((a - b).norm() / b.norm()).item<double>();
-}
+using namespace reslora::testing;  // NOLINT
 
 TEST(Inject, AdaptsByNameAndFreezesTheRest) {
   Net net;
@@ -155,6 +93,9 @@ TEST(Inject, RefusesInOneSentenceAndChangesNothing) {
       {config_of().rank_pattern({{"k_proj", 3}}), "rank_pattern must match adapted layers"},
       {config_of().modules_to_save({"nope"}), "modules_to_save must match modules"},
       {config_of().res_mode("xs"), "res_mode must be"},
+      {config_of().rank_pattern({{R"(1\.v_proj)", int64_t{1} << 45}}),
+       "the adapter of layers.1.v_proj could not be made with r = "},
+      {config_of().rank_pattern({{"[", 2}}), "got '['"},
       {config_of().init_lora_weights("zeros"), "init_lora_weights must be"},
       {config_of().merge_method("best"), "merge_method must be"},
   };
@@ -233,43 +174,6 @@ TEST_P(Modes, SaveAndLoadGiveTheSameModel) {
   EXPECT_TRUE(refuses([&] { different.load(folder); }, "model and file must agree on"));
 }
 
-TEST_P(Modes, MergeUnmergeAndExport) {
-  torch::manual_seed(3);
-  Net net;
-  const Adapters adapters = inject(*net, config_of(GetParam()));
-  randomise(adapters);
-  net->eval();
-  const torch::NoGradGuard no_grad;
-  const at::Tensor x = torch::randn({200, kWidth});
-  const at::Tensor wanted = net->forward(x);
-  adapters.calibrate(std::vector{x}, [&](const at::Tensor& batch) { return net->forward(batch); });
-  const std::string folder = new_folder();
-  adapters.export_lora(folder);
-  const at::Tensor weight = net->layers[1]->as<BlockImpl>()->v_proj->weight.clone();
-  int64_t calls = 0;
-  const MergePlan& plan = adapters.merge("", [&](int64_t) { ++calls; });
-  EXPECT_EQ(calls, 8);
-  EXPECT_TRUE(adapters.is_merged());
-  const double error = distance(net->forward(x), wanted);
-  const std::string mode = GetParam();
-  EXPECT_EQ(error < 1e-5, mode == "none" || mode == "bs") << error;
-  EXPECT_LT(error, 0.5);
-  EXPECT_TRUE(refuses([&] { adapters.merge(); }, "must not be merged yet"));
-  EXPECT_TRUE(refuses([&] { adapters.set_enabled(true); }, "must not be merged"));
-
-  const TensorFile lora = load_tensors(folder + "/adapter_model.safetensors");
-  const std::string key = "base_model.model.layers.1.v_proj.lora_";
-  const at::Tensor product =
-      lora.tensors.at(key + "B.weight").matmul(lora.tensors.at(key + "A.weight"));
-  EXPECT_TRUE(torch::allclose(net->layers[1]->as<BlockImpl>()->v_proj->weight, weight + product,
-                              1e-5, 1e-6));
-  EXPECT_EQ(plan.layers().size(), 8U);
-  adapters.unmerge();
-  EXPECT_TRUE(torch::equal(net->layers[1]->as<BlockImpl>()->v_proj->weight, weight));
-  EXPECT_TRUE(torch::equal(net->forward(x), wanted));
-  EXPECT_TRUE(refuses([&] { adapters.unmerge(); }, "must be merged"));
-}
-
 TEST_P(Modes, AClonedModelHasAdaptersOfItsOwn) {
   Net net;
   const Adapters adapters = inject(*net, config_of(GetParam()).modules_to_save({"head"}));
@@ -288,93 +192,28 @@ TEST_P(Modes, AClonedModelHasAdaptersOfItsOwn) {
 
 INSTANTIATE_TEST_SUITE_P(All, Modes, ::testing::Values("none", "is", "bs", "ms"));
 
-TEST(Calibrate, DemandsEvalModeAndFitsOfTheAdapterAsItIs) {
-  Net net;
-  const Adapters adapters = inject(*net, config_of());
-  randomise(adapters);
-  const std::vector<at::Tensor> batches = {torch::randn({50, kWidth}), torch::randn({9, kWidth})};
-  const auto run = [&](const at::Tensor& batch) { net->forward(batch); };
-  EXPECT_TRUE(refuses([&] { adapters.calibrate(batches, run); }, "call model->eval() first"));
-  net->eval();
-  EXPECT_TRUE(refuses([&] { adapters.calibrate(std::vector<at::Tensor>(), run); },
-                      "got none for layer layers.1.q_proj"));
-  adapters.calibrate(batches, run);
-  EXPECT_EQ(adapters.plan().layers()[1].rule, MergeRule::kLsq);
-  const std::string folder = new_folder();
-  adapters.save(folder, /*statistics=*/true);
-  Net other;
-  load_base_tensors(*other, base_tensors(*net));
-  const Adapters loaded = load(*other, folder);
-  EXPECT_TRUE(torch::equal(loaded.plan().layers()[1].A, adapters.plan().layers()[1].A));
-  randomise(adapters);
-  EXPECT_TRUE(refuses([&] { adapters.plan(); }, "fits made before it changed"));
-  EXPECT_TRUE(refuses([&] { adapters.save(folder, true); }, "fits made before it changed"));
-  EXPECT_NO_THROW(adapters.plan("weight"));
-}
-
-TEST(Calibrate, MovesTapsWhereTheOutputIsNearerThen) {
-  torch::manual_seed(5);
-  Net net(6);
-  const Adapters adapters = inject(*net, config_of("ms"));
-  randomise(adapters);
-  net->eval();
-  const torch::NoGradGuard no_grad;
-  const std::vector<at::Tensor> batches = {torch::randn({300, kWidth})};
-  const at::Tensor wanted = net->forward(batches[0]);
-  const auto error = [&] {
-    adapters.merge("lsq");
-    const double found = distance(net->forward(batches[0]), wanted);
-    adapters.unmerge();
-    return found;
-  };
-  adapters.calibrate(batches, [&](const at::Tensor& batch) { net->forward(batch); });
-  const double apart = error();
-  EXPECT_EQ(adapters.plan().layers()[7].A.size(0), 2);
-  adapters.calibrate(batches, [&](const at::Tensor& batch) { return net->forward(batch); });
-  EXPECT_LT(error(), 0.9 * apart);
-  EXPECT_EQ(adapters.plan().layers()[7].A.size(0), 4) << "v_proj adds to the stream";
-}
-
-TEST(MergeFiles, GiveWhatMergingTheModelGives) {
-  Net net(2);
-  const Adapters adapters = inject(*net, config_of("is").modules_to_save({"head"}));
-  randomise(adapters);
-  const at::Tensor x = torch::randn({5, kWidth});
-  for (int step = 0; step < 3; ++step) net->forward(x);
-  const std::string folder = new_folder();
-  TensorFile shards[2];
-  for (const auto& [name, tensor] : base_tensors(*net))
-    shards[name.find("layers.0") == 0 ? 0 : 1].tensors.emplace(name, tensor.detach());
-  shards[0].metadata = {{"format", "pt"}};
-  const std::vector<std::string> base = {folder + "/one.safetensors", folder + "/two.safetensors"};
-  for (size_t k = 0; k < 2; ++k) save_tensors(base[k], shards[k]);
-  adapters.save(folder + "/adapter", /*statistics=*/true);
-  int64_t bytes = 0;
-  MergeFilesOptions options;
-  options.progress = [&](int64_t now) { bytes = now; };
-  const auto layers = merge_files(base, folder + "/adapter", folder + "/merged", options);
-  EXPECT_EQ(layers[1].rule, MergeRule::kInput);
-  EXPECT_GT(bytes, 0);
-
-  adapters.merge();
-  TensorFile merged = load_tensors(folder + "/merged/one.safetensors");
-  EXPECT_EQ(merged.metadata, shards[0].metadata);
-  merged.tensors.merge(load_tensors(folder + "/merged/two.safetensors").tensors);
-  Net plain(2);
-  load_base_tensors(*plain, merged.tensors);
-  EXPECT_TRUE(torch::equal(plain->forward(x), net->forward(x)));
-
-  const auto again = [&](const std::vector<std::string>& from, const std::string& to) {
-    return [=] { merge_files(from, folder + "/adapter", folder + to); };
-  };
-  EXPECT_TRUE(refuses(again(base, "/merged"), "an output must be a new file; got"));
-  EXPECT_TRUE(refuses(again({base[0]}, "/other"), "got no tensor layers.1.q_proj.weight"));
-  EXPECT_TRUE(refuses(again({}, "/other"), "the base must be files; got none"));
-  TensorFile one = load_tensors(base[0]);
-  one.tensors["layers.0.q_proj.weight"] = torch::zeros({3, kWidth});
-  save_tensors(folder + "/bad.safetensors", one);
-  EXPECT_TRUE(refuses(again({folder + "/bad.safetensors", base[1]}, "/other"),
-                      "got layers.0.q_proj.weight [3, 8]"));
+TEST(Forward, NamesTheLayerAndDemandsStrictLinks) {
+  Net net(3);
+  const Adapters adapters = inject(*net, config_of("ms").strict_links(true));
+  auto& second = *net->layers[1]->as<BlockImpl>();
+  EXPECT_TRUE(refuses(
+      [&] {
+        second.q_proj->forward(torch::randn({2, kWidth}));
+      },
+      "strict_links demands every link; got layers.1.q_proj without one"));
+  auto& first = *net->layers[0]->as<BlockImpl>();
+  EXPECT_TRUE(refuses(
+      [&] {
+        first.q_proj->forward(torch::randn({2, 5}));
+      },
+      "(layer layers.0.q_proj)"));
+  EXPECT_TRUE(refuses([&] { first.q_proj->forward({}); }, "(layer layers.0.q_proj)"));
+  EXPECT_TRUE(refuses(
+      [&] {
+        forward_together({nullptr}, torch::randn({2, kWidth}));
+      },
+      "needs layers"));
+  EXPECT_NO_THROW(net->forward(torch::randn({2, kWidth})));
 }
 
 struct StackImpl : torch::nn::Module {

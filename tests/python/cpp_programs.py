@@ -19,14 +19,21 @@ TORCH = Path(torch.__file__).parent
 BUILDS = REPOSITORY / "build"  # as deep as the package's own: ccache knows the files then
 
 
+def environment() -> dict[str, str]:
+    """Return what programs run with: compile jobs, and one thread.
+
+    Small programs gain nothing from threads, spin for long where others use the cores too, and give
+    the same bits for the same number of threads only.
+    """
+    return {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "OMP_NUM_THREADS": "1", **os.environ}
+
+
 def run(*command: str | Path, cwd: Path = REPOSITORY) -> str:
     """Run a program; return what it printed, fail with it where it failed."""
-    # Small programs gain nothing from threads, and spin for long where others use the cores too.
-    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

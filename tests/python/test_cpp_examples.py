@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cpp_programs import REPOSITORY, build_example, run
+from cpp_programs import REPOSITORY, build_example, environment, run
 
 from reslora import _C
 
@@ -28,7 +28,7 @@ def needs(name: str) -> Path:
 def complaint(*command: str | Path) -> str:
     """Run a program that must fail with one sentence on stderr; return it."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout
     assert done.stderr.count("\n") == 1, done.stderr
     return done.stderr

@@ -348,6 +348,24 @@ def test_x_that_was_changed_in_between_is_computed_anew(context):
         torch.testing.assert_close(model(x.clone()), reference(x.clone()))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_part_without_autocast_keeps_its_precision_when_compiled():
+    model = adapted(Stack(), target_modules="all-linear", res_mode="none")
+    block = model.blocks[0]
+
+    def parts(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            q = block.q_proj(x)
+            with torch.autocast("cpu", enabled=False):
+                return q, block.k_proj(x)
+
+    def mixed(x):
+        return model(x), *parts(x)
+
+    _, q, k = torch.compile(mixed, backend="aot_eager")(torch.randn(3, 6))
+    assert (q.dtype, k.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_a_part_without_autocast_keeps_its_precision():
     torch.manual_seed(0)
     model = adapted(Stack(), target_modules="all-linear", res_mode="is")

@@ -1,5 +1,6 @@
 """ResLoraLinear: the literal formulas, gradients, dtypes, statistics, base layers."""
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -426,3 +427,18 @@ def test_state_dict_grows_linearly():
         model = adapted(Net(depth=depth))
         assert len(model.state_dict()) == 4 * depth
     assert isinstance(model.layers[0], Block)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+def test_the_output_may_be_changed_in_place_in_training(leading):
+    """As nn.ReLU(inplace=True) after a layer does."""
+    model = adapted(nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True)), target_modules=["0"])
+    x = torch.randn(*leading, 6)
+    model(x).sum().backward()
+    other = copy.deepcopy(model)
+    other[1] = nn.ReLU()
+    other.zero_grad()
+    other(x).sum().backward()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None)
+        assert one.grad is None or torch.equal(one.grad, two.grad)
