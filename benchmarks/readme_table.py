@@ -143,7 +143,8 @@ def steps_table() -> str:
     lines = [
         "A training step of a whole model with all linear layers adapted (r 16; bs m = 3, ms m = "
         "all), as the ratio to the frozen model's (which is never compiled), and peak memory at "
-        "batch 8 x 256 in MB, plain and with checkpointing; llama has 30 layers, llama6 6:",
+        "batch 8 x 256 in MB, plain and with checkpointing"
+        + ("; llama6 is llama's first 6 layers of 30:" if len(found) == 3 else ":"),
         "",
         "| | " + " | ".join(head for head, _ in columns) + " |",
         "|---|" + "---|" * len(columns),
