@@ -38,8 +38,10 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 def return_memory_at_once() -> None:
     """Let what is freed leave the process at once, for `peak_resident_bytes` (glibc).
 
-    Blocks of 64 KiB and more are mapped one by one from now on, which makes allocating slow.
+    Blocks of 64 KiB and more are mapped one by one from now on, which makes allocating slow; cycles
+    (recomputes leave some) are collected early, or peaks would be those of the collector's mood.
     """
+    gc.set_threshold(20, 2, 2)
     library = ctypes.CDLL(None)
     library.mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD
     library.malloc_trim(0)
