@@ -7,7 +7,7 @@ backward. The reference is the frozen model with gradients down to its embedding
 are timed in interleaved rounds, eager and compiled. Peak memory is measured at batch 8 x 256, with
 and without checkpointing.
 
-    python benchmarks/bench_step.py                  # both models
+    python benchmarks/bench_step.py                  # all models
     python benchmarks/bench_step.py --models bert --no-compile --rounds 5
 """
 

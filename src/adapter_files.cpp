@@ -12,6 +12,7 @@
 #include "detail/check.h"
 #include "internal/adapter_tensors.h"
 #include "internal/chain_state.h"
+#include "internal/factor_names.h"
 #include "internal/folders.h"
 #include "internal/injection.h"
 #include "internal/saved_adapter.h"
@@ -25,26 +26,21 @@ std::map<std::string, at::Tensor> factors_of(const Adapters::State& state) {
     const ChainView view = chain.view();
     for (size_t n = 0; n < view.layers.size(); ++n) {
       const std::string& name = view.chain.layer(static_cast<int64_t>(n)).name;
-      tensors.emplace(name + ".reslora_A.weight", view.layers[n].A);
-      tensors.emplace(name + ".reslora_B.weight", view.layers[n].B);
+      tensors.emplace(key_of_a(name), view.layers[n].A.detach());
+      tensors.emplace(key_of_b(name), view.layers[n].B.detach());
     }
   }
   return tensors;
 }
 
-std::string adapter_sum(const Adapters::State& state) {
-  std::map<std::string, at::Tensor> tensors = factors_of(state);
-  for (auto& [name, tensor] : tensors) tensor = tensor.detach();
-  return tensors_sum(tensors);
-}
+std::string adapter_sum(const Adapters::State& state) { return tensors_sum(factors_of(state)); }
 
 namespace {
 
-std::string text_of(const Chain* chain, int64_t n) {
-  if (chain == nullptr || n >= chain->size()) return "nothing";
-  const LayerShape& layer = chain->layer(n);
-  return fmt::format("{} ({} -> {}, r {}, scaling {})", layer.name, layer.in_features,
-                     layer.out_features, layer.r, layer.scaling);
+std::string text_of(const LayerShape* layer) {
+  if (layer == nullptr) return "nothing";
+  return fmt::format("{} ({} -> {}, r {}, scaling {})", layer->name, layer->in_features,
+                     layer->out_features, layer->r, layer->scaling);
 }
 
 bool is_same(const LayerShape& a, const LayerShape& b) {
@@ -62,12 +58,11 @@ void check_chains(const std::vector<std::string>& names, const std::vector<const
     int64_t n = 0;
     while (n < std::min(size, count) && is_same(own->layer(n), stored[n])) ++n;
     if (n == size && n == count) return;
-    const Chain other(saved.config, stored);
     RESLORA_CHECK(false,
                   "[load] the adapter must be of this model; got chain {} with {} layers in the "
                   "model and {} in the file, first difference at {}: {} and {}",
-                  name, size, count, n, text_of(own, n),
-                  stored.empty() ? "nothing" : text_of(&other, n));
+                  name, size, count, n, text_of(n < size ? &own->layer(n) : nullptr),
+                  text_of(n < count ? &stored[n] : nullptr));
   };
   for (const ChainRecord& record : saved.file.chains) {
     const auto at = std::find(names.begin(), names.end(), record.name);
@@ -95,8 +90,7 @@ void check_heads(const std::map<std::string, at::Tensor>& heads, const SavedAdap
   }
   if (saved.file.tensors.size() == factors + heads.size()) return;
   for (const auto& [name, tensor] : saved.file.tensors)
-    RESLORA_CHECK(is_or_ends_with(name, "reslora_A.weight") ||
-                      is_or_ends_with(name, "reslora_B.weight") || heads.count(name) > 0,
+    RESLORA_CHECK(is_factor(name) || heads.count(name) > 0,
                   "[load] the file must hold A, B and modules_to_save only; got {}", name);
 }
 
@@ -149,17 +143,16 @@ void Adapters::save(const std::string& folder, bool statistics) const {
         known.emplace(view.chain.layer(n).name, std::move(own));
     }
   }
-  const std::string sum = detail::adapter_sum(*state_);
+  const bool has_statistics = statistics && !known.empty();
+  const std::string sum = has_statistics ? detail::adapter_sum(*state_) : "";
   const bool has_fits = std::any_of(known.begin(), known.end(),
                                     [](const auto& item) { return item.second.fit.A.defined(); });
-  RESLORA_CHECK(!statistics || !has_fits || state_->fits_sum == sum,
+  RESLORA_CHECK(!has_statistics || !has_fits || state_->fits_sum == sum,
                 "[save] statistics must be of the adapter as it is; got fits made before it "
                 "changed: calibrate again, or save without statistics");
   file.tensors = detail::factors_of(*state_);
-  file.tensors.insert(state_->heads.begin(), state_->heads.end());
-  for (auto& [name, tensor] : file.tensors) tensor = tensor.detach();
+  for (const auto& [name, tensor] : state_->heads) file.tensors.emplace(name, tensor.detach());
   detail::Stage stage(folder);
-  const bool has_statistics = statistics && !known.empty();
   if (has_statistics) save_statistics(stage.path(detail::kStatisticsName), sum, known);
   save_adapter(stage.path(detail::kWeightsName), file);
   detail::write_text(stage.path(detail::kConfigName), file.config_json);
@@ -197,7 +190,7 @@ double Adapters::export_lora(const std::string& folder, const ExportOptions& opt
                 "(unmerge it first)",
                 options.merge_method());
   std::vector<LayerMerge> layers =
-      is_merged() ? state_->plan->layers()
+      is_merged() ? state_->merge->plan.layers()
                   : plan(options.merge_method(), /*use_affine=*/false).layers();
   double worst = 0;
   for (LayerMerge& layer : layers) {

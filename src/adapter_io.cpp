@@ -14,6 +14,7 @@
 #include "detail/json.h"
 #include "detail/safetensors.h"
 #include "detail/sha256.h"
+#include "internal/factor_names.h"
 #include "internal/tensor_types.h"
 
 namespace reslora {
@@ -33,8 +34,6 @@ constexpr const char* kVersionKey = "reslora.version";
 constexpr const char* kConfigKey = "reslora.config";
 constexpr const char* kChainsKey = "reslora.chains";
 constexpr const char* kSumKey = "reslora.sha256";
-constexpr std::string_view kSuffixA = ".reslora_A.weight";
-constexpr std::string_view kSuffixB = ".reslora_B.weight";
 
 void write_file(const std::string& path, const TensorFile& file) {
   detail::Header header;
@@ -134,10 +133,6 @@ std::vector<ChainRecord> read_chains(const std::string& json) {
   return chains;
 }
 
-bool ends_with(std::string_view text, std::string_view suffix) {
-  return text.size() >= suffix.size() && text.substr(text.size() - suffix.size()) == suffix;
-}
-
 void check_factor(const AdapterFile& adapter, const std::string& key, int64_t rows,
                   int64_t columns) {
   const auto found = adapter.tensors.find(key);
@@ -168,8 +163,8 @@ void check_adapter(const AdapterFile& adapter) {
               "layer {} must have in, out, r >= 1 and a finite scaling; got in {}, out {}, r {}, "
               "scaling {}",
               shown(layer.name), layer.in_features, layer.out_features, layer.r, layer.scaling);
-      const std::string a = layer.name + std::string(kSuffixA);
-      const std::string b = layer.name + std::string(kSuffixB);
+      const std::string a = detail::key_of_a(layer.name);
+      const std::string b = detail::key_of_b(layer.name);
       require(factors.insert(a).second, "layer {} must be in one chain, once", shown(layer.name));
       factors.insert(b);
       check_factor(adapter, a, layer.r, layer.in_features);
@@ -178,8 +173,7 @@ void check_adapter(const AdapterFile& adapter) {
   }
   require(!factors.empty(), "an adapter must have a chain; got none");
   for (const auto& [name, tensor] : adapter.tensors) {
-    const bool is_factor = ends_with(name, kSuffixA) || ends_with(name, kSuffixB);
-    require(!is_factor || factors.count(name) > 0,
+    require(!detail::is_factor(name) || factors.count(name) > 0,
             "tensor {} belongs to a layer that no chain names", shown(name));
   }
 }
@@ -187,7 +181,7 @@ void check_adapter(const AdapterFile& adapter) {
 // A saved adapter that changes nothing is mostly one that was saved before its training.
 void warn_if_idle(const std::string& path, const AdapterFile& adapter) {
   const bool is_idle = std::all_of(adapter.tensors.begin(), adapter.tensors.end(), [](auto& pair) {
-    if (!ends_with(pair.first, kSuffixB)) return true;
+    if (!detail::ends_with(pair.first, detail::kSuffixB)) return true;
     const auto* bytes = static_cast<const unsigned char*>(pair.second.const_data_ptr());
     return std::all_of(bytes, bytes + pair.second.nbytes(), [](auto b) { return b == 0; });
   });

@@ -11,10 +11,39 @@
 
 namespace reslora {
 
+void Merge::enter(const std::vector<LinkedChain>& chains,
+                  const std::function<void(int64_t)>& progress) {
+  plan.apply(/*keep_originals=*/true, /*safe_merge=*/false, progress);
+  was_enabled.clear();
+  for (const LinkedChain& chain : chains) {
+    was_enabled.push_back(chain.is_enabled());
+    chain.set_enabled(false);
+    chain.mark_merged(true);
+  }
+}
+
+void Merge::leave(const std::vector<LinkedChain>& chains) {
+  plan.revert();
+  for (size_t i = 0; i < chains.size(); ++i) {
+    chains[i].set_enabled(was_enabled[i]);
+    chains[i].mark_merged(false);
+  }
+}
+
+std::vector<ChainView> detail::views_of(const std::vector<LinkedChain>& chains, const Fits& fits) {
+  std::vector<ChainView> all;
+  for (size_t i = 0; i < chains.size(); ++i) {
+    ChainView& view = all.emplace_back(chains[i].view());
+    if (fits.empty()) continue;
+    for (size_t n = 0; n < view.layers.size(); ++n) view.layers[n].fit = fits[i][n];
+  }
+  return all;
+}
+
 const ResLoraConfig& Adapters::config() const { return state_->config; }
 const std::vector<LinkedChain>& Adapters::chains() const { return state_->chains; }
 const std::vector<std::string>& Adapters::names() const { return state_->names; }
-bool Adapters::is_merged() const { return state_->plan != nullptr; }
+bool Adapters::is_merged() const { return state_->merge != nullptr; }
 
 std::vector<at::Tensor> Adapters::parameters() const {
   std::vector<at::Tensor> all;
@@ -63,13 +92,7 @@ void Adapters::set_enabled(bool is_enabled) const {
 }
 
 std::vector<ChainView> Adapters::views() const {
-  std::vector<ChainView> all;
-  for (size_t i = 0; i < state_->chains.size(); ++i) {
-    ChainView& view = all.emplace_back(state_->chains[i].view());
-    if (state_->fits.empty()) continue;
-    for (size_t n = 0; n < view.layers.size(); ++n) view.layers[n].fit = state_->fits[i][n];
-  }
-  return all;
+  return detail::views_of(state_->chains, state_->fits);
 }
 
 MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const {
@@ -89,26 +112,16 @@ MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const
 
 const MergePlan& Adapters::merge(const std::string& merge_method,
                                  const std::function<void(int64_t)>& progress) const {
-  auto made = std::make_unique<MergePlan>(plan(merge_method));
-  made->apply(/*keep_originals=*/true, /*safe_merge=*/false, progress);
-  state_->was_enabled.clear();
-  for (const LinkedChain& chain : state_->chains) {
-    state_->was_enabled.push_back(chain.is_enabled());
-    chain.set_enabled(false);
-    chain.mark_merged(true);
-  }
-  state_->plan = std::move(made);
-  return *state_->plan;
+  auto made = std::make_unique<Merge>(Merge{plan(merge_method)});
+  made->enter(state_->chains, progress);
+  state_->merge = std::move(made);
+  return state_->merge->plan;
 }
 
 void Adapters::unmerge() const {
   RESLORA_CHECK(is_merged(), "[unmerge] adapters must be merged; got a model that is not");
-  state_->plan->revert();
-  state_->plan.reset();
-  for (size_t i = 0; i < state_->chains.size(); ++i) {
-    state_->chains[i].set_enabled(state_->was_enabled[i]);
-    state_->chains[i].mark_merged(false);
-  }
+  state_->merge->leave(state_->chains);
+  state_->merge.reset();
 }
 
 Adapters Adapters::of_clone(torch::nn::Module& clone) const {

@@ -8,6 +8,7 @@
 #include "internal/adapter_tensors.h"
 #include "internal/chain_state.h"
 #include "internal/injection.h"
+#include "internal/merge_rules.h"
 
 namespace reslora {
 namespace {
@@ -32,13 +33,77 @@ class Listening {
   const std::vector<LinkedChain>& chains_;
 };
 
-bool merges_exactly(const Chain& chain) {
-  for (int64_t n = 0; n < chain.size(); ++n)
-    if (!chain.merges_exactly(n)) return false;
-  return true;
+double squared(const at::Tensor& t) { return t.to(at::kDouble).square().sum().item<double>(); }
+
+template <typename Pass>
+Fits collected(const Pass& pass, const std::vector<LinkedChain>& chains,
+               std::vector<ChainView> plain, const FitOptions& options) {
+  FitCollector collector(std::move(plain), options);
+  const Listening listening(chains, &collector);
+  do {
+    pass([&](const auto& run) {
+      run();
+      collector.end_batch();
+    });
+  } while (collector.finish_pass());
+  Fits fits;
+  for (const ChainView& view : collector.views()) {
+    auto& own = fits.emplace_back();
+    for (const LayerView& layer : view.layers) own.push_back(layer.fit);
+  }
+  return fits;
 }
 
-double squared(const at::Tensor& t) { return t.to(at::kDouble).square().sum().item<double>(); }
+/// For each candidate, how far the merged model is from the adapted one on a few batches. Every
+/// batch is run for all of them before the next: a loader may shuffle. Empty where outputs cannot
+/// be compared.
+template <typename Pass>
+std::vector<double> distances(const Pass& pass, const std::vector<LinkedChain>& chains,
+                              const std::vector<Fits>& candidates) {
+  std::vector<Merge> merges;
+  for (const Fits& fits : candidates)
+    merges.push_back(Merge{MergePlan(detail::views_of(chains, fits), "lsq")});
+  std::vector<double> found(candidates.size(), 0.0);
+  size_t batches = 0;
+  bool is_comparable = true;
+  pass([&](const auto& run) {
+    if (batches++ >= kMeasured || !is_comparable) return;
+    const at::Tensor wanted = run();
+    is_comparable = wanted.defined() && wanted.is_floating_point();
+    for (size_t k = 0; is_comparable && k < merges.size(); ++k) {
+      merges[k].enter(chains);
+      try {
+        found[k] += squared(run() - wanted);
+      } catch (...) {
+        merges[k].leave(chains);
+        throw;
+      }
+      merges[k].leave(chains);
+    }
+  });
+  return is_comparable && batches > 0 ? found : std::vector<double>();
+}
+
+/// `plain` with the taps of those chains moved whose moved form is nearer to the model.
+template <typename Pass>
+Fits with_moves(const Pass& pass, const std::vector<LinkedChain>& chains, const Fits& plain) {
+  std::vector<Fits> candidates = {plain};
+  std::vector<size_t> moved;  // the chain of each further candidate
+  const std::vector<ChainView> views = detail::views_of(chains, plain);
+  for (size_t i = 0; i < views.size(); ++i) {
+    if (detail::merges_exactly(views[i].chain)) continue;
+    candidates.push_back(plain);
+    candidates.back()[i] = move_taps(views[i], kShare);
+    moved.push_back(i);
+  }
+  if (moved.empty()) return plain;
+  const std::vector<double> apart = distances(pass, chains, candidates);
+  Fits together = plain;
+  for (size_t k = 0; k + 1 < apart.size(); ++k)
+    if (apart[k + 1] < apart[0]) together[moved[k]] = candidates[k + 1][moved[k]];
+  const std::vector<double> last = distances(pass, chains, {plain, together});
+  return !last.empty() && last[1] < last[0] ? together : plain;
+}
 
 }  // namespace
 
@@ -55,81 +120,9 @@ void Adapters::calibrate_with(const Pass& pass, const FitOptions& options) const
                     plain[i].chain.layer(n).name);
     }
   const torch::NoGradGuard no_grad;
-  const auto earlier_fits = state_->fits;
-  const std::string earlier_sum = state_->fits_sum;
-  try {
-    FitCollector collector(std::move(plain), options);
-    collect_fits(pass, collector);
-    state_->fits.clear();
-    for (const ChainView& view : collector.views()) {
-      auto& fits = state_->fits.emplace_back();
-      for (const LayerView& layer : view.layers) fits.push_back(layer.fit);
-    }
-    state_->fits_sum = detail::adapter_sum(*state_);
-    choose_moves(pass);
-  } catch (...) {
-    state_->fits = earlier_fits;
-    state_->fits_sum = earlier_sum;
-    throw;
-  }
-}
-
-void Adapters::collect_fits(const Pass& pass, FitCollector& collector) const {
-  const Listening listening(state_->chains, &collector);
-  do {
-    pass([&](const Run& run) {
-      run();
-      collector.end_batch();
-    });
-  } while (collector.finish_pass());
-}
-
-/// For each of `candidates`, how far the merged model is from the adapted one on a few batches.
-/// Every batch is run for all of them before the next: a loader may shuffle. Empty where outputs
-/// cannot be compared.
-std::vector<double> Adapters::distances(
-    const Pass& pass, const std::vector<std::vector<std::vector<Fit>>>& candidates) const {
-  std::vector<double> found(candidates.size(), 0.0);
-  size_t batches = 0;
-  bool is_comparable = true;
-  pass([&](const Run& run) {
-    if (batches++ >= kMeasured || !is_comparable) return;
-    const at::Tensor wanted = run();
-    is_comparable = wanted.defined() && wanted.is_floating_point();
-    for (size_t k = 0; is_comparable && k < candidates.size(); ++k) {
-      state_->fits = candidates[k];
-      merge("lsq");
-      try {
-        found[k] += squared(run() - wanted);
-      } catch (...) {
-        unmerge();
-        throw;
-      }
-      unmerge();
-    }
-  });
-  return is_comparable && batches > 0 ? found : std::vector<double>();
-}
-
-/// Moves the taps of those chains whose moved form is nearer to the model on a few batches.
-void Adapters::choose_moves(const Pass& pass) const {
-  const auto plain = state_->fits;
-  std::vector<std::vector<std::vector<Fit>>> candidates = {plain};
-  std::vector<size_t> moved;  // the chain of each further candidate
-  const std::vector<ChainView> all = views();
-  for (size_t i = 0; i < all.size(); ++i) {
-    if (merges_exactly(all[i].chain)) continue;
-    candidates.push_back(plain);
-    candidates.back()[i] = move_taps(all[i], kShare);
-    moved.push_back(i);
-  }
-  if (moved.empty()) return;
-  const std::vector<double> apart = distances(pass, candidates);
-  auto together = plain;
-  for (size_t k = 0; k + 1 < apart.size(); ++k)
-    if (apart[k + 1] < apart[0]) together[moved[k]] = candidates[k + 1][moved[k]];
-  const std::vector<double> last = distances(pass, {plain, together});
-  state_->fits = !last.empty() && last[1] < last[0] ? together : plain;
+  const Fits fits = collected(pass, state_->chains, std::move(plain), options);
+  state_->fits = with_moves(pass, state_->chains, fits);
+  state_->fits_sum = detail::adapter_sum(*state_);
 }
 
 }  // namespace reslora

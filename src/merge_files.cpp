@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "detail/check.h"
+#include "internal/factor_names.h"
 #include "internal/folders.h"
 #include "internal/saved_adapter.h"
 
@@ -28,8 +29,8 @@ std::vector<ChainView> views_of(const detail::SavedAdapter& saved, const ModelFi
                     layer.name);
       LayerView& own = view.layers.emplace_back();
       own.weight = files.tensor(layer.name + ".weight");
-      own.A = saved.file.tensors.at(layer.name + ".reslora_A.weight");
-      own.B = saved.file.tensors.at(layer.name + ".reslora_B.weight");
+      own.A = saved.file.tensors.at(detail::key_of_a(layer.name));
+      own.B = saved.file.tensors.at(detail::key_of_b(layer.name));
       RESLORA_CHECK(
           at::isfinite(own.A).all().item<bool>() && at::isfinite(own.B).all().item<bool>(),
           "[merge_files] an adapter must be finite; got NaN or infinity in layer {}", layer.name);
@@ -62,8 +63,7 @@ Edits edits_of(const MergePlan& plan, const detail::SavedAdapter& saved) {
     edit.is_bias = true;
   }
   for (const auto& [name, tensor] : saved.file.tensors)
-    if (!is_or_ends_with(name, "reslora_A.weight") && !is_or_ends_with(name, "reslora_B.weight"))
-      edits[name].replacement = tensor;
+    if (!detail::is_factor(name)) edits[name].replacement = tensor;
   return edits;
 }
 

@@ -5,6 +5,7 @@
 #include <reslora/config.h>
 #include <reslora/linear.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -12,16 +13,30 @@
 
 namespace reslora {
 
-/// What the handle shares: chains, trained heads, fits, and the plan while merged.
+/// Fits of every layer, chain by chain; empty where there are none.
+using Fits = std::vector<std::vector<Fit>>;
+
+/// A plan, and what it is put in place of.
+struct Merge {
+  /// Writes W* and switches the adapters off.
+  void enter(const std::vector<LinkedChain>& chains,
+             const std::function<void(int64_t)>& progress = nullptr);
+  /// Restores the weights and what was switched on.
+  void leave(const std::vector<LinkedChain>& chains);
+
+  MergePlan plan;
+  std::vector<bool> was_enabled = {};  // by chain
+};
+
+/// What the handle shares: chains, trained heads, fits, and the merge that is in the weights.
 struct Adapters::State {
   ResLoraConfig config;
   std::vector<std::string> names;  // of the chains
   std::vector<LinkedChain> chains;
   std::map<std::string, at::Tensor> heads;  // parameters and buffers of modules_to_save
-  std::vector<std::vector<Fit>> fits;       // as the chains; empty where there are none
-  std::string fits_sum;                     // checksum of the adapter that they were made for
-  std::vector<bool> was_enabled;            // by chain, before the merge
-  std::unique_ptr<MergePlan> plan;          // while merged
+  Fits fits;
+  std::string fits_sum;          // checksum of the adapter that they were made for
+  std::unique_ptr<Merge> merge;  // while merged
 };
 
 namespace detail {

@@ -39,13 +39,6 @@ bool has_all_fits(const ChainView& view) {
   return true;
 }
 
-bool merges_exactly(const Chain& chain) {
-  for (int64_t n = 0; n < chain.size(); ++n) {
-    if (!chain.merges_exactly(n)) return false;
-  }
-  return true;
-}
-
 void check_adapter(const Tensor& tensor, const char* role, int64_t rows, int64_t columns,
                    const std::string& name) {
   RESLORA_CHECK(tensor.defined() && !tensor.is_meta() && at::isFloatingType(tensor.scalar_type()),
@@ -220,6 +213,13 @@ class AlphaStar {
 };
 
 }  // namespace
+
+bool merges_exactly(const Chain& chain) {
+  for (int64_t n = 0; n < chain.size(); ++n) {
+    if (!chain.merges_exactly(n)) return false;
+  }
+  return true;
+}
 
 void check_view(const ChainView& view) {
   RESLORA_CHECK(static_cast<int64_t>(view.layers.size()) == view.chain.size(),

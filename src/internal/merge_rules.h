@@ -21,4 +21,7 @@ MergeRule choose_rule(const std::vector<ChainView>& chains, const std::string& m
 /// one.
 std::vector<LayerMerge> plan_chain(const ChainView& view, MergeRule rule, bool use_affine);
 
+/// True where every layer of the chain merges exactly.
+bool merges_exactly(const Chain& chain);
+
 }  // namespace reslora::detail

@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "detail/check.h"
+#include "internal/factor_names.h"
 #include "internal/folders.h"
 
 namespace reslora::detail {
@@ -38,10 +39,8 @@ SavedAdapter read_folder(const std::string& folder) {
   const std::string statistics = folder + "/" + kStatisticsName;
   if (is_file(statistics)) {
     std::map<std::string, at::Tensor> factors;
-    for (const ChainRecord& chain : saved.file.chains)
-      for (const LayerShape& layer : chain.layers)
-        for (const char* suffix : {".reslora_A.weight", ".reslora_B.weight"})
-          factors.emplace(layer.name + suffix, saved.file.tensors.at(layer.name + suffix));
+    for (const auto& [key, tensor] : saved.file.tensors)
+      if (is_factor(key)) factors.emplace(key, tensor);
     saved.statistics = load_statistics(statistics, tensors_sum(factors));
   }
   return saved;

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -59,7 +58,7 @@ def build(source: Path, name: str, *options: str) -> Path:
     return folder
 
 
-def build_example(name: str, options: Sequence[str] = ()) -> Path:
+def build_example(name: str) -> Path:
     """Build examples/cpp/<name> against the installed package; return the program."""
     prefix = f"-DCMAKE_PREFIX_PATH={cmake_prefix_path}"
-    return build(REPOSITORY / "examples/cpp" / name, name, prefix, *options) / name
+    return build(REPOSITORY / "examples/cpp" / name, name, prefix) / name
