@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -193,29 +195,36 @@ def compiled(model: nn.Module) -> tuple[Any, Callable[[], int]]:
     return torch.compile(model), lambda: sum(counters["graph_break"].values())
 
 
-def memory_of(name: str) -> dict[str, dict[str, int]]:
-    """Return peak bytes of a step beyond the model, by method, with and without checkpointing."""
+def memory_table(name: str) -> dict[str, dict[str, int]]:
+    """Return peak bytes of a step beyond the model, by method, with and without checkpointing.
+
+    Each method has a process of its own: one that has timed models holds pieces of their memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        return {m: pool.submit(memory_of, name, m).result() for m in ("frozen", "peft", *METHODS)}
+
+
+def memory_of(name: str, method: str) -> dict[str, int]:
+    """Return a method's peaks, in a process that has done nothing else."""
     make, _, _, targets = MODELS[name]
     return_memory_at_once()
     batch = batch_of(name, *MEMORY_BATCH)
-    table: dict[str, dict[str, int]] = {}
-    for method in ("frozen", "peft", *METHODS):
-        torch.manual_seed(0)
-        model = adapted(make(), targets, method).train()
-        row = {}
-        with inputs_with_grad(model):
-            for way in ("plain", "checkpointed"):
-                if way == "checkpointed":
-                    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    torch.manual_seed(0)
+    model = adapted(make(), targets, method).train()
+    peaks = {}
 
-                def work(model: Any = model) -> None:
-                    model(**batch).loss.backward()
-                    model.zero_grad(set_to_none=True)
+    def work() -> None:
+        model(**batch).loss.backward()
+        model.zero_grad(set_to_none=True)
 
-                work()
-                row[way] = peak_resident_bytes(work)
-        table[method] = row
-    return table
+    with inputs_with_grad(model):
+        for way in ("plain", "checkpointed"):
+            if way == "checkpointed":
+                model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            work()
+            peaks[way] = peak_resident_bytes(work)
+    return peaks
 
 
 def main() -> None:
@@ -229,7 +238,7 @@ def main() -> None:
     for name in options.models:
         before = harness.environment()
         results = time_model(name, options)
-        results["memory"] = memory_of(name) if options.memory else {}
+        results["memory"] = memory_table(name) if options.memory else {}
         path = harness.write(
             f"results/step_{name}.json",
             question=__doc__ or "",

@@ -62,13 +62,13 @@ def overhead() -> None:
 
 
 def growth() -> None:
-    """Draw time against T, cost against m of `bs`, and cost against the length of a chain."""
+    """Draw time against T, cost against m of `bs`, time and merge time against the length."""
     path = RESULTS / "growth.json"
     if not path.exists():
         return
     results = json.loads(path.read_text())["results"]
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    by_tokens, by_reach, by_length = figure.subplots(1, 3)
+    figure = Figure(figsize=(20, 4), layout="constrained")
+    by_tokens, by_reach, by_length, merging = figure.subplots(1, 4)
     curve = results["tokens"]["curve"]
     for name, slope in results["tokens"]["slopes"].items():
         times = [curve[T][name]["milliseconds"]["median"] for T in curve]
@@ -88,7 +88,13 @@ def growth() -> None:
         by_length.plot([int(n) for n in lengths], times, marker="o", label=name)
     by_length.set(xlabel="layers", ylabel="ms a layer", title="time of a layer against length")
     by_length.set_ylim(bottom=0)
-    for axes in (by_tokens, by_length):
+    for name in ("none", "is", "bs 3", "ms all"):
+        times = [1000 * lengths[n][name]["merge"] for n in lengths]
+        merging.loglog([int(n) for n in lengths], times, marker="o", label=name)
+    merging.minorticks_off()
+    merging.set_xticks([int(n) for n in lengths], list(lengths))
+    merging.set(xlabel="layers", ylabel="ms", title="time to merge a chain against its length")
+    for axes in (by_tokens, by_length, merging):
         axes.legend()
     figure.savefig(RESULTS / "growth.svg", metadata={"Date": None})
 

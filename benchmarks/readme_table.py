@@ -191,11 +191,17 @@ def growth_sentence() -> str:
         times = [lengths[n]["steps"][name]["milliseconds"]["median"] for n in (shortest, longest)]
         return times[1] / times[0]
 
+    def merging(name: str) -> float:
+        return lengths[longest][name]["merge"] / lengths[shortest][name]["merge"]
+
+    names = ("none", "is", "bs 3", "ms all")
     return (
         f"Growth: the log-log slope of time over tokens is {slopes}; another block of `bs` costs "
         f"{each:.1f} % of the frozen layers each; {longest} layers cost "
-        + ", ".join(f"{growth(name):.1f} ({name})" for name in ("none", "is", "bs 3", "ms all"))
-        + f" times what {shortest} do."
+        + ", ".join(f"{growth(name):.1f} ({name})" for name in names)
+        + f" times what {shortest} do, and to merge "
+        + ", ".join(f"{merging(name):.1f} ({name})" for name in names)
+        + " times."
     )
 
 

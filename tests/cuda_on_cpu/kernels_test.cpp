@@ -277,5 +277,17 @@ TEST(Kernels, ReturnZerosForNoRows) {
   EXPECT_EQ(largest(exact(dB)), 0.0);
 }
 
+TEST(Kernels, SumTheSquaresOfMoreBlocksThanTheSumHasThreads) {
+  constexpr int64_t T = 64 * 300, n = 8;
+  Buffer x(T, n, Type::kHalf), A(8, n, Type::kHalf), u(T, 8, Type::kHalf);
+  std::mt19937 random{2};
+  x.fill(random), A.fill(random);
+  float squares = NAN;
+  launch(launch_project, ProjectArgs{Type::kHalf, x, A, u, 1.0f, {}, &squares, nullptr, 1});
+  double sum = 0;
+  for (double v : exact(x).values) sum += v * v;
+  EXPECT_NEAR(squares, sum, 1e-5 * sum);
+}
+
 }  // namespace
 }  // namespace kernel_tests

@@ -128,6 +128,8 @@ MUTANTS = (
     Mutant("expand_grad: the last warp's ds is lost", "expand_grad.cu",
            "for (int warp = 0; warp < kWarps; ++warp)",
            "for (int warp = 0; warp < kWarps - 1; ++warp)"),
+    Mutant("project: the squares of the last warp are lost", "project.cu",
+           "warp < kSquaresThreads / kWarp", "warp < kSquaresThreads / kWarp - 1"),
     Mutant("the scale is lost where sums are added up", "device.cuh",
            "from_float<T>(alpha * sum)", "from_float<T>(sum)"),
     Mutant("project: the scale is lost", "project.cu", "values[j] *= job.alpha;", ";"),
