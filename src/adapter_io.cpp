@@ -35,6 +35,30 @@ constexpr const char* kConfigKey = "reslora.config";
 constexpr const char* kChainsKey = "reslora.chains";
 constexpr const char* kSumKey = "reslora.sha256";
 
+// PEFT's path to the model inside its wrapper: PEFT reads keys that begin with it as they are.
+constexpr std::string_view kModelPrefix = "base_model.model.";
+
+using Tensors = std::map<std::string, at::Tensor>;
+
+Tensors with_prefix(const Tensors& tensors) {
+  Tensors named;
+  for (const auto& [name, tensor] : tensors)
+    named.emplace(std::string(kModelPrefix) + name, tensor);
+  return named;
+}
+
+// Takes the prefix off, where all names have it.
+Tensors without_prefix(Tensors tensors) {
+  const bool has_it = std::all_of(tensors.begin(), tensors.end(), [](const auto& item) {
+    return item.first.compare(0, kModelPrefix.size(), kModelPrefix) == 0;
+  });
+  if (!has_it) return tensors;
+  Tensors named;
+  for (auto& [name, tensor] : tensors)
+    named.emplace(name.substr(kModelPrefix.size()), std::move(tensor));
+  return named;
+}
+
 void write_file(const std::string& path, const TensorFile& file) {
   detail::Header header;
   header.metadata = file.metadata;
@@ -252,7 +276,7 @@ void save_adapter(const std::string& path, const AdapterFile& adapter) {
   on_file("save_adapter", path, [&] {
     check_adapter(adapter);
     TensorFile file;
-    file.tensors = adapter.tensors;
+    file.tensors = with_prefix(adapter.tensors);
     const std::string chains = chains_json(adapter.chains);
     file.metadata = {{"format", "pt"},  // what readers of the safetensors package look for
                      {kFormatKey, std::to_string(kAdapterFormat)},
@@ -267,6 +291,7 @@ void save_adapter(const std::string& path, const AdapterFile& adapter) {
 AdapterFile load_adapter(const std::string& path) {
   return on_file("load_adapter", path, [&] {
     TensorFile file = read_file(path, check_format);
+    file.tensors = without_prefix(std::move(file.tensors));
     const std::string& config = file.metadata.at(kConfigKey);
     const std::string& chains = file.metadata.at(kChainsKey);
     require(

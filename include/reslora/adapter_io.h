@@ -49,7 +49,9 @@ struct ChainRecord {
 };
 
 /// An unmerged ResLoRA adapter. Keys of `tensors`: `<module>.reslora_A.weight`,
-/// `<module>.reslora_B.weight`, and any others (modules_to_save) under their own names.
+/// `<module>.reslora_B.weight`, and any others (modules_to_save) under their own names. In the file
+/// all begin with "base_model.model.", where PEFT has the model; load_adapter takes that off again,
+/// and reads files without it.
 struct AdapterFile {
   std::string config_json;  ///< a JSON object: the Python dataclass, or what C++ made of its config
   std::vector<ChainRecord> chains;            ///< in the order of the model

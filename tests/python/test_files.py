@@ -190,6 +190,13 @@ def adapter(tmp_path):
     return path
 
 
+PREFIX = "base_model.model."
+
+
+def without_prefix(tensors):
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
 def checksum(config, chains, tensors):
     """The sum of reslora.sha256, written a second time from its definition in adapter_io.h."""
     names = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -213,16 +220,25 @@ def test_an_adapter_round_trips(adapter):
     tensors, metadata = _C.load_tensors(adapter)
     assert got.config_json == CONFIG
     assert [(name, [tuple(layer) for layer in layers]) for name, layers in got.chains] == CHAINS
-    assert_same(got.tensors, tensors)
+    assert all(name.startswith(PREFIX) for name in tensors)  # as PEFT names them
+    own = without_prefix(tensors)
+    assert_same(got.tensors, own)
     assert metadata["format"] == "pt"
     assert metadata["reslora.format"] == "1"
-    assert metadata["reslora.sha256"] == checksum(CONFIG, metadata["reslora.chains"], tensors)
+    assert metadata["reslora.sha256"] == checksum(CONFIG, metadata["reslora.chains"], own)
 
 
 def test_an_adapter_survives_being_rewritten_by_the_safetensors_package(adapter):
     tensors, metadata = _C.load_tensors(adapter)
     safetensors.torch.save_file(tensors, adapter, metadata)
-    assert_same(_C.load_adapter(adapter).tensors, tensors)
+    assert_same(_C.load_adapter(adapter).tensors, without_prefix(tensors))
+
+
+def test_an_adapter_without_the_prefix_of_peft_is_read(adapter):
+    tensors, metadata = _C.load_tensors(adapter)
+    own = without_prefix(tensors)
+    safetensors.torch.save_file(own, adapter, metadata)
+    assert_same(_C.load_adapter(adapter).tensors, own)
 
 
 def test_a_plain_lora_file_is_not_an_adapter_of_ours(tmp_path):
