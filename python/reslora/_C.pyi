@@ -198,6 +198,8 @@ class LayerMerge:
     def bias(self) -> Tensor | None: ...
     @property
     def residual(self) -> float | None: ...
+    def delta(self) -> Tensor:
+        """Return W* - W [out, in]."""
 
 class MergePlan:
     """Plan, apply and revert a merge. Computes every alpha* before any weight is written."""

@@ -32,6 +32,7 @@ from . import _C, plots  # noqa: E402, F401
 from .calibration import Calibration, calibrate  # noqa: E402
 from .checkpoint import load, save_pretrained  # noqa: E402
 from .config import ResLoraConfig  # noqa: E402
+from .distributed import adapter_parameters, reduce_gradients, sync_statistics  # noqa: E402
 from .exporting import export_diffusers, export_lora  # noqa: E402
 from .finishing import finish  # noqa: E402
 from .injection import inject  # noqa: E402
@@ -53,6 +54,7 @@ __all__ = [
     "ResLoraConfig",
     "ResLoraLinear",
     "__version__",
+    "adapter_parameters",
     "calibrate",
     "disable_adapter",
     "export_diffusers",
@@ -66,8 +68,10 @@ __all__ = [
     "plots",
     "print_links",
     "print_trainable_parameters",
+    "reduce_gradients",
     "refine",
     "save_pretrained",
+    "sync_statistics",
     "unload",
     "unmerge",
 ]

@@ -11,6 +11,7 @@ Files are read and written by the C++ library. Loading is strict: every key and 
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from torch import Tensor, nn
 
 from . import _C
 from .config import ResLoraConfig
-from .injection import Injection, inject
+from .injection import Injection, inject, saved_module, saved_names
 from .layer import is_conv1d
 from .merging import unload
 from .planning import Calibrated, adapter_sum
-from .utils import find_layers, injection_of, staged, write_text
+from .sharding import is_sharded, whole, writes
+from .targets import matches_names
+from .utils import find_layers, injection_of, plain_model, staged, write_text
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MODEL_PREFIX = "base_model.model."  # where PEFT has the model
 STATISTICS_NAME = "adapter_statistics.safetensors"
 # Options that change what an adapter computes, beside the ranks and scalings of its chains.
 FORMULA_OPTIONS = ("res_mode", "pre_num", "first_block")
@@ -52,33 +56,73 @@ def save_pretrained(
             without data; "covariances": and what the fits were solved from, where it was kept
             (`calibrate(keep_covariances=True)`). False removes statistics that lie in the folder,
             since they would be of another adapter.
+
+    Of a sharded model (FSDP2) every rank calls this, and the first writes.
     """
+    model = plain_model(model)
     injection = injection_of(model, "save_pretrained")
     if statistics not in (False, True, "covariances"):
         raise ValueError(
             f"[save] statistics must be True, False or 'covariances'; got {statistics!r}"
         )
     base = base_name(model, None)
-    text = injection.config.to_json(
-        base_model_name_or_path=base, fan_in_fan_out=_transposed_chains(injection)
+    text = _saved_config(model, injection).to_json(
+        base_model_name_or_path=base, fan_in_fan_out=transposed_chains(injection)
     )
     layers = _statistics_of(injection, statistics == "covariances") if statistics else {}
     chains = [(chain.key, chain.links.layers) for chain in injection.chains]
-    tensors = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
+    own = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
+    tensors = {key: whole(tensor) for key, tensor in own.items()}
+    sums = adapter_sum(injection) if layers else ""
+    if not writes(own):
+        return
     folder = make_folder(directory)
     with staged(folder) as stage:
         _C.save_adapter(stage / WEIGHTS_NAME, text, chains, tensors)
         if layers:
-            _C.save_statistics(stage / STATISTICS_NAME, adapter_sum(injection), layers)
+            _C.save_statistics(stage / STATISTICS_NAME, sums, layers)
         write_text(stage / CONFIG_NAME, text)
         write_text(stage / "README.md", _card(injection, base))
     if not layers:
         (folder / STATISTICS_NAME).unlink(missing_ok=True)
 
 
-def _transposed_chains(injection: Injection) -> list[str]:
+def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:
+    """Return the config, with those of modules_to_save that are there: PEFT lists guesses."""
+    config = copy.copy(injection.config)
+    heads = saved_names(model, injection)
+    names = [n for n in config.modules_to_save or () if any(matches_names([n], h) for h in heads)]
+    config.modules_to_save = names or None
+    return config
+
+
+def transposed_chains(injection: Injection) -> list[str]:
     """Return the chains whose base files hold W^T, for merges on files."""
     return [c.key for c in injection.chains if any(is_conv1d(x.base_layer) for x in c.layers)]
+
+
+def write_statistics(injection: Injection, folder: Path) -> None:
+    """Write the norm windows beside an adapter that was saved as it is."""
+    layers: Statistics = {
+        layer.name: (layer.norms, layer.norm_count, None, None)
+        for layer in injection.layers
+        if layer.norms is not None and bool(layer.norm_count)
+    }
+    if layers:
+        _C.save_statistics(folder / STATISTICS_NAME, adapter_sum(injection), layers)
+
+
+def read_norms(injection: Injection, folder: Path) -> None:
+    """Take up the norm windows beside an adapter that was loaded; without any, go on without."""
+    path = folder / STATISTICS_NAME
+    if not path.is_file():
+        return
+    stored = _C.load_statistics(path, adapter_sum(injection))
+    for layer in injection.layers:
+        norms, count = stored.get(layer.name, (None, None, None, None))[:2]
+        if norms is not None and count is not None and layer.chain.keeps_norms:
+            device = layer.reslora_A.device
+            layer.norms, layer.norm_count = norms.to(device), count.to(device)
 
 
 def _statistics_of(injection: Injection, covariances: bool) -> dict[str, Any]:
@@ -116,7 +160,7 @@ def load(model: nn.Module, directory: PathLike) -> nn.Module:
     adapter, config = read_adapter(Path(directory))
     statistics = read_statistics(Path(directory), adapter)
     if find_layers(model):
-        _copy_adapter(model, injection_of(model, "load"), adapter, config)
+        _copy_adapter(plain_model(model), injection_of(model, "load"), adapter, config)
     else:
         inject(model, config)
         try:
@@ -195,6 +239,12 @@ def read_statistics(folder: Path, adapter: _C.AdapterFile) -> Statistics:
     return statistics
 
 
+def load_tensors_of(path: PathLike) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file that PEFT wrote, under the names of the model."""
+    tensors, _ = _C.load_tensors(path)
+    return {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in tensors.items()}
+
+
 def _copy_adapter(
     model: nn.Module, injection: Injection, adapter: _C.AdapterFile, config: ResLoraConfig
 ) -> None:
@@ -253,6 +303,11 @@ def _check_keys(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
                 f"[load] shapes must fit the model; got {list(stored[key].shape)} for {key}, which "
                 f"is {list(tensor.shape)}"
             )
+        if is_sharded(tensor):
+            raise ValueError(
+                f"[load] the model must not be sharded; got {key} in parts: load the adapter, "
+                "then shard the model"
+            )
         if tensor.is_meta:
             raise ValueError(f"[load] the model must hold memory; got {key} on the meta device")
 
@@ -263,8 +318,8 @@ def _check_keys(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
 def saved_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
     """Return what modules_to_save hold, under their own names."""
     found: dict[str, Tensor] = {}
-    for name in injection.saved_modules:
-        state = model.get_submodule(name).state_dict(keep_vars=True)
+    for name in saved_names(model, injection):
+        state = saved_module(model, name).state_dict(keep_vars=True)
         found |= {f"{name}.{key}": value for key, value in state.items()}
     return found
 

@@ -16,7 +16,7 @@ import os
 import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from . import _C
 from .utils import write_text
@@ -26,7 +26,28 @@ MERGE_METHODS = ("exact", "lsq", "input", "weight", "factored")
 # What an adapter_config.json holds beside the options.
 FILE_KEYS = (
     "peft_type", "reslora_version", "base_model_name_or_path", "task_type", "fan_in_fan_out",
+    "auto_mapping", "inference_mode", "peft_version", "revision",  # of PEFT
 )  # fmt: skip
+
+# Options of PEFT's LoRA that have no meaning here, and why.
+_BASE = "it changes the base weights, which adapters are merged into later"
+_ALONE = "a shortcut adds adapters of several layers to one, which has no column norm of its own"
+REFUSED = {
+    "use_dora": _ALONE,
+    "use_qalora": "its input is averaged in groups, so that no tap fits it",
+    "use_bdlora": "its blocks have no tap in common",
+    "alora_invocation_tokens": "it leaves tokens out, whose taps the next layer needs",
+    "corda_config": _BASE,
+    "eva_config": "it needs data before training: start from a LoRA that it made (init_from)",
+    "loftq_config": _BASE,
+    "lora_ga_config": _BASE,
+    "layer_replication": "a module that runs twice in a forward has no single predecessor",
+    "lora_bias": "a bias of the adapter does not merge into W",
+    "target_parameters": "parameters of experts see other tokens in each layer",
+    "trainable_token_indices": "tokens are not linear layers: name the embedding in "
+    "modules_to_save",
+    "megatron_config": "tensor-parallel layers hold a part of W",
+}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -127,6 +148,15 @@ class ResLoraConfig:
     finished_step: int | None = field(
         default=None, metadata=_help("Set by `finish`: the step since which the links are gone.")
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse options of PEFT's LoRA that have no meaning here, with the reason."""
+        for name, reason in REFUSED.items():
+            if kwargs.get(name):
+                raise ValueError(
+                    f"[config] {name} must be left out: {reason}; got {kwargs[name]!r}"
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check every option."""

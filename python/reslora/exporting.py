@@ -30,13 +30,13 @@ from .checkpoint import (
     saved_tensors,
 )
 from .config import ResLoraConfig
-from .injection import Injection
+from .injection import Injection, saved_names
 from .layer import is_conv1d
 from .merging import prepare
 from .model_folder import heads_of, plan_of
 from .planning import make_plan
 from .targets import matches_names
-from .utils import injection_of, write_text
+from .utils import injection_of, plain_model, write_text
 
 logger = logging.getLogger("reslora")
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -74,6 +74,7 @@ def export_lora(
     Returns:
         The largest relative error of the reduction over the layers; 0.0 without `rank`.
     """
+    model = plain_model(model)
     injection = injection_of(model, "export_lora")
     plan = _planned(model, injection, merge_method, "export_lora", data, refine_steps, progressbar)
     _refuse_tied(model, injection)
@@ -120,16 +121,18 @@ def export_diffusers(
     Returns:
         The largest relative error of the reduction over the layers; 0.0 without `rank`.
     """
+    model = plain_model(model)
     injection = injection_of(model, "export_diffusers")
     if not component.isidentifier():
         raise ValueError(
             f"[export_diffusers] component must be a pipeline's name for it, such as 'unet'; got "
             f"{component!r}"
         )
-    if injection.saved_modules:
+    heads = saved_names(model, injection)
+    if heads:
         raise ValueError(
             "[export_diffusers] such files hold LoRA alone; got modules_to_save "
-            f"{injection.saved_modules} (merge_and_unload keeps them)"
+            f"{heads} (merge_and_unload keeps them)"
         )
     plan = _planned(
         model, injection, merge_method, "export_diffusers", data, refine_steps, progressbar
@@ -192,9 +195,10 @@ def _write_lora(
 
 def _refuse_tied(model: nn.Module, injection: Injection) -> None:
     """Refuse heads that share a parameter with another module: PEFT would load them untied."""
-    saved = {id(p): name for name, p in model.named_parameters() if _is_in(injection, name)}
+    heads = saved_names(model, injection)
+    saved = {id(p): name for name, p in model.named_parameters() if _is_in(heads, name)}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in saved and not _is_in(injection, name):
+        if id(parameter) in saved and not _is_in(heads, name):
             raise ValueError(
                 f"[export_lora] modules_to_save must hold parameters of their own; got "
                 f"{saved[id(parameter)]}, which is {name} too: PEFT would load only one of them as "
@@ -202,8 +206,8 @@ def _refuse_tied(model: nn.Module, injection: Injection) -> None:
             )
 
 
-def _is_in(injection: Injection, name: str) -> bool:
-    return any(name.startswith(f"{module}.") for module in injection.saved_modules)
+def _is_in(modules: list[str], name: str) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _planned(

@@ -25,12 +25,15 @@ from torch import nn
 from . import _C
 from .batches import as_batches
 from .calibration import RIDGE, Calibration, calibrate, earlier_fits_after_errors
-from .injection import Injection
+from .config import ResLoraConfig
+from .injection import Injection, scaling_of
 from .planning import make_plan
 from .utils import injection_of
 
 # Bounds of the factor c that keeps a layer's step size, for fits that are far from a multiple of A.
 LEAST, MOST = 0.5, 8.0
+# What `finish` changes in a config.
+FINISHED_OPTIONS = ("res_mode", "finish_at", "finished_from", "finished_step", "alpha_pattern")
 
 
 def finish(
@@ -101,37 +104,40 @@ def _convert(injection: Injection, plan: _C.MergePlan, step: int | None) -> None
     config.res_mode, config.finish_at = "none", None
     fits = {} if injection.calibrated is None else injection.calibrated.fits
     factors: dict[str, float] = {}
-    doubled: dict[str, float] = {}
     alphas: dict[str, float] = {}
-    chains = []
     for chain in injection.chains:
-        shapes = []
-        for n, (name, inputs, outputs, r, scaling) in enumerate(chain.links.layers):
+        for n, (name, _, _, r, scaling) in enumerate(chain.links.layers):
             factor = _factor(chain.links, n, fits.get(name))
-            factors[name] = factor
             # The plan has a doubled layer's 2 in B, unless a (refined) fit took its place.
-            doubled[name] = 2.0 if chain.links.wiring(n).is_doubled and name not in fits else 1.0
-            alpha = factor * scaling * (r**0.5 if config.use_rslora else r)
-            alphas[f"^{re.escape(name)}"] = alpha
-            shapes.append((name, inputs, outputs, r, _C.scaling_of(alpha, r, config.use_rslora)))
-        chains.append(_C.Chain(config.core(), shapes))
+            doubled = 2.0 if chain.links.wiring(n).is_doubled and name not in fits else 1.0
+            factors[name] = doubled / factor
+            alphas[f"^{re.escape(name)}"] = factor * scaling * (r**0.5 if config.use_rslora else r)
     config.alpha_pattern = alphas
     config.validate()
+    with torch.no_grad():
+        for layer in injection.layers:
+            refined = None if layer.name not in fits else fits[layer.name].B
+            if refined is not None:  # regression alone leaves B as it is
+                layer.reslora_B.copy_(refined)
+            layer.reslora_A.copy_(planned[layer.name].A * factors[layer.name])
+    adopt(injection, config)
+
+
+def adopt(injection: Injection, config: ResLoraConfig) -> None:
+    """Make every layer the plain LoRA that a finished config says; A and B are in place already."""
+    options = {name: getattr(config, name) for name in FINISHED_OPTIONS}
+    vars(injection.config).update(options)  # in place: PEFT's wrapper holds it too
+    config = injection.config
     _end_passes(injection)
-    injection.calibrated, injection.config = None, config
-    for chain, links in zip(injection.chains, chains, strict=True):
-        chain.config, chain.links = config, links
+    injection.calibrated = None
+    for chain in injection.chains:
+        shapes = [(*shape[:4], scaling_of(config, shape[0])) for shape in chain.links.layers]
+        chain.links = _C.Chain(config.core(), shapes)
         chain.merges_exactly, chain.keeps_norms = True, False
         for n, layer in enumerate(chain.layers):
             layer.wiring = chain.wiring(n)
             layer.norms = layer.norm_count = None
             layer.link_use, layer.was_linked_compiled, layer.compiled_break = {}, False, ""
-            factor = factors[layer.name]
-            with torch.no_grad():
-                refined = None if layer.name not in fits else fits[layer.name].B
-                if refined is not None:  # regression alone leaves B as it is
-                    layer.reslora_B.copy_(refined)
-                layer.reslora_A.copy_(planned[layer.name].A * (doubled[layer.name] / factor))
 
 
 def _end_passes(injection: Injection) -> None:

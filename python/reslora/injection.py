@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -21,7 +21,7 @@ from torch import nn
 from . import _C
 from .config import ResLoraConfig
 from .grouping import Group, find_groups
-from .layer import LayerChain, ResLoraLinear
+from .layer import LayerChain, ResLoraLinear, fill_factors
 from .session import Session
 from .targets import features_of, find_saved, find_targets, pattern_value
 from .utils import find_layers
@@ -86,19 +86,19 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
     targets = find_targets(model, config)
     saved = find_saved(model, config)
     injection = Injection(config)
-    injection.chains = _make_chains(model, config, targets)
+    injection.chains = make_chains(model, config, targets)
     injection.saved_modules = saved
     for layer in injection.layers:
         layer.chain.injection = injection
-        layer.init_adapter(config.init_lora_weights)
+        fill_factors(layer.reslora_A, layer.reslora_B, config.init_lora_weights)
     try:
         _replace(model, injection)
-        _open_sessions(model, injection)
+        open_sessions(model, injection)
         _freeze(model, injection)
     except BaseException:
         injection.undo()
         raise
-    _warn_without_links(injection)
+    warn_without_links(injection)
     return model
 
 
@@ -137,32 +137,37 @@ def chain_key(modules: dict[str, nn.Module], name: str) -> str:
 def _is_uniform(container: nn.Module | None) -> bool:
     if not isinstance(container, nn.ModuleList | nn.Sequential):
         return False
-    return len({type(child) for child in container}) == 1
+    # A child that is adapted already counts as what it was.
+    return len({type(getattr(child, "base_layer", child)) for child in container}) == 1
 
 
-def _make_chains(
-    model: nn.Module, config: ResLoraConfig, targets: dict[str, nn.Module]
+def make_chains(
+    model: nn.Module,
+    config: ResLoraConfig,
+    targets: dict[str, nn.Module],
+    kind: Callable[..., ResLoraLinear] = ResLoraLinear,
 ) -> list[LayerChain]:
+    """Return the chains of the targets; `kind(target, chain, position, shape)` makes a layer."""
     modules = dict(model.named_modules())
     groups: dict[str, list[str]] = {}
     for name in targets:
         groups.setdefault(chain_key(modules, name), []).append(name)
     chains = []
     for key, names in groups.items():
-        shapes = [_shape(config, name, targets[name]) for name in names]
-        scales = [_scaling(config, name) for name in names]
+        shapes = [shape_of(config, name, targets[name]) for name in names]
+        scales = [scaling_of(config, name) for name in names]
         links = _C.Chain(
             config.core(),
             [(n, *shape, s) for n, shape, s in zip(names, shapes, scales, strict=True)],
         )
         chain = LayerChain(key, config, links, names)
         for position, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-            chain.layers.append(ResLoraLinear(targets[name], chain, position, shape))
+            chain.layers.append(kind(targets[name], chain, position, shape))
         chains.append(chain)
     return chains
 
 
-def _shape(config: ResLoraConfig, name: str, module: nn.Module) -> tuple[int, int, int]:
+def shape_of(config: ResLoraConfig, name: str, module: nn.Module) -> tuple[int, int, int]:
     """Return (in_features, out_features, r) of a target."""
     features = features_of(module)
     assert features is not None  # find_targets refuses other modules
@@ -173,7 +178,8 @@ def _rank(config: ResLoraConfig, name: str) -> int:
     return pattern_value(config.rank_pattern, name, config.r)
 
 
-def _scaling(config: ResLoraConfig, name: str) -> float:
+def scaling_of(config: ResLoraConfig, name: str) -> float:
+    """Return the scaling of a layer."""
     alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     return _C.scaling_of(float(alpha), _rank(config, name), config.use_rslora)
 
@@ -209,7 +215,8 @@ def _replace(model: nn.Module, injection: Injection) -> None:
         setattr(parent, attribute, layer)
 
 
-def _open_sessions(model: nn.Module, injection: Injection) -> None:
+def open_sessions(model: nn.Module, injection: Injection) -> None:
+    """Let taps pass, and layers be evaluated together, in every forward of the model."""
     modules = dict(model.named_modules())
     sessions: dict[str, Session] = {}
     groups = find_groups(injection.layers)
@@ -243,12 +250,32 @@ def _freeze(model: nn.Module, injection: Injection) -> None:
         parameter.requires_grad_(True)
 
 
+def saved_module(model: nn.Module, name: str) -> nn.Module:
+    """Return a module of modules_to_save; of those that PEFT wraps, the trained copy in use."""
+    module = model.get_submodule(name)
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return module
+    return copies[module.active_adapters[0]]  # type: ignore[operator, index]
+
+
+def saved_names(model: nn.Module, injection: Injection) -> list[str]:
+    """Return the paths of the modules that are trained and saved whole, also those PEFT wraps."""
+    wrapped = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
+    ]
+    return injection.saved_modules + wrapped
+
+
 def _saved_parameters(model: nn.Module, names: list[str]) -> list[nn.Parameter]:
-    found = [p for name in names for p in model.get_submodule(name).parameters()]
+    found = [p for name in names for p in saved_module(model, name).parameters()]
     return [parameter for parameter in found if parameter.is_floating_point()]
 
 
-def _warn_without_links(injection: Injection) -> None:
+def warn_without_links(injection: Injection) -> None:
+    """Say so where a shortcut is asked for and no link could be made."""
     config = injection.config
     if config.res_mode == "none" or config.pre_num == 0:
         return

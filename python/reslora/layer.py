@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .session import Session, is_recomputing
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from . import _C
@@ -90,11 +91,31 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _typical_tensor(base: nn.Module) -> Tensor:
+def typical_tensor(base: nn.Module) -> Tensor:
     """Return a parameter whose device, and precision if floating, the adapter takes."""
     parameters = list(base.parameters())
     floating = [parameter for parameter in parameters if parameter.is_floating_point()]
     return next(iter([*floating, *parameters]), torch.empty(0))
+
+
+def empty_factors(base: nn.Module, inputs: int, outputs: int, r: int) -> tuple[Tensor, Tensor]:
+    """Return A [r, in] and B [out, r] for a base layer, not filled: fp64 beside fp64, else fp32."""
+    like = typical_tensor(base)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    options: dict[str, Any] = {"dtype": dtype, "device": like.device}
+    return torch.empty(r, inputs, **options), torch.empty(outputs, r, **options)
+
+
+def fill_factors(A: Tensor, B: Tensor, how: bool | str) -> None:
+    """Fill A and B in place as `init_lora_weights` says."""
+    if how == "gaussian":
+        nn.init.normal_(A, std=1 / A.shape[0])
+    else:
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+    if how is False:
+        nn.init.kaiming_uniform_(B, a=5**0.5)
+    else:
+        nn.init.zeros_(B)
 
 
 class ResLoraLinear(nn.Module):
@@ -106,14 +127,9 @@ class ResLoraLinear(nn.Module):
         """Wrap `base_layer`; `shape` is (in_features, out_features, r). A and B are not filled."""
         super().__init__()
         self.in_features, self.out_features, self.r = shape
-        self.base_layer = base_layer
+        self._hold(base_layer)
         is_plain = type(base_layer) is nn.Linear or is_conv1d(base_layer)
         self.plain_type = type(base_layer) if is_plain else None
-        like = _typical_tensor(base_layer)
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        options: dict[str, Any] = {"dtype": dtype, "device": like.device}
-        self.reslora_A = nn.Parameter(torch.empty(self.r, self.in_features, **options))
-        self.reslora_B = nn.Parameter(torch.empty(self.out_features, self.r, **options))
         self.chain = chain
         self.position = position
         self.name = chain.names[position]
@@ -131,9 +147,25 @@ class ResLoraLinear(nn.Module):
         self.link_use: dict[tuple[bool, str], int] = {}
         self.was_linked_compiled = False
         self.compiled_break = ""
-        if chain.keeps_norms and like.device.type != "meta":
-            self._make_norm_ring(like.device)
+        device = typical_tensor(base_layer).device
+        if chain.keeps_norms and device.type != "meta":
+            self._make_norm_ring(device)
         self.train(base_layer.training)
+
+    def _hold(self, base_layer: nn.Module) -> None:
+        """Register the base layer, A and B."""
+        self.base_layer = base_layer
+        A, B = empty_factors(base_layer, self.in_features, self.out_features, self.r)
+        self.reslora_A, self.reslora_B = nn.Parameter(A), nn.Parameter(B)
+
+    def set_base(self, base_layer: nn.Module) -> None:
+        """Put another module in the place of the base layer."""
+        self.base_layer = base_layer
+
+    @property
+    def is_in_use(self) -> bool:
+        """Tell whether the layer belongs to the adapter that the model evaluates."""
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds for a moment only: a copy is enabled and unobserved."""
@@ -148,17 +180,6 @@ class ResLoraLinear(nn.Module):
     def bias(self) -> Any:
         """The base layer's bias."""
         return self.base_layer.bias
-
-    def init_adapter(self, how: bool | str) -> None:
-        """Fill A and B as `init_lora_weights` says."""
-        if how == "gaussian":
-            nn.init.normal_(self.reslora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.reslora_A, a=5**0.5)
-        if how is False:
-            nn.init.kaiming_uniform_(self.reslora_B, a=5**0.5)
-        else:
-            nn.init.zeros_(self.reslora_B)
 
     def forward(self, x: Tensor) -> Tensor:
         """Evaluate the layer with its shortcut, or the base layer alone when disabled or merged."""
@@ -194,7 +215,7 @@ class ResLoraLinear(nn.Module):
 
     def plain_base(self) -> tuple[Tensor, Tensor | None] | None:
         """Return (weight, bias) of a base layer that the op can evaluate, else None."""
-        base: Any = self._modules["base_layer"]  # attributes of modules are slow to look up
+        base: Any = self.base_layer
         if type(base) is not self.plain_type or _has_hooks(base):
             return None
         weight, bias = base_weight(base), base.bias
@@ -254,6 +275,12 @@ class ResLoraLinear(nn.Module):
 
     def _check_present(self, x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
         for factor in (*A, *B):
+            if is_sharded(factor):
+                raise ValueError(
+                    f"[adapt] {self.name} reads adapters of other layers, so they must be whole; "
+                    "got a sharded one: leave reslora's parameters out of the sharding "
+                    "(fully_shard(..., ignored_params=reslora.adapter_parameters(model)))"
+                )
             if factor.is_meta and not x.is_meta:
                 raise ValueError(
                     f"[adapt] the adapters that {self.name} reads must be loaded; got one on the "

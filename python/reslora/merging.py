@@ -31,7 +31,8 @@ from .planning import chosen_method, make_plan
 from .quantized import dense_layers
 from .refinement import refine
 from .reporting import MergeReport, describe, measure
-from .utils import injection_of, mixed_links
+from .sharding import is_sharded
+from .utils import injection_of, mixed_links, plain_model
 
 logger = logging.getLogger("reslora")
 
@@ -57,6 +58,8 @@ def _check_weights(
         weight = base_weight(dense.get(layer.name, layer.base_layer))
         if weight is None or weight.is_meta:
             kind = "an offloaded weight" if weight is not None else type(layer.base_layer).__name__
+            if is_sharded(getattr(layer.base_layer, "weight", None)):
+                kind = "a sharded weight"
             raise ValueError(
                 f"[{op}] the base of each layer must hold a plain weight; got {kind} (layer "
                 f"{layer.name}); merge_and_unload(model, dequantize=True) merges into dequantised "
@@ -151,7 +154,7 @@ def merge_and_unload(
         )  # fmt: skip
         for layer in injection.layers:
             if layer.name in dense:
-                layer.base_layer = dense[layer.name]
+                layer.set_base(dense[layer.name])
     elif merge_method not in (None, applied.merge_method) or not _is_plain(
         data, refine_steps, verify, max_error
     ):
@@ -160,8 +163,20 @@ def merge_and_unload(
             f"merge_method {merge_method!r}, data, refine_steps, verify or max_error (unmerge it "
             "first)"
         )
+    return _removed(model, injection, "merge_and_unload")
+
+
+def _removed(model: nn.Module, injection: Injection, how: str) -> nn.Module:
+    """Remove the adapters, or let PEFT do it where it wrapped the model."""
+    if hasattr(model, "peft_config") and hasattr(model, how):
+        return getattr(model, how)()  # type: ignore[no-any-return]
     injection.undo()
-    return model
+    return plain_model(model)
+
+
+def merge_for_good(model: nn.Module, op: str, *, safe_merge: bool, progressbar: bool) -> None:
+    """Merge by the best rule for what is at hand and keep no originals."""
+    _merge(model, None, op, None, 0, None, None, safe_merge, progressbar, False, {})
 
 
 def _is_plain(data: Any, refine_steps: int, verify: Any, max_error: float | None) -> bool:
@@ -280,7 +295,11 @@ def _refuse_error(op: str, report: MergeReport, max_error: float | None) -> None
 
 def unmerge(model: nn.Module) -> None:
     """Restore the exact bits that `merge` replaced."""
-    injection = injection_of(model, "unmerge")
+    unmerge_adapters(injection_of(model, "unmerge"))
+
+
+def unmerge_adapters(injection: Injection) -> None:
+    """Restore the weights of the layers of one adapter."""
     if injection.applied is None:
         raise ValueError("[unmerge] adapters must be merged; got a model that is not")
     if injection.applied.plan is None:
@@ -304,9 +323,8 @@ def unload(model: nn.Module) -> nn.Module:
     """Drop the adapters and return the base model as it was, `modules_to_save` as trained."""
     injection = injection_of(model, "unload")
     if injection.applied is not None:
-        unmerge(model)
-    injection.undo()
-    return model
+        unmerge_adapters(injection)
+    return _removed(model, injection, "unload")
 
 
 def _warn_mixed(model: nn.Module, op: str) -> None:

@@ -15,6 +15,7 @@ from . import _C
 from .config import MERGE_METHODS
 from .injection import Injection
 from .layer import LayerChain, ResLoraLinear, base_weight
+from .sharding import whole
 
 View = tuple[
     Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, "_C.Fit | None"
@@ -40,8 +41,8 @@ def adapter_tensors(injection: Injection) -> dict[str, Tensor]:
     """Return A and B of every layer under the names that files use."""
     tensors: dict[str, Tensor] = {}
     for layer in injection.layers:
-        tensors[f"{layer.name}.reslora_A.weight"] = layer.reslora_A.detach()
-        tensors[f"{layer.name}.reslora_B.weight"] = layer.reslora_B.detach()
+        tensors[f"{layer.name}.reslora_A.weight"] = whole(layer.reslora_A.detach())
+        tensors[f"{layer.name}.reslora_B.weight"] = whole(layer.reslora_B.detach())
     return tensors
 
 

@@ -30,8 +30,25 @@ cmake_prefix_path = os.fspath(Path(_C.__file__).parent / "share/cmake")
 
 
 def find_layers(model: nn.Module) -> list[ResLoraLinear]:
-    """Return the adapted layers of a model in registration order."""
-    return [module for module in model.modules() if isinstance(module, ResLoraLinear)]
+    """Return the adapted layers of a model in registration order, of the adapter in use."""
+    layers = [module for module in model.modules() if isinstance(module, ResLoraLinear)]
+    return [layer for layer in layers if layer.is_in_use]
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return the model that was adapted: what wrappers of torch and PEFT hold.
+
+    Names of layers and of saved tensors are those of this model.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()  # type: ignore[operator]
+        if inner is None or inner is model:
+            return model
+        model = inner
 
 
 def injection_of(model: nn.Module, op: str) -> Injection:

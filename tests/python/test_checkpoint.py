@@ -53,8 +53,8 @@ def test_files_are_read_by_the_safetensors_package(tmp_path):
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 8
     layer = model.layers[2].lin
-    assert torch.equal(tensors["layers.2.lin.reslora_A.weight"], layer.reslora_A)
-    assert torch.equal(tensors["layers.2.lin.reslora_B.weight"], layer.reslora_B)
+    assert torch.equal(tensors["base_model.model.layers.2.lin.reslora_A.weight"], layer.reslora_A)
+    assert torch.equal(tensors["base_model.model.layers.2.lin.reslora_B.weight"], layer.reslora_B)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     assert values["peft_type"] == "RESLORA" and values["reslora_version"]
     assert "reslora.load" in (tmp_path / "README.md").read_text()
@@ -81,7 +81,7 @@ def test_modules_to_save_are_saved_and_loaded(tmp_path):
     assert torch.equal(base.classifier.weight, model.classifier.weight)
     torch.testing.assert_close(base(ids).logits, model(ids).logits, rtol=0, atol=0)
     keys = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    assert "classifier.weight" in keys and "classifier.bias" in keys
+    assert {f"base_model.model.classifier.{part}" for part in ("weight", "bias")} <= set(keys)
 
 
 def test_a_disk_that_fills_between_two_files_leaves_the_folder_as_it_was(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_a_failure_half_way_restores_the_model(monkeypatch):
     def fail(*args):
         raise MemoryError("planted")
 
-    monkeypatch.setattr(injection, "_warn_without_links", lambda _: None)
+    monkeypatch.setattr(injection, "warn_without_links", lambda _: None)
     monkeypatch.setattr(injection, "_saved_parameters", fail)
     with pytest.raises(MemoryError, match="planted"):
         inject(model, ResLoraConfig(target_modules=["lin"]))

@@ -113,7 +113,7 @@ def test_norms_and_the_config_choose_the_rule(tmp_path, chosen, used):
 
 def test_a_plain_shortcut_merges_to_the_sum(tmp_path):
     make(tmp_path, res_mode="none", lora_alpha=3, r=2)
-    adapter = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    adapter = _C.load_adapter(tmp_path / "adapter" / "adapter_model.safetensors").tensors
     before = read(tmp_path / "base")
     merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     got = read(tmp_path / "out")

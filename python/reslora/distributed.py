@@ -1,0 +1,125 @@
+"""What was measured on several ranks, made one.
+
+Example, on every rank (each has run its own share of the data)::
+
+    reslora.calibrate(model, own_batches, keep_covariances=True)
+    reslora.sync_statistics(model)  # norms and fits are those of all ranks' data
+    if rank == 0:
+        reslora.merge(model)
+
+Ranks that merge, or that save statistics, without it use what they saw alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import _C
+from .calibration import RIDGE, calibrate
+from .injection import Injection
+from .utils import injection_of
+
+Group = Any  # a ProcessGroup, or None for all processes
+
+
+def is_distributed() -> bool:
+    """Tell whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return every A and B, for `fully_shard(..., ignored_params=...)`.
+
+    `bs` reads the adapters of other layers, so they are kept whole on each rank. A sharder leaves
+    the gradients of what it ignores to the program: see `reduce_gradients`.
+    """
+    layers = injection_of(model, "adapter_parameters").layers
+    return {p for layer in layers for p in (layer.reslora_A, layer.reslora_B)}
+
+
+def reduce_gradients(model: nn.Module, group: Group = None) -> None:
+    """Average the adapters' gradients over ranks, after the backward. A collective call.
+
+    Needed for parameters that are whole on every rank and that no wrapper reduces; with
+    DistributedDataParallel, and with sharded adapters, it is done already.
+    """
+    if not is_distributed():
+        return
+    world = dist.get_world_size(group)
+    for layer in injection_of(model, "reduce_gradients").layers:
+        for parameter in (layer.reslora_A, layer.reslora_B):
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad, group=group)
+                parameter.grad /= world
+
+
+def sync_statistics(model: nn.Module, group: Group = None, *, ridge: float = RIDGE) -> None:
+    """Give every rank the norm windows and the fits of all ranks. A collective call.
+
+    A window's entry becomes the root of the mean over ranks of its square, the norm of the whole
+    batch but for a constant factor, which alpha* does not see. Ranks have run the same number of
+    forwards, as in DistributedDataParallel. Fits are solved again from the sum of the covariances
+    that `calibrate(keep_covariances=True)` kept; taps that were moved stay moved.
+
+    Args:
+        model: an adapted model, the same on every rank.
+        group: the process group; None: all processes. With one process nothing happens.
+        ridge: as in `calibrate`.
+
+    Raises:
+        ValueError: where ranks have other numbers of forwards, or fits without covariances.
+
+    Cost: one reduction of 2 norm_window floats a layer; of in^2 + r in doubles a layer with fits.
+    """
+    injection = injection_of(model, "sync_statistics")
+    if not is_distributed():
+        return
+    _sync_norms(injection, group)
+    if injection.calibrated is not None:
+        _sync_fits(model, injection, group, ridge)
+
+
+def _sync_norms(injection: Injection, group: Group) -> None:
+    layers = [layer for layer in injection.layers if layer.norms is not None]
+    counts = torch.tensor([0 if x.norm_count is None else int(x.norm_count) for x in layers])
+    _check_equal(counts, group)
+    if not layers:
+        return
+    for layer in layers:
+        assert layer.norms is not None
+        squares = layer.norms.double().square()
+        dist.all_reduce(squares, group=group)
+        layer.norms.copy_((squares / dist.get_world_size(group)).sqrt())
+
+
+def _check_equal(counts: Tensor, group: Group) -> None:
+    least = torch.stack([counts, -counts])
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    if not torch.equal(least[0], -least[1]):
+        raise ValueError(
+            "[sync_statistics] ranks must have run the same training forwards; got "
+            f"{int(least[0].min())} to {int(-least[1].min())} of them recorded"
+        )
+
+
+def _sync_fits(model: nn.Module, injection: Injection, group: Group, ridge: float) -> None:
+    calibrated = injection.calibrated
+    assert calibrated is not None
+    if not calibrated.sums:
+        raise ValueError(
+            "[sync_statistics] fits must have their covariances to be made one; got fits without: "
+            "calibrate(model, data, keep_covariances=True)"
+        )
+    for name in sorted(calibrated.sums):
+        own = calibrated.sums[name]
+        parts = [own.xx, own.vx, own.x_sum, own.v_sum, torch.tensor([own.vv, float(own.rows)])]
+        parts = [part.double().clone() for part in parts]
+        for part in parts:
+            dist.all_reduce(part, group=group)
+        xx, vx, x_sum, v_sum, counts = parts
+        calibrated.sums[name] = _C.FitSums(xx, vx, x_sum, v_sum, float(counts[0]), int(counts[1]))
+    calibrate(model, None, ridge=ridge)

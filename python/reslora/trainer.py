@@ -1,0 +1,243 @@
+"""A callback for transformers' Trainer (TRL's trainers too): watches a ResLoRA training.
+
+Example::
+
+    from reslora.trainer import ResLoraCallback
+
+    callback = ResLoraCallback(calibration=batches)
+    trainer = Trainer(model, arguments, train_dataset=data)
+    callback.add_to(trainer)  # or callbacks=[callback]: then reports do not show its numbers
+    trainer.train()
+
+Needs transformers. Nothing of it runs between the log steps but two vector norms of gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .batches import call, evaluating, moved
+from .checkpoint import CONFIG_NAME, read_norms, write_statistics
+from .config import ResLoraConfig
+from .distributed import sync_statistics
+from .finishing import adopt, finish
+from .injection import Injection
+from .merging import merge, unmerge
+from .planning import make_plan
+from .utils import injection_of
+
+logger = logging.getLogger("reslora")
+
+
+class ResLoraCallback(TrainerCallback):
+    """Logs alpha* and gradient norms, warns of dead adapters, evaluates merged, finishes.
+
+    What it adds to a log, beside the trainer's own: `reslora/alpha/<chain>` (mean over the layers
+    of alpha* by the rule `input`), `reslora/grad_norm_A` and `_B`; after an evaluation
+    `eval_merged_loss`, the loss of the merged form on the same batches; `reslora/finished_step`
+    once `finish` was done.
+
+    Args:
+        calibration: batches for `lsq` and for `finish`. None: the merged form that is evaluated is
+            that of the rule `input`, and `finish` takes batches from the training data.
+        merge_method: the rule of the merged form; None: the best for what is at hand.
+        evaluate_merged: evaluate the merged form after each evaluation.
+        max_eval_batches: so many batches of it.
+        patience: optimizer steps after which an adapter whose B is still all zero is reported.
+    """
+
+    def __init__(
+        self,
+        calibration: Any = None,
+        *,
+        merge_method: str | None = None,
+        evaluate_merged: bool = True,
+        max_eval_batches: int = 64,
+        patience: int = 3,
+    ) -> None:
+        """Keep the options; the model is given by the trainer."""
+        self.calibration = calibration
+        self.merge_method = merge_method
+        self.evaluate_merged = evaluate_merged
+        self.max_eval_batches = max_eval_batches
+        self.patience = patience
+        self.grad_norms: dict[str, Tensor] = {}
+        self.begun_at = 0
+        self.injection: Injection | None = None
+
+    def add_to(self, trainer: Trainer) -> None:
+        """Put the callback before those that report, so that they see its numbers."""
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    # ---- Events ---------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        model: nn.Module | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Take up norms, and a finish that was done, where a training is resumed."""
+        self.injection = injection = injection_of(_given(model), "ResLoraCallback")
+        self.begun_at = state.global_step
+        folder = _checkpoint(args, state)
+        if state.global_step and folder.is_dir():
+            config = folder / CONFIG_NAME
+            if config.is_file() and ResLoraConfig.load(config).finished_from is not None:
+                adopt(injection, ResLoraConfig.load(config))
+            read_norms(injection, folder)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        model: nn.Module | None = None, train_dataloader: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Finish, once the configured share of the steps is done."""
+        injection = self._injected(model)
+        share = injection.config.finish_at
+        if share is None or state.global_step < share * state.max_steps or _is_exact(injection):
+            return
+        data = self.calibration
+        if data is None:
+            data = [batch for _, batch in zip(range(16), train_dataloader or (), strict=False)]
+        finish(_given(model), data, step=state.global_step)
+        state.log_history.append(
+            {"reslora/finished_step": state.global_step, "step": state.global_step}
+        )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        model: nn.Module | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Keep the gradients' norms, on their device."""
+        layers = self._injected(model).layers
+        for factor in ("A", "B"):
+            grads = [getattr(layer, f"reslora_{factor}").grad for layer in layers]
+            found = [grad for grad in grads if grad is not None]
+            if found:
+                self.grad_norms[factor] = nn.utils.get_total_norm(found)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        model: nn.Module | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Report adapters that do not train."""
+        if state.global_step - self.begun_at != self.patience:
+            return
+        layers = self._injected(model).layers
+        dead = [layer.name for layer in layers if not bool(layer.reslora_B.any())]
+        if dead:
+            warnings.warn(
+                f"[ResLoraCallback] B of {len(dead)} of {len(layers)} layers is still zero after "
+                f"{self.patience} steps ({dead[0]}, ...): no gradient reaches them; with "
+                "checkpointing call model.enable_input_require_grads(), and see print_links(model)",
+                stacklevel=2,
+            )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        model: nn.Module | None = None, logs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Add alpha* of every chain and the gradients' norms."""
+        if logs is None or "loss" not in logs:
+            return
+        sync_statistics(_given(model))
+        own = alphas(self._injected(model))
+        own |= {f"reslora/grad_norm_{k}": float(norm) for k, norm in self.grad_norms.items()}
+        logs.update(own)
+        if state.log_history:
+            state.log_history[-1].update(own)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        model: nn.Module | None = None, eval_dataloader: Any = None,
+        metrics: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Evaluate the merged form on the same batches."""
+        if not self.evaluate_merged or eval_dataloader is None:
+            return
+        found = self.merged_loss(_given(model), eval_dataloader)
+        if found is None:
+            return
+        own = {"eval_merged_loss": found}
+        if metrics is not None:
+            metrics.update(own)
+        if state.log_history:
+            state.log_history[-1].update(own)
+        logger.info("[ResLoraCallback] loss of the merged form: %.6g", found)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        model: nn.Module | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Write the norm windows beside the adapter, for a resume and for a merge without data."""
+        folder = _checkpoint(args, state)
+        sync_statistics(_given(model))
+        if state.is_world_process_zero and folder.is_dir():
+            write_statistics(self._injected(model), folder)
+
+    def _injected(self, model: nn.Module | None) -> Injection:
+        if self.injection is None:
+            self.injection = injection_of(_given(model), "ResLoraCallback")
+        return self.injection
+
+    # ---- Measuring ------------------------------------------------------------------------
+
+    def merged_loss(self, model: nn.Module, batches: Any) -> float | None:
+        """Return the merged form's mean loss; None where there is no rule for it yet."""
+        injection = injection_of(model, "ResLoraCallback")
+        if injection.applied is not None:
+            return None
+        method = self.merge_method
+        has_data = self.calibration is not None and method in (None, "lsq")
+        exact = _is_exact(injection)
+        if not (has_data or exact or method == "weight" or alphas(injection)):
+            return None
+        earlier = injection.calibrated
+        merge(model, method, data=self.calibration if has_data and not exact else None)
+        try:
+            with evaluating(model), torch.no_grad():
+                losses = [
+                    float(call(model, moved(batch, model)).loss)
+                    for _, batch in zip(range(self.max_eval_batches), batches, strict=False)
+                ]
+        finally:
+            unmerge(model)
+            injection.calibrated = earlier
+        return math.fsum(losses) / len(losses) if losses else None
+
+
+def alphas(injection: Injection) -> dict[str, float]:
+    """Return the mean alpha* of every chain that has one, by the rule `input`.
+
+    Empty before the first training forward, and where everything merges exactly.
+    """
+    layers = [x for chain in injection.chains if not chain.merges_exactly for x in chain.layers]
+    if not layers or any(x.norm_count is None or not bool(x.norm_count) for x in layers):
+        return {}
+    found: dict[str, list[float]] = {}
+    keys = {layer.name: layer.chain.key for layer in injection.layers}
+    for layer in make_plan(injection, "input", "ResLoraCallback").layers:
+        if len(layer.alpha_star):
+            mean = math.fsum(layer.alpha_star) / len(layer.alpha_star)
+            found.setdefault(keys[layer.name], []).append(mean)
+    return {f"reslora/alpha/{k}": math.fsum(values) / len(values) for k, values in found.items()}
+
+
+def _is_exact(injection: Injection) -> bool:
+    return all(chain.merges_exactly for chain in injection.chains)
+
+
+def _given(model: nn.Module | None) -> nn.Module:
+    if model is None:
+        raise ValueError("[ResLoraCallback] the trainer must give its model; got None")
+    return model
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

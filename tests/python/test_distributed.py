@@ -1,0 +1,224 @@
+"""Two processes on gloo: DDP, FSDP2, statistics; each against one process on the whole batch."""
+
+import copy
+import os
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import Net, adapted, gradients, randomize, tiny_llama, tokens, trained
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import reslora
+from reslora.utils import find_layers
+
+WORLD = 2
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")
+
+
+def _start(rank, port, work, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        work(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def on_two_ranks(work, *arguments):
+    """Run `work(rank, ...)` in two processes; an error of either fails the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_start, args=(port, work, arguments), nprocs=WORLD)
+
+
+def net(res_mode, pre_num, **options):
+    torch.manual_seed(0)
+    return adapted(Net(depth=4).double(), res_mode=res_mode, pre_num=pre_num, **options)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 5, 6, generator=generator, dtype=torch.float64)
+
+
+SHORTCUTS = [("none", 1), ("is", 1), ("bs", 2), ("bs", -1), ("ms", 2), ("ms", -1)]
+
+
+def _ddp(rank, checkpointing):
+    for res_mode, pre_num in SHORTCUTS:
+        wanted = gradients(net(res_mode, pre_num), batch())
+        model = net(res_mode, pre_num)
+        model.checkpointing = checkpointing
+        wrapped = DistributedDataParallel(model)
+        loss = wrapped(batch()[rank::WORLD]).square().sum() * WORLD  # DDP takes the mean over ranks
+        loss.backward()
+        for parameter, grad in zip(trained(wrapped), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}])
+def test_ddp_equals_one_process(checkpointing):
+    on_two_ranks(_ddp, checkpointing)
+
+
+def _statistics(rank):
+    for res_mode in ("is", "ms"):
+        _check_statistics(rank, res_mode)
+
+
+def _check_statistics(rank, res_mode):
+    model = net(res_mode, 2).train()
+    for step in range(3):
+        model(batch()[rank::WORLD] * (1 + step))
+    whole = net(res_mode, 2).train()
+    for step in range(3):
+        whole(batch() * (1 + step))
+    if rank == 0:
+        assert not torch.allclose(find_layers(model)[1].norms, find_layers(whole)[1].norms)
+    reslora.sync_statistics(model)
+    once = [layer.norms.clone() for layer in find_layers(model)]
+    reslora.sync_statistics(model)  # again: nothing more
+    for own, first, other in zip(find_layers(model), once, find_layers(whole), strict=True):
+        torch.testing.assert_close(own.norms, first)
+        torch.testing.assert_close(own.norms * WORLD**0.5, other.norms, rtol=1e-5, atol=1e-6)
+    reports = [reslora.merge(m, "input") for m in (model, whole)]
+    for own, other in zip(reports[0].layers, reports[1].layers, strict=True):
+        assert own.alpha_star == pytest.approx(other.alpha_star, rel=1e-5)
+
+
+def test_alpha_is_that_of_the_whole_batch():
+    on_two_ranks(_statistics)
+
+
+def _calibration(rank):
+    parts = [batch()[k::4].contiguous() for k in range(4)]
+    model = net("ms", 2)
+    with warnings.catch_warnings(action="ignore"):  # few rows
+        reslora.calibrate(model, parts[rank::WORLD], keep_covariances=True, move_taps=False)
+        reslora.sync_statistics(model)
+        whole = net("ms", 2)
+        reslora.calibrate(whole, parts, move_taps=False)
+    for name, fit in whole.layers[0].lin.chain.injection.calibrated.fits.items():
+        own = model.layers[0].lin.chain.injection.calibrated.fits[name]
+        assert own.rows == fit.rows
+        torch.testing.assert_close(own.A, fit.A, rtol=1e-6, atol=1e-8)
+    other = net("ms", 2)
+    reslora.calibrate(other, parts[rank::WORLD], move_taps=False)
+    with pytest.raises(ValueError, match="keep_covariances=True"):
+        reslora.sync_statistics(other)
+
+
+def test_fits_are_those_of_all_data():
+    on_two_ranks(_calibration)
+
+
+def _uneven(rank):
+    model = net("is", 1).train()
+    for _ in range(1 + rank):
+        model(batch())
+    with pytest.raises(ValueError, match="same training forwards; got 1 to 2"):
+        reslora.sync_statistics(model)
+
+
+def test_uneven_ranks_are_refused():
+    on_two_ranks(_uneven)
+
+
+def test_one_process_needs_no_group():
+    model = net("is", 1)
+    reslora.sync_statistics(model)
+    with pytest.raises(ValueError, match="model must be adapted"):
+        reslora.sync_statistics(nn.Linear(2, 2))
+
+
+# ---- FSDP2 ------------------------------------------------------------------------------------
+
+
+def _llama(res_mode):
+    torch.manual_seed(0)
+    config = reslora.ResLoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], res_mode=res_mode, pre_num=2
+    )
+    return randomize(reslora.inject(tiny_llama(), config), 0.1).train()
+
+
+def _sharded(model, **options):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def _train(model, ids, reduces=False):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        if reduces:
+            reslora.reduce_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _fsdp(rank, folder, keeps_whole):
+    for res_mode in ("none", "is", "bs", "ms") if keeps_whole else ("none", "ms"):
+        _check_fsdp(rank, res_mode, keeps_whole, folder / res_mode)
+
+
+def _check_fsdp(rank, res_mode, keeps_whole, folder):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 40, (4, 6), generator=generator)
+    model, whole = _llama(res_mode), _llama(res_mode)
+    kept = reslora.adapter_parameters(model) if keeps_whole else set()
+    _train(_sharded(model, ignored_params=kept), ids[rank::WORLD], reduces=keeps_whole)
+    _train(whole, ids)
+    with pytest.raises(ValueError, match="got a sharded weight"):
+        reslora.merge(model)
+    if rank == 0 or not keeps_whole:  # of sharded adapters every rank collects the parts
+        reslora.save_pretrained(model, folder / "sharded")
+    if rank == 0:
+        reslora.save_pretrained(whole, folder / "whole")
+        found = [_read_and_merged(folder / name) for name in ("sharded", "whole")]
+        for own, other in zip(*found, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    dist.barrier()
+
+
+def _read_and_merged(folder):
+    torch.manual_seed(0)
+    model = reslora.load(tiny_llama(), folder)
+    adapters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    exact = all(layer.chain.merges_exactly for layer in find_layers(model))
+    merged = reslora.merge_and_unload(model, None if exact else "weight")
+    return [*adapters, *(p.detach() for p in merged.parameters())]
+
+
+@pytest.mark.parametrize("keeps_whole", [False, True], ids=["sharded", "kept whole"])
+def test_fsdp2_trains_saves_and_merges_as_one_process(tmp_path, keeps_whole):
+    on_two_ranks(_fsdp, tmp_path, keeps_whole)
+
+
+def _fsdp_refused(rank):
+    ids = tokens()
+    for res_mode in ("is", "bs"):
+        model = _sharded(_llama(res_mode))
+        with pytest.raises(ValueError, match=r"reads adapters of other layers.*ignored_params"):
+            model(input_ids=ids, labels=ids)
+
+
+def test_fsdp2_of_shortcuts_that_read_other_layers_says_what_to_do():
+    on_two_ranks(_fsdp_refused)
+
+
+def test_copies_of_wrapped_models_are_found():
+    model = net("is", 1)
+    assert len(find_layers(copy.deepcopy(model))) == 4
