@@ -193,8 +193,9 @@ void bind_plan(py::module_& m) {
       .def_readonly("B", &LayerMerge::B)
       .def_property_readonly("bias", [](const LayerMerge& l) { return or_none(l.bias); })
       .def_readonly("residual", &LayerMerge::residual)
-      .def("delta", [](const LayerMerge& l) { return at::matmul(l.B, l.A); }, NoGil(),
-           "W* - W [out, in].");
+      .def(
+          "delta", [](const LayerMerge& l) { return at::matmul(l.B, l.A); }, NoGil(),
+          "W* - W [out, in].");
   py::class_<MergePlan>(m, "MergePlan", "Plan, apply and revert a merge.")
       .def(py::init([](const std::vector<ChainViewTuple>& chains, const std::string& merge_method,
                        bool use_affine) {

@@ -128,11 +128,10 @@ def export_diffusers(
             f"[export_diffusers] component must be a pipeline's name for it, such as 'unet'; got "
             f"{component!r}"
         )
-    heads = saved_names(model, injection)
-    if heads:
+    if heads := saved_names(model, injection):
         raise ValueError(
-            "[export_diffusers] such files hold LoRA alone; got modules_to_save "
-            f"{heads} (merge_and_unload keeps them)"
+            f"[export_diffusers] such files hold LoRA alone; got modules_to_save {heads} "
+            "(merge_and_unload keeps them)"
         )
     plan = _planned(
         model, injection, merge_method, "export_diffusers", data, refine_steps, progressbar
