@@ -232,6 +232,8 @@ std::string chain_key(const torch::nn::Module& model, const Modules& modules,
   for (size_t i = 0; i < parts.size(); ++i) {
     is_in_experts |= parts[i] == "experts";
     if (!is_number(parts[i]) || is_in_experts) continue;
+    // The levels of a UNet have other resolutions.
+    if (i > 0 && (parts[i - 1] == "down_blocks" || parts[i - 1] == "up_blocks")) continue;
     numbers.push_back(i);
     const auto container = modules.find(joined(parts, i));
     if (is_uniform(i == 0                       ? &model

@@ -120,14 +120,22 @@ def _check_model(model: nn.Module) -> None:
 # ---- Chains -----------------------------------------------------------------------------------
 
 
+LEVELS = ("down_blocks", "up_blocks")  # of a UNet
+
+
 def chain_key(modules: dict[str, nn.Module], name: str) -> str:
     """Return a module path with its layer indices replaced by `*`.
 
     An index counts as a layer index where the children of its container are all of one class, so
     that T5's `block.3.layer.1` becomes `block.*.layer.1`. Without any, the first number is one.
+    Experts see other tokens, and the levels of a UNet have other resolutions: their indices stay.
     """
     parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit() and "experts" not in parts[:i]]
+    numbers = [
+        i
+        for i, part in enumerate(parts)
+        if part.isdigit() and "experts" not in parts[:i] and parts[i - 1] not in LEVELS
+    ]
     starred = [i for i in numbers if _is_uniform(modules.get(".".join(parts[:i])))]
     for i in starred or numbers[:1]:
         parts[i] = "*"

@@ -22,6 +22,19 @@ from .config import ResLoraConfig
 from .layer import is_conv1d
 
 ALL_LINEAR = "all-linear"
+# What a model of transformers or diffusers calls its queries and values (or all in one): the
+# targets where a config names none, as in the paper. The first that a model has are taken.
+DEFAULT_TARGETS = (
+    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, Phi, OPT, BART, Whisper, CLIP, ViT
+    ("query", "value"),  # BERT, RoBERTa, and ViT of older versions
+    ("query_proj", "value_proj"),  # DeBERTa
+    ("q", "v"),  # T5
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("c_attn",),  # GPT-2
+    ("query_key_value",),  # GPT-NeoX, BLOOM, Falcon
+    ("qkv_proj",),  # Phi-3
+    ("to_q", "to_v"),  # diffusers
+)
 
 
 def matches_names(names: Sequence[str], key: str) -> bool:
@@ -65,10 +78,7 @@ def find_targets(model: nn.Module, config: ResLoraConfig) -> dict[str, nn.Module
         ValueError: for a pattern that matches nothing and for modules that cannot be adapted.
     """
     if config.target_modules is None:
-        raise ValueError(
-            "[inject] target_modules must be given; got None (candidates: "
-            f"{_candidates(model)}; or 'all-linear')"
-        )
+        config.target_modules = _default_targets(model)
     modules = {name: m for name, m in model.named_modules() if name}
     is_all = str(config.target_modules).lower() == ALL_LINEAR
     if is_all:
@@ -85,6 +95,17 @@ def find_targets(model: nn.Module, config: ResLoraConfig) -> dict[str, nn.Module
     _check_supported(modules, found)
     _check_rank_patterns(config, found)
     return found
+
+
+def _default_targets(model: nn.Module) -> list[str]:
+    names = {key.rsplit(".", 1)[-1] for key, module in model.named_modules() if _is_linear(module)}
+    known = [targets for targets in DEFAULT_TARGETS if names.issuperset(targets)]
+    if not hasattr(model, "config") or not known:
+        raise ValueError(
+            "[inject] target_modules must be given; got None (candidates: "
+            f"{_candidates(model)}; or 'all-linear')"
+        )
+    return list(known[0])
 
 
 def _check_patterns(
