@@ -40,6 +40,7 @@ from .layer import ResLoraLinear  # noqa: E402
 from .merging import merge, merge_and_unload, unload, unmerge  # noqa: E402
 from .refinement import Refinement, refine  # noqa: E402
 from .reporting import LayerReport, MergeReport, merge_report  # noqa: E402
+from .starting import Start, init_from_lora  # noqa: E402
 from .utils import (  # noqa: E402
     disable_adapter,
     print_links,
@@ -53,6 +54,7 @@ __all__ = [
     "Refinement",
     "ResLoraConfig",
     "ResLoraLinear",
+    "Start",
     "__version__",
     "adapter_parameters",
     "calibrate",
@@ -60,6 +62,7 @@ __all__ = [
     "export_diffusers",
     "export_lora",
     "finish",
+    "init_from_lora",
     "inject",
     "load",
     "merge",
