@@ -7,8 +7,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from . import _C
 from .checkpoint import PathLike
@@ -41,6 +43,23 @@ def base_folder(base: PathLike) -> Path:
             f"[merge] BASE must be a folder or a name of the Hub that can be had; got {base} "
             f"({first})"
         ) from None
+
+
+def meta_model(base: PathLike) -> nn.Module:
+    """Return a model of transformers without memory (on the meta device), from its config alone."""
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("the config of a model needs transformers: pip install it") from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(os.fspath(base))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"[base] BASE must have a config.json; got {base} ({first})") from None
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    kind: Any = getattr(transformers, names[0]) if names else transformers.AutoModel
+    with torch.device("meta"):
+        return kind(config) if names else kind.from_config(config)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@
     reslora export-lora ADAPTER OUT --rank 16
     reslora inspect PATH
     reslora check-export DIR
+    reslora plot singular-values ADAPTER OUT.png
+    reslora convert THEIRS ADAPTER --base BASE
+    reslora doctor --model BASE
     reslora --cmake-prefix
 
 Exit codes: 0 done, 1 an error (one sentence on stderr) or, of check-export, a reader that would
@@ -21,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+PLOTS = ("alpha", "norms", "singular-values", "losses")
 METHODS = ("exact", "lsq", "input", "weight", "factored")
 
 
@@ -78,6 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_export(commands)
     _add_readers(commands)
+    _add_plot(commands)
+    _add_convert(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -143,6 +150,51 @@ def _add_readers(commands: Any) -> None:
         "reslora check-export lora",
     )  # fmt: skip
     command.add_argument("directory", metavar="DIR")
+
+
+def _add_plot(commands: Any) -> None:
+    command = _command(
+        commands, "plot", run_plot,
+        "draw an adapter, or the losses of trainings",
+        "reslora plot losses run/checkpoint-500/trainer_state.json losses.png",
+    )  # fmt: skip
+    command.add_argument("kind", choices=PLOTS, help="what to draw")
+    command.add_argument(
+        "source", metavar="SOURCE", nargs="+",
+        help="an adapter's folder; for losses: files trainer_state.json",
+    )  # fmt: skip
+    command.add_argument("output", metavar="OUT", help="picture to write (.png, .svg, .pdf)")
+    command.add_argument(
+        "--method", choices=METHODS, help="merge rule of alpha and singular-values"
+    )
+    command.add_argument("--key", default="loss", help="of losses: what to draw (default: loss)")
+
+
+def _add_convert(commands: Any) -> None:
+    command = _command(
+        commands, "convert", run_convert,
+        "turn a checkpoint of the authors' program into an adapter of ours",
+        "reslora convert theirs adapter --base meta-llama/Llama-2-7b-hf",
+    )  # fmt: skip
+    command.add_argument(
+        "source", metavar="THEIRS", help="folder with pytorch_model_lora.bin, reslora_config.json"
+    )
+    command.add_argument("output", metavar="ADAPTER", help="folder to write")
+    command.add_argument(
+        "--base", required=True, metavar="BASE", help="base model, of which the config is read"
+    )
+
+
+def _add_doctor(commands: Any) -> None:
+    command = _command(
+        commands, "doctor", run_doctor,
+        "say what is installed, which kernels are used and why, how a model would be linked",
+        "reslora doctor --model meta-llama/Llama-3.2-1B --res-mode ms --target q_proj v_proj",
+    )  # fmt: skip
+    command.add_argument("--model", metavar="BASE", help="folder or Hub name; its config is read")
+    command.add_argument("--target", nargs="+", metavar="NAME", help="target_modules")
+    command.add_argument("--res-mode", choices=("none", "is", "bs", "ms"), default="is")
+    command.add_argument("--pre-num", type=int, default=1, metavar="M")
 
 
 def parse_size(text: str) -> int:
@@ -221,6 +273,57 @@ def run_check(options: argparse.Namespace) -> int:
             own = [str(finding) for finding in found if finding.reader == reader]
             print("\n".join(own) or f"{reader}: nothing known against it")
     return int(any(finding.is_fatal for finding in found))
+
+
+def run_plot(options: argparse.Namespace) -> int:
+    """`reslora plot`."""
+    from . import plots
+
+    if options.kind != "losses" and len(options.source) > 1:
+        raise ValueError(f"[plot] {options.kind} draws one adapter; got {options.source}")
+    first = options.source[0]
+    if options.kind == "losses":
+        runs = {}
+        for path in options.source:
+            with open(path, encoding="utf-8") as file:
+                runs[path] = json.load(file).get("log_history", [])
+        figure = plots.loss_curves(runs, options.key)
+    elif options.kind == "alpha":
+        figure = plots.alphas(first, options.method or "input")
+    elif options.kind == "singular-values":
+        figure = plots.singular_values(first, options.method)
+    else:
+        figure = plots.norm_windows(first)
+    figure.savefig(options.output)
+    print(json.dumps({"output": options.output}) if options.json else options.output)
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """`reslora convert`."""
+    from .converting import convert_folder
+
+    config = convert_folder(options.source, options.output, options.base).config
+    values = {
+        "output": options.output, "res_mode": config.res_mode, "pre_num": config.pre_num,
+        "r": config.r, "merge_method": config.merge_method,
+    }  # fmt: skip
+    text = ", ".join(f"{key} {value}" for key, value in values.items() if key != "output")
+    print(json.dumps(values) if options.json else f"{options.output}: {text}")
+    return 0
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """`reslora doctor`."""
+    from .config import ResLoraConfig
+    from .doctor import doctor
+
+    config = ResLoraConfig(
+        target_modules=options.target, res_mode=options.res_mode, pre_num=options.pre_num
+    )
+    found = doctor(options.model, config)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    return 0
 
 
 if __name__ == "__main__":

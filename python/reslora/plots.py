@@ -1,23 +1,35 @@
-"""Pictures of merges. Every function returns a matplotlib Figure (pip install reslora[plot]).
+"""Pictures of adapters, trainings and merges, as matplotlib Figures (pip install reslora[plot]).
 
 Example::
 
     report = merge_report(model, batches)
     plots.merge_errors(report).savefig("errors.png")
     plots.errors_by_rule({"input": first, "lsq": second}).savefig("rules.png")
+    plots.singular_values("adapter").savefig("values.png")  # of a model, or of a folder
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
+from .planning import make_plan
 from .reporting import MergeReport
+from .utils import injection_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from . import _C
+
+Source = nn.Module | str | os.PathLike[str]
 
 KINDS = {
     "method_error": "error of the rule",
@@ -52,18 +64,24 @@ def merge_errors(report: MergeReport, kind: str = "output_error") -> Figure:
         raise ValueError(
             f"[plots] the report must hold measurements; got none of {kind} (use merge_report)"
         )
-    places = {name: _place(name) for name in errors}
+    title = f"{report.rule}: {KINDS[kind]}, |difference| / |y|"
+    return _heat_map(errors, title, vmin=0)
+
+
+def _heat_map(values: Mapping[str, float], title: str, **colours: Any) -> Figure:
+    """Draw a number for each layer: layer index by target."""
+    places = {name: _place(name) for name in values}
     columns = list(dict.fromkeys(target for _, target in places.values()))
     rows = sorted({index for index, _ in places.values()})
     grid = [[math.nan] * len(columns) for _ in rows]
     for name, (index, target) in places.items():
-        grid[rows.index(index)][columns.index(target)] = errors[name]
+        grid[rows.index(index)][columns.index(target)] = values[name]
     figure, axes = _figure(2 + 0.9 * len(columns), 1.5 + 0.3 * len(rows))
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", **colours)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), [str(row) for row in rows])
     axes.set_ylabel("layer")
-    axes.set_title(f"{report.rule}: {KINDS[kind]}, |difference| / |y|")
+    axes.set_title(title)
     figure.colorbar(image, ax=axes)
     return figure
 
@@ -96,3 +114,132 @@ def errors_by_rule(reports: Mapping[str, MergeReport]) -> Figure:
     axes.set_ylabel("relative error of a layer's output")
     axes.legend()
     return figure
+
+
+# ---- Adapters: of a model, or of a folder that save_pretrained wrote ----------------------------
+
+
+def alphas(source: Source, merge_method: str = "input") -> Figure:
+    """Return a heat map of alpha* of the nearest predecessor, layer index by target.
+
+    Args:
+        source: an adapted model, or an adapter's folder with statistics.
+        merge_method: a rule that has alpha*: "input", "weight" or "factored".
+
+    Raises:
+        ValueError: where no layer has an alpha* by this rule.
+    """
+    found = {layer.name: layer.alpha_star for layer in _planned(source, merge_method)}
+    values = {name: own[0] for name, own in found.items() if len(own)}
+    if not values:
+        raise ValueError(f"[plots] a layer must have alpha*; got none by {merge_method!r}")
+    return _heat_map(values, f"alpha* by the rule {merge_method}")
+
+
+def singular_values(source: Source, merge_method: str | None = None) -> Figure:
+    """Return the singular values of W* - W of every layer, largest first, one line each.
+
+    Args:
+        source: an adapted model, or an adapter's folder.
+        merge_method: as in `merge`.
+
+    Cost: an SVD of an R x R matrix for each layer.
+    """
+    figure, axes = _figure(7, 4.5)
+    targets: dict[str, str] = {}
+    for layer in _planned(source, merge_method):
+        target = _place(layer.name)[1]
+        first = target not in targets
+        colour = targets.setdefault(target, f"C{len(targets)}")
+        small = torch.linalg.multi_dot(
+            [torch.linalg.qr(layer.B.double())[1], torch.linalg.qr(layer.A.double().mT)[1].mT]
+        )
+        values = torch.linalg.svdvals(small)
+        axes.semilogy(values.tolist(), color=colour, lw=0.8, label=target if first else None)
+    axes.set(xlabel="rank", ylabel="singular value of W* - W")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def norm_windows(source: Source, which: str = "input") -> Figure:
+    """Return the norms of the last training forwards, one line for each layer.
+
+    Args:
+        source: an adapted model, or an adapter's folder with statistics.
+        which: "input": |x|; "product": |A x|.
+
+    Raises:
+        ValueError: where no norms are at hand.
+    """
+    if which not in ("input", "product"):
+        raise ValueError(f"[plots] which must be 'input' or 'product'; got {which!r}")
+    found = {name: window for name, window in _windows(source).items() if window.shape[1]}
+    if not found:
+        raise ValueError("[plots] norms of training forwards must be at hand; got none")
+    figure, axes = _figure(7, 4.5)
+    targets: dict[str, str] = {}
+    for name, window in found.items():
+        target = _place(name)[1]
+        first = target not in targets
+        colour = targets.setdefault(target, f"C{len(targets)}")
+        own = window[0 if which == "input" else 1]
+        axes.plot(own.tolist(), color=colour, lw=0.8, label=target if first else None)
+    axes.set(xlabel="training forward (the last is right)", ylabel=f"norm of the {which}")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def loss_curves(runs: Mapping[str, Sequence[Any]], key: str = "loss") -> Figure:
+    """Return the losses of several runs over their steps.
+
+    Args:
+        runs: by the name to show: numbers, or entries with `step` and `key` as in the
+            `log_history` of a trainer's state.
+        key: what to show of such entries, for example "eval_loss".
+
+    Raises:
+        ValueError: for a run without values.
+    """
+    figure, axes = _figure(7, 4.5)
+    for name, run in runs.items():
+        if run and isinstance(run[0], Mapping):
+            points = [(entry["step"], entry[key]) for entry in run if key in entry]
+        else:
+            points = list(enumerate(run))
+        if not points:
+            raise ValueError(f"[plots] a run must hold {key!r}; got none in {name!r}")
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, marker="." if len(points) < 40 else None, label=name)
+    axes.set(xlabel="step", ylabel=key)
+    axes.legend()
+    return figure
+
+
+def _planned(source: Source, merge_method: str | None) -> list[_C.LayerMerge]:
+    if isinstance(source, nn.Module):
+        return make_plan(injection_of(source, "plots"), merge_method, "plots").layers
+    from .checkpoint import read_adapter
+    from .model_folder import plan_of
+
+    adapter, config = read_adapter(Path(source))
+    return plan_of(adapter, config, Path(source), merge_method, {}, {}).layers
+
+
+def _windows(source: Source) -> dict[str, Tensor]:
+    """Return norms [2, N] of every layer in the order of the forwards."""
+    if isinstance(source, nn.Module):
+        layers = injection_of(source, "plots").layers
+        found = {layer.name: (layer.norms, layer.norm_count) for layer in layers}
+    else:
+        from .checkpoint import read_adapter, read_statistics
+
+        adapter, _ = read_adapter(Path(source))
+        stored = read_statistics(Path(source), adapter)
+        found = {name: entry[:2] for name, entry in stored.items()}
+    windows = {}
+    for name, (norms, count) in found.items():
+        if norms is not None and count is not None:
+            number, size = int(count), norms.shape[1]
+            ring = norms[:, :number] if number < size else norms.roll(-(number % size), 1)
+            windows[name] = ring.cpu()
+    return windows
