@@ -50,6 +50,17 @@ REFUSED = {
 }
 
 
+# The settings of the paper's experiments (section 4). Learning rates there: 1e-4 nlg, 3e-4 nlu.
+PRESETS: dict[str, dict[str, Any]] = {
+    "nlg": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+    "nlu": {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1},
+    "image": {"r": 32, "lora_alpha": 64, "lora_dropout": 0.05,
+              "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
+}  # fmt: skip
+# The paper's m where it names one.
+PRESET_PRE_NUM = {("nlu", "ms"): 4, ("image", "bs"): 5}
+
+
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
@@ -183,6 +194,19 @@ class ResLoraConfig:
                     f"[config] alpha_pattern must map to numbers; got {alpha!r} ({key})"
                 )
             _C.scaling_of(alpha, self.r, self.use_rslora)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> Self:
+        """Return the settings of the paper's experiments, changed by `options`.
+
+        "nlg" (LLaMA2 on mathematics and common sense: r 4, lora_alpha 8), "nlu" (RoBERTa on GLUE:
+        r 4, lora_alpha 16, m 4 for ms), "image" (a UNet: r 32, lora_alpha 64, q, k, v and o, m 5
+        for bs). The others adapt queries and values.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"[config] preset must be one of {sorted(PRESETS)}; got {name!r}")
+        m = PRESET_PRE_NUM.get((name, options.get("res_mode", "is")))
+        return cls(**PRESETS[name] | ({} if m is None else {"pre_num": m}) | options)
 
     def core(self) -> dict[str, Any]:
         """Return the options that the C++ library has too."""

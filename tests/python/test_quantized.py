@@ -7,7 +7,16 @@ import torch
 from models import adapted, tiny_llama, tokens
 from torch import nn
 
-from reslora import export_lora, merge, merge_and_unload, merge_report
+from reslora import (
+    ResLoraConfig,
+    export_lora,
+    inject,
+    load,
+    merge,
+    merge_and_unload,
+    merge_report,
+    save_pretrained,
+)
 from reslora.utils import find_layers
 
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
@@ -131,11 +140,7 @@ def test_a_merge_is_verified_with_the_weights_that_it_will_write():
     assert 1e-6 < relative(logits(merged, ids).float(), want) < 0.1
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_bitsandbytes_layers_are_merged_as_they_compute(kind):
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    torch.manual_seed(1)
-    model = tiny_llama(2, hidden_size=64, intermediate_size=64)
+def by_bitsandbytes(model, bitsandbytes, kind):
     for block in model.model.layers:
         old = block.self_attn.q_proj
         if kind == "nf4":
@@ -144,6 +149,57 @@ def test_bitsandbytes_layers_are_merged_as_they_compute(kind):
             new = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
         new.load_state_dict(old.state_dict())
         block.self_attn.q_proj = new.to("cpu")
+    return model
+
+
+def quantised(kind):
+    """A Llama whose q_proj (of torchao: all linear layers) is quantised, the same each time."""
+    torch.manual_seed(3)
+    model = tiny_llama(2, hidden_size=64, intermediate_size=64)
+    if kind.startswith("bitsandbytes"):
+        bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        return by_bitsandbytes(model, bitsandbytes, kind.split()[1])
+    if kind == "torchao int8":
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig(version=2))
+        return model
+    # The int4 that torchao has for the CPU; its packed forms need a GPU.
+    config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
+    torchao.quantize_(model, config)
+    return model
+
+
+@pytest.mark.parametrize("res_mode", ["is", "bs"])
+@pytest.mark.parametrize(
+    "kind", ["torchao int8", "torchao int4", "bitsandbytes nf4", "bitsandbytes int8"]
+)
+def test_a_quantised_base_is_trained_saved_loaded_and_merged(tmp_path, kind, res_mode):
+    config = ResLoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], res_mode=res_mode)
+    model = inject(quantised(kind), config).train()
+    ids = tokens(4, 9)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval()
+    want = logits(model, ids).float()
+    save_pretrained(model, tmp_path)
+    read = load(quantised(kind), tmp_path).eval()
+    assert relative(logits(read, ids).float(), want) < 0.02
+    merged = merge_and_unload(model, data=None if res_mode == "bs" else [ids], dequantize=True)
+    assert type(merged.model.layers[1].self_attn.q_proj) is nn.Linear
+    assert relative(logits(merged, ids).float(), want) < (0.03 if res_mode == "bs" else 0.1)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_layers_are_merged_as_they_compute(kind):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(1)
+    model = by_bitsandbytes(tiny_llama(2, hidden_size=64, intermediate_size=64), bitsandbytes, kind)
     model, ids = adapted(model, 0.2, target_modules=["q_proj"], res_mode="bs"), tokens(4, 9)
     model.eval()
     want = logits(model, ids)  # a forward repacks the weights
