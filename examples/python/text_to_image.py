@@ -4,9 +4,9 @@
     python text_to_image.py --data FOLDER       # your own tiles_rgba32.npz and captions.csv
 
 A diffusion transformer that reads captions is pretrained on the pictures of items, then adapted to
-those of monsters. Written are a table of held-out losses, unmerged and merged, `grid.png` (a row of samples
-for the model before, and for each method after training and after merging), and for each method a
-LoRA that `load_lora_weights` reads.
+those of monsters. Written are a table of held-out losses, unmerged and merged, `grid.png` (a row of
+samples for the model before, and for each method after training and after merging), and for each
+method a LoRA that `load_lora_weights` reads.
 
 --data holds `tiles_rgba32.npz` (array `rgba`, uint8 [count, 32, 32, 4]) and `captions.csv` with the
 columns category (item or mon) and caption.

@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,6 +134,9 @@ class Session:
 
     def attach(self, root: nn.Module) -> None:
         """Open a pass at every call of `root` and close it when the call ends, however it ends."""
+        global _read_outside_of_compile
+        if _read_outside_of_compile is _read_outside:
+            _read_outside_of_compile = torch.compiler.disable(_read_outside, reason=WHY_OUTSIDE)
         self.handles = [
             root.register_forward_pre_hook(self.begin, prepend=True, with_kwargs=True),
             root.register_forward_hook(self.finish, always_call=True),
@@ -298,10 +302,14 @@ class Session:
             )
 
 
-@torch.compiler.disable(
-    reason="reslora: a layer with a shortcut runs outside of a call of its root module, or is "
-    "recomputed in a compiled block; compile the whole model, for checkpointing with "
+def _read_outside(session: Session, layer: ResLoraLinear) -> list[Tensor | None] | None:
+    return session._read_outside(layer)
+
+
+WHY_OUTSIDE = (
+    "reslora: a layer with a shortcut runs outside of a call of its root module, or is recomputed "
+    "in a compiled block; compile the whole model, for checkpointing with "
     "torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True"
 )
-def _read_outside_of_compile(session: Session, layer: ResLoraLinear) -> list[Tensor | None] | None:
-    return session._read_outside(layer)
+# Set by `attach`: making it imports torch's compiler, which `import reslora` should not wait for.
+_read_outside_of_compile: Callable[..., list[Tensor | None] | None] = _read_outside

@@ -87,3 +87,18 @@ def test_the_tables_of_options_name_what_is_there():
     from reslora.config import REFUSED
 
     assert set(REFUSED) <= set(re.findall(r"`(\w+)`", table))
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    notebook = nbformat.read(REPOSITORY / "examples/quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # kept without results
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=200, resources=resources).execute()
+    text = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    assert "lsq: KL" in text
+    assert "the merged model is a LlamaForCausalLM" in text
+    assert (tmp_path / "lora/adapter_config.json").is_file()

@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from collections.abc import Sequence
@@ -193,3 +194,33 @@ def test_the_cpp_benchmarks_build_and_run() -> None:
     printed = run(program, "--benchmark_filter=Step/.*T:128", "--benchmark_min_time=0.01")
     for shortcut in ("frozen", "none", "is", "bs", "ms"):
         assert f"Step/{shortcut}/" in printed
+
+
+def test_importing_prints_nothing_and_loads_no_compiler_and_no_optional_package() -> None:
+    slow = ("torch._dynamo", "peft", "transformers", "diffusers", "matplotlib", "accelerate")
+    program = f"import sys, reslora; print([name for name in {slow} if name in sys.modules])"
+    assert run(sys.executable, "-c", program) == "[]\n"
+
+
+def test_the_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
+    program = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    run(sys.executable, "-c", program, cwd=REPOSITORY)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    needed = ("pyproject.toml", "CMakeLists.txt", "python/reslora/py.typed", "LICENSE", "README.md")
+    assert not set(needed) - names
+    for folder, ending in (("src", ".cpp"), ("include/reslora", ".h"), ("python/reslora", ".py")):
+        sources = (REPOSITORY / folder).rglob(f"*{ending}")
+        own = {str(path.relative_to(REPOSITORY)) for path in sources}
+        assert own - names <= {"python/reslora/_build_info.py"}
+    assert not any(name.startswith(("build/", ".venv", "shared/")) for name in names)
+
+
+def test_the_reference_is_made_of_the_docstrings(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc", reason="pdoc is not installed")
+    modules = ("reslora", "reslora.peft", "reslora.trainer")
+    run(sys.executable, "-m", "pdoc", *modules, "-o", tmp_path)
+    text = (tmp_path / "reslora.html").read_text(encoding="utf-8")
+    assert "Write W* into the base weights" in text
+    assert (tmp_path / "reslora/peft.html").is_file()
