@@ -50,6 +50,9 @@ void validate_names(const ResLoraConfig& config) {
   for (const int64_t index : config.layers_to_transform())
     RESLORA_CHECK(index >= 0, "[config] layers_to_transform must be layer indices; got {}", index);
   RESLORA_CHECK(
+      config.layers_pattern().empty() || !config.layers_to_transform().empty(),
+      "[config] layers_pattern says which number layers_to_transform means; got it alone");
+  RESLORA_CHECK(
       config.layers_to_transform().empty() || targets.is_list() || targets.is_all_linear(),
       "[config] layers_to_transform needs a list of target_modules or 'all-linear'; got the "
       "regular "

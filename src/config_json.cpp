@@ -110,6 +110,7 @@ void for_each_option(Config& config, const Visit& visit) {
   visit("target_modules", config.target_modules());
   visit("exclude_modules", config.exclude_modules());
   visit("layers_to_transform", config.layers_to_transform());
+  visit("layers_pattern", config.layers_pattern());
   visit("rank_pattern", config.rank_pattern());
   visit("alpha_pattern", config.alpha_pattern());
   visit("modules_to_save", config.modules_to_save());

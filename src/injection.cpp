@@ -75,9 +75,15 @@ bool is_under(const std::vector<std::string>& names, const std::string& path) {
   return false;
 }
 
-int64_t layer_index(const std::string& path) {
-  for (const std::string& part : parts_of(path))
-    if (is_number(part)) return std::stoll(part);
+/// The number of a path that counts as its layer's, -1 where there is none.
+int64_t layer_index(const ResLoraConfig& config, const std::string& path) {
+  const std::vector<std::string> parts = parts_of(path);
+  const auto& before = config.layers_pattern();
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const bool counts = before.empty() || (i > 0 && std::find(before.begin(), before.end(),
+                                                              parts[i - 1]) != before.end());
+    if (counts && is_number(parts[i])) return std::stoll(parts[i]);
+  }
   return -1;
 }
 
@@ -104,15 +110,16 @@ bool is_wanted(const ResLoraConfig& config, const Path& item) {
   if (!is_meant || config.exclude_modules().matches(item.first)) return false;
   if (is_under(config.modules_to_save(), item.first)) return false;
   const auto& indices = config.layers_to_transform();
-  return indices.empty() ||
-         std::find(indices.begin(), indices.end(), layer_index(item.first)) != indices.end();
+  return indices.empty() || std::find(indices.begin(), indices.end(),
+                                      layer_index(config, item.first)) != indices.end();
 }
 
 void check_indices(const ResLoraConfig& config, const std::vector<Path>& found) {
   for (const int64_t index : config.layers_to_transform())
-    RESLORA_CHECK(std::any_of(found.begin(), found.end(),
-                              [&](const Path& item) { return layer_index(item.first) == index; }),
-                  "[inject] layers_to_transform must name layers that have targets; got {}", index);
+    RESLORA_CHECK(
+        std::any_of(found.begin(), found.end(),
+                    [&](const Path& item) { return layer_index(config, item.first) == index; }),
+        "[inject] layers_to_transform must name layers that have targets; got {}", index);
 }
 
 void check_kind(const Path& item) {

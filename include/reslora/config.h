@@ -73,6 +73,8 @@ struct ResLoraConfig {
   TORCH_ARG(ModuleNames, exclude_modules);
   /// Adapt only layers whose path has one of these as its first number; empty: all.
   TORCH_ARG(std::vector<int64_t>, layers_to_transform);
+  /// The name before the number that counts as a layer's, such as "layers"; empty: the first.
+  TORCH_ARG(std::vector<std::string>, layers_pattern);
   /// Regular expression of paths -> another r; the first that matches counts.
   TORCH_ARG(Patterns<int64_t>, rank_pattern);
   /// Regular expression of paths -> another lora_alpha.

@@ -89,6 +89,13 @@ class ResLoraConfig:
     layers_to_transform: int | list[int] | None = field(
         default=None, metadata=_help("Adapt only these layer indices (the first number of a name).")
     )
+    layers_pattern: str | list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "The name before the number that layers_to_transform means, such as 'layers'; None: "
+            "the first number of a name."
+        ),
+    )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata=_help("Regular expression of module names -> another r.")
     )
@@ -179,6 +186,8 @@ class ResLoraConfig:
             value = getattr(self, name)
             if isinstance(value, tuple | set | frozenset):
                 setattr(self, name, sorted(value) if not isinstance(value, tuple) else list(value))
+        if isinstance(self.layers_pattern, str):
+            self.layers_pattern = [self.layers_pattern]
         _check_types(self)
         _check_choices(self)
         _C.validate_config(self.core())
@@ -333,6 +342,15 @@ def _check_choices(config: ResLoraConfig) -> None:
     wanted = layers if isinstance(layers, list) else [] if layers is None else [layers]
     if any(not _is_whole(index) or index < 0 for index in wanted) or layers == []:
         raise ValueError(f"[config] layers_to_transform must be layer indices; got {layers!r}")
+    before = config.layers_pattern
+    if before is not None and not _is_names(before):
+        raise ValueError(
+            f"[config] layers_pattern must be a name or a list of names; got {before!r}"
+        )
+    if before and not wanted:
+        raise ValueError(
+            "[config] layers_pattern says which number layers_to_transform means; got it alone"
+        )
     targets = config.target_modules
     if wanted and isinstance(targets, str) and targets.lower() != "all-linear":
         raise ValueError(

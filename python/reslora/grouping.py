@@ -85,7 +85,7 @@ class Group:
         outputs, read = results
         slot.append(Ahead(self, x, state, outputs, read))
         if task != NO_GRAPH_TASK:  # a recompute may end before every layer was called
-            torch.autograd.Variable._execution_engine.queue_callback(slot.clear)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(slot.clear)
         return outputs.pop(layer.name)
 
     def _split(self, waiting: set[str]) -> None:

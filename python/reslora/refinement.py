@@ -191,7 +191,7 @@ class _Student:
         def make(layer: Any, pair: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
             return plain_lora(layer, *pair, self.scaling[layer.name])
 
-        return standing_in(list(zip(self.layers, self.pairs, strict=True)), make)  # type: ignore[arg-type]
+        return standing_in(list(zip(self.layers, self.pairs, strict=True)), make)
 
     def _copy(self) -> list[Tensor]:
         return [tensor.detach().clone() for tensor in self.parameters]

@@ -55,9 +55,13 @@ def _is_under(names: Sequence[str] | None, key: str) -> bool:
     return any(matches_names(names or (), prefix) for prefix in prefixes)
 
 
-def _layer_index(key: str) -> int | None:
-    """Return the first number of a module path."""
-    return next((int(part) for part in key.split(".") if part.isdigit()), None)
+def _layer_index(key: str, before: Sequence[str] | None) -> int | None:
+    """Return the number of a module path that counts as its layer's."""
+    parts = key.split(".")
+    for previous, part in zip(["", *parts], parts, strict=False):
+        if part.isdigit() and (not before or previous in before):
+            return int(part)
+    return None
 
 
 def _candidates(model: nn.Module) -> str:
@@ -156,12 +160,13 @@ def _filtered(found: dict[str, nn.Module], config: ResLoraConfig) -> dict[str, n
     if layers is None:
         return kept
     wanted = {layers} if isinstance(layers, int) else set(layers)
-    missing = sorted(wanted - {_layer_index(key) for key in kept})
+    indices = {key: _layer_index(key, config.layers_pattern) for key in kept}
+    missing = sorted(wanted - set(indices.values()))
     if missing:
         raise ValueError(
             f"[inject] layers_to_transform must name layers that have targets; got {missing}"
         )
-    return {key: m for key, m in kept.items() if _layer_index(key) in wanted}
+    return {key: m for key, m in kept.items() if indices[key] in wanted}
 
 
 def features_of(module: Any) -> tuple[int, int] | None:

@@ -45,6 +45,9 @@ TEST(Inject, MatchesAsPythonDoes) {
   EXPECT_EQ(matched(ResLoraConfig(base).target_modules({"1.v_proj"})), Names{"layers.1.v_proj"});
   EXPECT_EQ(matched(ResLoraConfig(base).target_modules({"q_proj"}).layers_to_transform({1, 2})),
             (Names{"layers.1.q_proj", "layers.2.q_proj"}));
+  const auto indexed = ResLoraConfig(base).target_modules({"q_proj"}).layers_to_transform({1});
+  EXPECT_EQ(matched(ResLoraConfig(indexed).layers_pattern({"layers"})), Names{"layers.1.q_proj"});
+  EXPECT_THROW(matched(ResLoraConfig(indexed).layers_pattern({"blocks"})), c10::Error);
   EXPECT_EQ(matched(ResLoraConfig(base)
                         .target_modules("all-linear")
                         .exclude_modules({"head", "v_proj"})

@@ -23,6 +23,8 @@ FEATURES = (
      "test_injection.py::test_suffixes_match_whole_parts_of_a_name"),
     ('`"all-linear"`', "test_injection.py::test_all_linear_leaves_out_the_output_head"),
     ("default targets", "test_families.py::test_a_family_is_linked_trained_merged_and_exported"),
+    ("`exclude_modules`, `layers_to_transform`, `layers_pattern`",
+     "test_injection.py::test_exclude_modules_and_layers_to_transform"),
     ("`rank_pattern`, `alpha_pattern`", PEFT + "test_save_and_from_pretrained"),
     ("`modules_to_save`, heads of `task_type`", PEFT + "test_a_trained_head_is_saved_and_loaded"),
     ("`use_rslora`",

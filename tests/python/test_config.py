@@ -49,6 +49,8 @@ def test_every_option_has_a_help_text():
         ({"modules_to_save": "head"}, "modules_to_save must be a list"),
         ({"layers_to_transform": [-1]}, "layers_to_transform must be layer indices"),
         ({"layers_to_transform": 1, "target_modules": ".*q"}, "layers_to_transform needs"),
+        ({"layers_pattern": 1, "layers_to_transform": 1}, "layers_pattern must be a name"),
+        ({"layers_pattern": "layers"}, "layers_pattern says which number"),
         ({"rank_pattern": {"q": 0}}, "r must be at least 1; got 0"),
         ({"rank_pattern": {"q": 1.5}}, "rank_pattern must map to whole numbers; got 1.5"),
         ({"rank_pattern": ["q"]}, "rank_pattern must be a dict"),

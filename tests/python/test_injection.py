@@ -92,6 +92,22 @@ def test_exclude_modules_and_layers_to_transform():
         inject(tiny_llama(), ResLoraConfig(target_modules=["q_proj"], exclude_modules=["nope"]))
 
 
+def test_layers_pattern_says_which_number_is_the_layers():
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.towers = nn.ModuleList(Net(depth=3) for _ in range(2))
+
+        def forward(self, x):
+            return sum(tower(x) for tower in self.towers)
+
+    options = {"target_modules": ["lin"], "layers_to_transform": [1], "res_mode": "none"}
+    first = names(inject(Towers(), ResLoraConfig(**options)))
+    assert first == [f"towers.1.layers.{n}.lin" for n in range(3)]
+    second = names(inject(Towers(), ResLoraConfig(**options, layers_pattern="layers")))
+    assert second == [f"towers.{n}.layers.1.lin" for n in range(2)]
+
+
 def test_rank_and_alpha_patterns():
     config = ResLoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_rslora=True,
