@@ -264,7 +264,7 @@ def saved_module(model: nn.Module, name: str) -> nn.Module:
     copies = getattr(module, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return module
-    return copies[module.active_adapters[0]]  # type: ignore[operator, index]
+    return copies[module.active_adapters[0]]  # type: ignore[index]
 
 
 def saved_names(model: nn.Module, injection: Injection) -> list[str]:
