@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from console import UserError, progress_bar
+from console import UserError, exit_code_of, progress_bar
 
 import reslora
 
@@ -145,6 +145,8 @@ def train(
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Train every method and print the table."""
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
     rows, held_out = read(options.data, options.task)
     trained = None
     if options.model is None:
@@ -196,17 +198,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder for adapters and results.json")
     options = parser.parse_args(arguments)
-    try:
-        if options.output is not None:
-            options.output.mkdir(parents=True, exist_ok=True)
-        run(options)
-    except (UserError, ValueError, OSError) as error:
-        print(f"glue: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nglue: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of("glue", lambda: run(options))
 
 
 if __name__ == "__main__":

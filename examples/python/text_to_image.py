@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from console import UserError, progress_bar
+from console import UserError, exit_code_of, progress_bar
 from torch import Tensor, nn
 
 import reslora
@@ -150,6 +150,7 @@ def draw(rows: dict[str, Tensor], path: Path) -> None:
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Pretrain, adapt by every method, merge, export, draw."""
+    options.output.mkdir(parents=True, exist_ok=True)
     data = read(options.data)
     style = data["mon"]
     held_out = tuple(part[::10] for part in style)
@@ -201,16 +202,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=8)
     options = parser.parse_args(arguments)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        run(options)
-    except (UserError, ValueError, OSError) as error:
-        print(f"text_to_image: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ntext_to_image: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of("text_to_image", lambda: run(options))
 
 
 if __name__ == "__main__":

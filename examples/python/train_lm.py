@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from console import UserError
+from console import exit_code_of
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -94,15 +94,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     if options.model is None or Path(options.model).expanduser().is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        run(options)
-    except (UserError, ValueError) as error:
-        print(f"train_lm: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ntrain_lm: interrupted; checkpoints in --output remain", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of("train_lm", lambda: run(options))
 
 
 if __name__ == "__main__":

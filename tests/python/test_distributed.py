@@ -3,6 +3,8 @@
 import copy
 import os
 import socket
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -217,6 +219,28 @@ def _fsdp_refused(rank):
 
 def test_fsdp2_of_shortcuts_that_read_other_layers_says_what_to_do():
     on_two_ranks(_fsdp_refused)
+
+
+@pytest.mark.parametrize("res_mode", ["none", "is", "bs", "ms"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_equal_one_process(tmp_path, stage, res_mode):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    from deepspeed_program import __file__ as program
+    from deepspeed_program import adapted as made
+    from deepspeed_program import batches
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORLD)]
+    command += ["--standalone", program, str(stage), res_mode, str(tmp_path / "loss")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = made(res_mode)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for ids in batches():
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float((tmp_path / "loss").read_text()) == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_copies_of_wrapped_models_are_found():
