@@ -138,6 +138,7 @@ def adopt(injection: Injection, config: ResLoraConfig) -> None:
             layer.wiring = chain.wiring(n)
             layer.norms = layer.norm_count = None
             layer.link_use, layer.was_linked_compiled, layer.compiled_break = {}, False, ""
+    injection.note_chains()
 
 
 def _end_passes(injection: Injection) -> None:

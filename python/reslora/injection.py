@@ -49,6 +49,10 @@ class Injection:
         """All adapted layers, chain by chain."""
         return [layer for chain in self.chains for layer in chain.layers]
 
+    def note_chains(self) -> None:
+        """Let the config know the chains as files name them: PEFT gives it alone to be saved."""
+        self.config.chains = [(chain.key, chain.links.layers) for chain in self.chains]  # type: ignore[attr-defined]
+
     def undo(self) -> None:
         """Put the base layers back, remove the hooks, restore which parameters train."""
         for parent, attribute, layer in reversed(self.places):

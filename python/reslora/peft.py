@@ -169,7 +169,7 @@ class ResLoraModel(BaseTuner):
         ]
         open_sessions(model, injection)
         config.fan_in_fan_out = transposed_chains(injection)
-        config.chains = [(chain.key, chain.links.layers) for chain in injection.chains]
+        injection.note_chains()
         warn_without_links(injection)
 
     def merge_adapter(

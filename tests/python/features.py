@@ -60,6 +60,8 @@ FEATURES = (
      "test_training_tools.py::test_accelerate_launch_on_two_processes"),
     ("DistributedDataParallel", "test_distributed.py::test_ddp_equals_one_process"),
     ("FSDP2", "test_distributed.py::test_fsdp2_trains_saves_and_merges_as_one_process"),
+    ("DeepSpeed ZeRO 1 to 3 (run by hand)",
+     "test_distributed.py::test_zero_stages_equal_one_process"),
     ("gradient checkpointing", PEFT + "test_gradients_are_the_same_with_checkpointing"),
     ("`torch.compile`", PEFT + "test_compiled"),
     ("diffusers: `load_lora_weights`",
@@ -78,7 +80,6 @@ FEATURES = (
      "no: they do not see the same tokens in the next layer, or are not called"),
     ("hot swapping, X-LoRA, Arrow", "no: with an exported LoRA"),
     ("GPTQ, AWQ, AQLM, EETQ, HQQ bases", "not tested; any layer called as y = f(x) should do"),
-    ("DeepSpeed", "not tested"),
 )  # fmt: skip
 
 

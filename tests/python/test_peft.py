@@ -291,6 +291,8 @@ def test_finish_is_kept_in_the_saved_config(base, ids, tmp_path):
     read = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(logits(read, ids), logits(model, ids))
     assert read.peft_config["default"].finished_from == "ms"
+    own = reslora.load(copy.deepcopy(base), tmp_path)  # the chains in the file are the new ones
+    torch.testing.assert_close(logits(own, ids), logits(model, ids))
 
 
 # ---- Several adapters, none -------------------------------------------------------------------
