@@ -202,9 +202,10 @@ double Adapters::export_lora(const std::string& folder, const ExportOptions& opt
     worst = std::max(worst, reduced.error);
     layer = std::move(reduced.layer);
   }
-  if (worst > options.tolerance() && options.rank() > 0)
+  if (worst > options.tolerance() && options.rank() > 0) {
     TORCH_WARN("[export_lora] rank ", options.rank(), " is too small for the tolerance ",
                options.tolerance(), ": the largest relative error of a layer's B A is ", worst);
+  }
   PlainLora lora;
   lora.layers = std::move(layers);
   for (const auto& [name, tensor] : state_->heads) lora.heads.emplace(name, tensor.detach());

@@ -46,7 +46,7 @@ struct PlainLora {
   std::vector<std::string> modules_to_save = {};  ///< as PEFT's option
   bool fan_in_fan_out = false;                    ///< the base holds W^T, as transformers' Conv1D
   std::string base_model_name_or_path = {};       ///< empty: null
-  std::string task_type = {};                     ///< "": null
+  std::string task_type = {};                     ///< empty: null
 };
 
 /// Writes adapter_config.json and adapter_model.safetensors in PEFT's format: every pair padded to
