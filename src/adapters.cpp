@@ -103,10 +103,11 @@ MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const
                 "[merge] fits must be of the adapter as it is; got fits made before it changed: "
                 "calibrate again, or name another merge_method");
   MergePlan plan(views(), method, use_affine);
-  if (plan.fell_back_to_weight())
+  if (plan.fell_back_to_weight()) {
     TORCH_WARN(
         "[merge] the rule 'weight' is taken: there are no fits (calibrate) and no norms of "
         "training forwards (norm_window)");
+  }
   return plan;
 }
 

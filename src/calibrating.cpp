@@ -61,6 +61,7 @@ template <typename Pass>
 std::vector<double> distances(const Pass& pass, const std::vector<LinkedChain>& chains,
                               const std::vector<Fits>& candidates) {
   std::vector<Merge> merges;
+  merges.reserve(candidates.size());
   for (const Fits& fits : candidates)
     merges.push_back(Merge{MergePlan(detail::views_of(chains, fits), "lsq")});
   std::vector<double> found(candidates.size(), 0.0);

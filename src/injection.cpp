@@ -161,8 +161,9 @@ std::vector<Path> find_targets(const std::vector<Path>& modules, const ResLoraCo
   const ModuleNames& excluded = config.exclude_modules();
   if (excluded.is_given() && std::none_of(modules.begin(), modules.end(), [&](const Path& item) {
         return excluded.matches(item.first);
-      }))
+      })) {
     TORCH_WARN("[inject] exclude_modules ", excluded.shown(), " excluded nothing");
+  }
   std::vector<Path> found;
   std::copy_if(modules.begin(), modules.end(), std::back_inserter(found),
                [&](const Path& item) { return is_wanted(config, item); });
