@@ -163,11 +163,11 @@ std::vector<Piece> pieces_of(const std::vector<Target>& targets) {
 /// cast(source + change) of a piece, dense.
 Tensor merged_rows(const Piece& piece) {
   const Target& target = *piece.target;
-  const Tensor source = target.source.narrow(0, piece.first, piece.rows);
+  Tensor source = target.source.narrow(0, piece.first, piece.rows);
   if (target.is_copied()) return source;
   Tensor rows = source.to(target.wide(), /*non_blocking=*/false, /*copy=*/true);
   if (target.change) target.change(rows, piece.first);
-  const Tensor out = rows.to(target.dtype);
+  Tensor out = rows.to(target.dtype);
   require(target.dtype != at::kHalf || detail::is_finite(out),
           "tensor {} must be finite and fit into F16 (at most 65504); got NaN or infinity: take "
           "bfloat16",

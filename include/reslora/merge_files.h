@@ -26,7 +26,7 @@ namespace reslora {
 
 /// How `merge_files` writes.
 struct MergeFilesOptions {
-  std::string merge_method = "";  ///< "": the adapter's own, else the best for what is at hand
+  std::string merge_method = {};  ///< empty: the adapter's own, else the best for what is at hand
   std::optional<at::ScalarType> dtype;         ///< of floating tensors; default: as they are
   std::function<void(int64_t)> progress = {};  ///< called with the bytes written so far
 };
