@@ -39,8 +39,10 @@ struct Kernels {
   double (*sum_of_squares_bf16)(const uint16_t* x, int64_t stride, int64_t rows, int64_t columns);
 };
 
+// Ends in the name that CMake gives the instruction set. NOLINTBEGIN(readability-identifier-naming)
 extern const Kernels kKernels_base;  // what every processor of the architecture runs
 extern const Kernels kKernels_v3;    // x86-64-v3: AVX2 and FMA
 extern const Kernels kKernels_v4;    // x86-64-v4: AVX-512
+// NOLINTEND(readability-identifier-naming)
 
 }  // namespace reslora::thin
