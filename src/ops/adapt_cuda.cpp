@@ -97,7 +97,7 @@ Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range
   if ((!mask.is_on && !norms) || !has_kernels(x, total_size(A, 0)))
     return kAtenKernels.project(x, mask, A, own, norms);
   const Tensor dense = with_dense_rows(x), rows = with_dense_rows(stack(A, 0, x));
-  const Tensor u = at::empty({x.size(0), rows.size(0)}, x.options());
+  Tensor u = at::empty({x.size(0), rows.size(0)}, x.options());
   Tensor squares;
   if (norms) squares = at::empty({1}, x.options().dtype(at::kFloat));
   const auto alpha = static_cast<float>(mask.is_on ? 1 / mask.keep : 1.0);
@@ -115,7 +115,7 @@ Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {
     return kAtenKernels.project_back(du, A, mask);
   const Tensor left = with_dense_rows(du), right = with_dense_rows(stack(A, 0, du));
   const Tensor kept = mask.bits.contiguous();
-  const Tensor out = at::empty({du.size(0), right.size(1)}, du.options());
+  Tensor out = at::empty({du.size(0), right.size(1)}, du.options());
   const cuda::ConstMatrix no_base = {nullptr, out.size(0), out.size(1), 0};
   C10_CUDA_CHECK(
       cuda::launch_expand({type_of(du), read(left), read(right), written(out), no_base,
