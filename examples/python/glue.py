@@ -110,6 +110,16 @@ def load(name: str, trained: Any, options: argparse.Namespace) -> Any:
     return model
 
 
+def heads_of(model: Any) -> list[str]:
+    """Return the parts that are fresh: all that stands beside the encoder."""
+    encoder = model.base_model_prefix
+    return [
+        n
+        for n, m in model.named_children()
+        if n != encoder and next(m.parameters(), None) is not None
+    ]
+
+
 def batches(data: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
     """Return the data in batches."""
     count = len(data["labels"])
@@ -155,13 +165,17 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if trained is not None and options.output is not None:
+        trained.save_pretrained(options.output / "base")
+        tokenizer.save_pretrained(options.output / "base")
     data, dev = (encode(tokenizer, part, options.length) for part in (rows, held_out))
     calibration = [{k: v for k, v in b.items() if k != "labels"} for b in batches(data, 64)[:16]]
     results = []
     for name, res_mode, factor in METHODS:
         model = load(options.model, trained, options)
-        head = next(n for n, _ in model.named_children() if n in ("classifier", "score"))
-        config = reslora.ResLoraConfig.preset("nlu", res_mode=res_mode, modules_to_save=[head])
+        config = reslora.ResLoraConfig.preset(
+            "nlu", res_mode=res_mode, modules_to_save=heads_of(model)
+        )
         config.lora_alpha *= factor
         torch.manual_seed(options.seed)
         reslora.inject(model, config)

@@ -118,7 +118,7 @@ def calibrate(
         injection.calibrated = None
         return Calibration()
     if data is None:
-        result = _solve_again(injection, ridge, affine)
+        result = solve_again(injection, ridge, affine, moved_chains(injection))
     else:
         batches = _Noted(as_batches(data, "calibrate"))
         options = (ridge, affine, max_cov_bytes, keep_covariances)
@@ -284,7 +284,18 @@ def observing(
             layer.observer = None
 
 
-def _solve_again(injection: Injection, ridge: float, affine: bool) -> Calibration:
+def moved_chains(injection: Injection) -> list[str]:
+    """Return the keys of the chains whose fits have their taps moved."""
+    fits = {} if injection.calibrated is None else injection.calibrated.fits
+    return [
+        chain.key
+        for chain in injection.chains
+        if any(x.name in fits and len(fits[x.name].A) != x.r for x in chain.layers)
+    ]
+
+
+def solve_again(injection: Injection, ridge: float, affine: bool, moved: list[str]) -> Calibration:
+    """Solve fits again from kept covariances; move the taps of the chains that are named."""
     calibrated = injection.calibrated
     if calibrated is None or not calibrated.sums:
         raise ValueError(
@@ -312,18 +323,16 @@ def _solve_again(injection: Injection, ridge: float, affine: bool) -> Calibratio
         fits[name] = _C.solve_fit(sums, A, ridge, affine and has_bias, name)
     injection.calibrated = Calibrated(fits, calibrated.adapter_sum, calibrated.sums)
     result = _result_of(fits)
-    _move_again(injection, calibrated.fits, result)
+    _move_again(injection, moved, result)
     return result
 
 
-def _move_again(injection: Injection, old: dict[str, _C.Fit], result: Calibration) -> None:
-    """Move the taps of the chains where the fits before had them moved."""
+def _move_again(injection: Injection, moved: list[str], result: Calibration) -> None:
     calibrated = injection.calibrated
     assert calibrated is not None
     plain = calibrated.fits
     for chain, view in zip(injection.chains, chain_views(injection), strict=True):
-        ranks = {layer.name: layer.r for layer in chain.layers}
-        if any(name in old and len(old[name].A) != r for name, r in ranks.items()):
+        if chain.key in moved:
             calibrated.fits = calibrated.fits | moved_fits(chain, view)
             calibrated.plain = plain
             result.moved.append(chain.key)

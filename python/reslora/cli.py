@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import warnings
@@ -33,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
-        return options.run(options)
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"reslora: {_sentence(error)}", file=sys.stderr)
         return 1
@@ -286,7 +292,10 @@ def run_plot(options: argparse.Namespace) -> int:
         runs = {}
         for path in options.source:
             with open(path, encoding="utf-8") as file:
-                runs[path] = json.load(file).get("log_history", [])
+                state = json.load(file)
+            if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
+                raise ValueError(f"[plot] losses are read from a trainer_state.json; got {path}")
+            runs[path] = state["log_history"]
         figure = plots.loss_curves(runs, options.key)
     elif options.kind == "alpha":
         figure = plots.alphas(first, options.method or "input")

@@ -37,10 +37,15 @@ REFUSED = {
     "use_qalora": "its input is averaged in groups, so that no tap fits it",
     "use_bdlora": "its blocks have no tap in common",
     "alora_invocation_tokens": "it leaves tokens out, whose taps the next layer needs",
+    "arrow_config": "it mixes several LoRAs: export to plain LoRA first",
     "corda_config": _BASE,
-    "eva_config": "it needs data before training: start from a LoRA that it made (init_from)",
+    "eva_config": "it needs data before training: start from a LoRA that it made (init_from_lora)",
     "loftq_config": _BASE,
     "lora_ga_config": _BASE,
+    "ensure_weight_tying": "embeddings are not adapted",
+    "kasa_config": _BASE,
+    "monteclora_config": "its factors are random in each forward, so that no tap fits them",
+    "velora_config": "it keeps a part of x only",
     "layer_replication": "a module that runs twice in a forward has no single predecessor",
     "lora_bias": "a bias of the adapter does not merge into W",
     "target_parameters": "parameters of experts see other tokens in each layer",
@@ -320,24 +325,7 @@ def _check_expression(name: str, expression: Any) -> None:
         ) from None
 
 
-def _check_choices(config: ResLoraConfig) -> None:
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, str) and not _is_names(value):
-            raise ValueError(
-                f"[config] {name} must be a list of names or a regular expression; got {value!r}"
-            )
-        if isinstance(value, str):
-            _check_expression(name, value)
-    if config.target_modules == []:
-        raise ValueError("[config] target_modules must be names or a regular expression; got []")
-    for name in ("rank_pattern", "alpha_pattern"):
-        for expression in getattr(config, name):
-            _check_expression(name, expression)
-    if config.modules_to_save is not None and not _is_names(config.modules_to_save):
-        raise ValueError(
-            f"[config] modules_to_save must be a list of names; got {config.modules_to_save!r}"
-        )
+def _check_layers(config: ResLoraConfig) -> None:
     layers = config.layers_to_transform
     wanted = layers if isinstance(layers, list) else [] if layers is None else [layers]
     if any(not _is_whole(index) or index < 0 for index in wanted) or layers == []:
@@ -357,6 +345,27 @@ def _check_choices(config: ResLoraConfig) -> None:
             "[config] layers_to_transform needs a list of target_modules or 'all-linear'; got the "
             f"regular expression {targets!r} (write the indices into it)"
         )
+
+
+def _check_choices(config: ResLoraConfig) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, str) and not _is_names(value):
+            raise ValueError(
+                f"[config] {name} must be a list of names or a regular expression; got {value!r}"
+            )
+        if isinstance(value, str):
+            _check_expression(name, value)
+    if config.target_modules == []:
+        raise ValueError("[config] target_modules must be names or a regular expression; got []")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for expression in getattr(config, name):
+            _check_expression(name, expression)
+    if config.modules_to_save is not None and not _is_names(config.modules_to_save):
+        raise ValueError(
+            f"[config] modules_to_save must be a list of names; got {config.modules_to_save!r}"
+        )
+    _check_layers(config)
     if config.bias != "none":
         raise ValueError(
             f"[config] bias must be 'none' (a changed bias does not merge into W); got "

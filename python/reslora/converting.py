@@ -81,6 +81,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     missing = sorted({"rank", "lora_alpha", "res_flag", "pre_num"} - set(values))
     if missing:
         raise ValueError(f"[convert] {THEIR_CONFIG} must hold {missing[0]}; got {sorted(values)}")
+    for name in ("rank", "res_flag", "pre_num"):
+        if not isinstance(values[name], int):
+            raise ValueError(f"[convert] {name} must be a whole number; got {values[name]!r}")
     if values["res_flag"] not in RES_MODES:
         raise ValueError(f"[convert] res_flag must be 0 to 3; got {values['res_flag']!r}")
     return values
@@ -91,6 +94,8 @@ def _read_pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         stored = torch.load(folder / THEIR_WEIGHTS, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"[convert] {THEIR_WEIGHTS} must hold tensors; got {error}") from None
+    if not isinstance(stored, dict) or not all(isinstance(v, Tensor) for v in stored.values()):
+        raise ValueError(f"[convert] {THEIR_WEIGHTS} must hold tensors by name; got other values")
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.items():
         name, mark, rest = key.partition(".loras.")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _C
-from .calibration import RIDGE, calibrate
+from .calibration import RIDGE, moved_chains, solve_again
 from .injection import Injection
 from .utils import injection_of
 
@@ -29,6 +29,15 @@ Group = Any  # a ProcessGroup, or None for all processes
 def is_distributed() -> bool:
     """Tell whether this process is one of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_over_ranks(values: list[float]) -> float | None:
+    """Return the mean of every rank's values, None where there are none. A collective call."""
+    sums = torch.tensor([sum(values), float(len(values))], dtype=torch.float64)
+    if is_distributed():
+        sums = sums.cuda() if dist.get_backend() == "nccl" else sums
+        dist.all_reduce(sums)
+    return float(sums[0] / sums[1]) if sums[1] else None
 
 
 def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -63,7 +72,8 @@ def sync_statistics(model: nn.Module, group: Group = None, *, ridge: float = RID
     A window's entry becomes the root of the mean over ranks of its square, the norm of the whole
     batch but for a constant factor, which alpha* does not see. Ranks have run the same number of
     forwards, as in DistributedDataParallel. Fits are solved again from the sum of the covariances
-    that `calibrate(keep_covariances=True)` kept; taps that were moved stay moved.
+    that `calibrate(keep_covariances=True)` kept; taps are moved where
+    those of the first rank were.
 
     Args:
         model: an adapted model, the same on every rank.
@@ -79,8 +89,8 @@ def sync_statistics(model: nn.Module, group: Group = None, *, ridge: float = RID
     if not is_distributed():
         return
     _sync_norms(injection, group)
-    if injection.calibrated is not None:
-        _sync_fits(model, injection, group, ridge)
+    if injection.calibrated is not None and injection.calibrated.fits:
+        _sync_fits(injection, group, ridge)
 
 
 def _sync_norms(injection: Injection, group: Group) -> None:
@@ -106,7 +116,7 @@ def _check_equal(counts: Tensor, group: Group) -> None:
         )
 
 
-def _sync_fits(model: nn.Module, injection: Injection, group: Group, ridge: float) -> None:
+def _sync_fits(injection: Injection, group: Group, ridge: float) -> None:
     calibrated = injection.calibrated
     assert calibrated is not None
     if not calibrated.sums:
@@ -122,4 +132,7 @@ def _sync_fits(model: nn.Module, injection: Injection, group: Group, ridge: floa
             dist.all_reduce(part, group=group)
         xx, vx, x_sum, v_sum, counts = parts
         calibrated.sums[name] = _C.FitSums(xx, vx, x_sum, v_sum, float(counts[0]), int(counts[1]))
-    calibrate(model, None, ridge=ridge)
+    moved: list[Any] = [moved_chains(injection)]
+    first = 0 if group is None else dist.get_global_rank(group, 0)
+    dist.broadcast_object_list(moved, src=first, group=group)
+    solve_again(injection, ridge, False, moved[0])

@@ -27,17 +27,23 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from . import _C, __version__, merging
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_tensors_of, transposed_chains
+from .checkpoint import (
+    CONFIG_NAME,
+    STATISTICS_NAME,
+    WEIGHTS_NAME,
+    load_tensors_of,
+    transposed_chains,
+)
 from .config import PEFT_TYPE
 from .config import ResLoraConfig as CoreConfig
 from .injection import Injection, make_chains, open_sessions, shape_of, warn_without_links
 from .layer import LayerChain, ResLoraLinear
 from .peft_layer import Adapter, ResLoraLayer
-from .targets import features_of
+from .targets import default_targets, features_of
 
 NAME = "reslora"
 CARD = (
@@ -78,6 +84,7 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         chains = getattr(self, "chains", None)  # set where a model was adapted
         if chains is None or not (folder / WEIGHTS_NAME).is_file():
             return
+        (folder / STATISTICS_NAME).unlink(missing_ok=True)  # of another adapter
         tensors = load_tensors_of(folder / WEIGHTS_NAME)
         values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         # PEFT lists what a head may be called; files of ours name what is there.
@@ -100,7 +107,6 @@ class ResLoraModel(BaseTuner):
 
     prefix: str = "reslora_"
     tuner_layer_cls = ResLoraLayer
-    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -120,6 +126,11 @@ class ResLoraModel(BaseTuner):
         except BaseException:
             _put_back(places, adapter_name)
             raise
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(self.model)
+        return peft_config
 
     def _create_and_replace(  # type: ignore[override]
         self,

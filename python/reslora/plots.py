@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ def merge_errors(report: MergeReport, kind: str = "output_error") -> Figure:
 
 def _heat_map(values: Mapping[str, float], title: str, **colours: Any) -> Figure:
     """Draw a number for each layer: layer index by target."""
-    places = {name: _place(name) for name in values}
+    places = _places(values)
     columns = list(dict.fromkeys(target for _, target in places.values()))
     rows = sorted({index for index, _ in places.values()})
     grid = [[math.nan] * len(columns) for _ in rows]
@@ -84,6 +84,16 @@ def _heat_map(values: Mapping[str, float], title: str, **colours: Any) -> Figure
     axes.set_title(title)
     figure.colorbar(image, ax=axes)
     return figure
+
+
+def _places(names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Return (layer index, column) of layers; towers of a model have columns of their own."""
+    found = {name: _place(name) for name in names}
+    heads = {name: name[: len(name) - len(target)] for name, (_, target) in found.items()}
+    heads = {name: re.sub(r"\d+\.$", "*.", head) for name, head in heads.items()}
+    if len(set(heads.values())) == 1:
+        return found
+    return {name: (index, heads[name] + target) for name, (index, target) in found.items()}
 
 
 def _place(name: str) -> tuple[int, str]:

@@ -30,6 +30,7 @@ from .targets import pattern_value
 from .utils import injection_of, plain_model
 
 # What changes what a LoRA computes, beside its factors and scale.
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the base is as it was
 VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens")
 
 
@@ -104,6 +105,13 @@ def _config_of(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"[init_from_lora] peft_type must be 'LORA'; got {kind!r} in {folder} (an adapter of "
             "ours is read by reslora.load)"
+        )
+    how = config.get("init_lora_weights", True)
+    if how not in PLAIN_STARTS:
+        raise ValueError(
+            f"[init_from_lora] the LoRA must begin at the base model; got one that was made with "
+            f"init_lora_weights {how!r}, which changes the base weights, in {folder} (save it with "
+            "path_initial_model_for_weight_conversion)"
         )
     used = [name for name in VARIANTS if config.get(name)]
     if used:

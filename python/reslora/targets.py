@@ -33,6 +33,7 @@ DEFAULT_TARGETS = (
     ("c_attn",),  # GPT-2
     ("query_key_value",),  # GPT-NeoX, BLOOM, Falcon
     ("qkv_proj",),  # Phi-3
+    ("Wqkv",),  # ModernBERT
     ("to_q", "to_v"),  # diffusers
 )
 
@@ -82,7 +83,7 @@ def find_targets(model: nn.Module, config: ResLoraConfig) -> dict[str, nn.Module
         ValueError: for a pattern that matches nothing and for modules that cannot be adapted.
     """
     if config.target_modules is None:
-        config.target_modules = _default_targets(model)
+        config.target_modules = default_targets(model)
     modules = {name: m for name, m in model.named_modules() if name}
     is_all = str(config.target_modules).lower() == ALL_LINEAR
     if is_all:
@@ -101,7 +102,8 @@ def find_targets(model: nn.Module, config: ResLoraConfig) -> dict[str, nn.Module
     return found
 
 
-def _default_targets(model: nn.Module) -> list[str]:
+def default_targets(model: nn.Module) -> list[str]:
+    """Return what a model calls its queries and values; ValueError where that is not known."""
     names = {key.rsplit(".", 1)[-1] for key, module in model.named_modules() if _is_linear(module)}
     known = [targets for targets in DEFAULT_TARGETS if names.issuperset(targets)]
     if not hasattr(model, "config") or not known:

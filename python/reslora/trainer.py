@@ -17,6 +17,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .batches import call, evaluating, moved
-from .checkpoint import CONFIG_NAME, read_norms, write_statistics
+from .calibration import calibrate
+from .checkpoint import CONFIG_NAME, FORMULA_OPTIONS, read_norms, write_statistics
 from .config import ResLoraConfig
-from .distributed import sync_statistics
-from .finishing import adopt, finish
+from .distributed import is_distributed, mean_over_ranks, sync_statistics
+from .finishing import FINISHED_OPTIONS, adopt, finish
 from .injection import Injection
 from .merging import merge, unmerge
 from .planning import make_plan
@@ -64,7 +67,7 @@ class ResLoraCallback(TrainerCallback):
         patience: int = 3,
     ) -> None:
         """Keep the options; the model is given by the trainer."""
-        self.calibration = calibration
+        self.calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
         self.merge_method = merge_method
         self.evaluate_merged = evaluate_merged
         self.max_eval_batches = max_eval_batches
@@ -86,11 +89,15 @@ class ResLoraCallback(TrainerCallback):
         """Take up norms, and a finish that was done, where a training is resumed."""
         self.injection = injection = injection_of(_given(model), "ResLoraCallback")
         self.begun_at = state.global_step
-        folder = _checkpoint(args, state)
-        if state.global_step and folder.is_dir():
-            config = folder / CONFIG_NAME
-            if config.is_file() and ResLoraConfig.load(config).finished_from is not None:
-                adopt(injection, ResLoraConfig.load(config))
+        if not state.global_step:
+            return
+        entries: list[Any] = state.log_history
+        for entry in entries:
+            if "reslora/finished" in entry:
+                adopt(injection, replace(injection.config, **entry["reslora/finished"]))
+        folder = self._folder(args, state)
+        if folder.is_dir():
+            _check_same(injection, folder)
             read_norms(injection, folder)
 
     def on_step_begin(
@@ -105,10 +112,17 @@ class ResLoraCallback(TrainerCallback):
         data = self.calibration
         if data is None:
             data = [batch for _, batch in zip(range(16), train_dataloader or (), strict=False)]
+        if is_distributed():  # every rank has seen its own share of the data
+            calibrate(_given(model), data, keep_covariances=True, move_taps=False)
+            sync_statistics(_given(model))
+            data = None
         finish(_given(model), data, step=state.global_step)
-        state.log_history.append(
-            {"reslora/finished_step": state.global_step, "step": state.global_step}
-        )
+        # A resumed training finds here what the model has become.
+        options = {name: getattr(injection.config, name) for name in FINISHED_OPTIONS}
+        entry: dict[str, Any] = {"reslora/finished": options, "step": state.global_step}
+        state.log_history.append({"reslora/finished_step": state.global_step, **entry})
+        # What was measured before belongs to another model, which could not be loaded into this.
+        state.best_metric = state.best_model_checkpoint = None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -176,7 +190,7 @@ class ResLoraCallback(TrainerCallback):
         model: nn.Module | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         """Write the norm windows beside the adapter, for a resume and for a merge without data."""
-        folder = _checkpoint(args, state)
+        folder = self._folder(args, state)
         sync_statistics(_given(model))
         if state.is_world_process_zero and folder.is_dir():
             write_statistics(self._injected(model), folder)
@@ -185,6 +199,12 @@ class ResLoraCallback(TrainerCallback):
         if self.injection is None:
             self.injection = injection_of(_given(model), "ResLoraCallback")
         return self.injection
+
+    def _folder(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """Return where the active adapter of this step's checkpoint lies."""
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        name = getattr(self._injected(None).layers[0], "adapter_name", "default")  # of PEFT
+        return folder if name == "default" else folder / name
 
     # ---- Measuring ------------------------------------------------------------------------
 
@@ -199,17 +219,18 @@ class ResLoraCallback(TrainerCallback):
         if not (has_data or exact or method == "weight" or alphas(injection)):
             return None
         earlier = injection.calibrated
-        merge(model, method, data=self.calibration if has_data and not exact else None)
-        try:
-            with evaluating(model), torch.no_grad():
-                losses = [
-                    float(call(model, moved(batch, model)).loss)
-                    for _, batch in zip(range(self.max_eval_batches), batches, strict=False)
-                ]
-        finally:
-            unmerge(model)
-            injection.calibrated = earlier
-        return math.fsum(losses) / len(losses) if losses else None
+        with torch.random.fork_rng():  # a loader draws from the generator of the training
+            merge(model, method, data=self.calibration if has_data and not exact else None)
+            try:
+                with evaluating(model), torch.no_grad():
+                    losses = [
+                        float(call(model, moved(batch, model)).loss)
+                        for _, batch in zip(range(self.max_eval_batches), batches, strict=False)
+                    ]
+            finally:
+                unmerge(model)
+                injection.calibrated = earlier
+        return mean_over_ranks(losses)
 
 
 def alphas(injection: Injection) -> dict[str, float]:
@@ -239,5 +260,15 @@ def _given(model: nn.Module | None) -> nn.Module:
     return model
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+def _check_same(injection: Injection, folder: Path) -> None:
+    """Refuse a checkpoint of another formula: the trainer has copied its A and B already."""
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    stored = ResLoraConfig.load(folder / CONFIG_NAME)
+    for name in (*FORMULA_OPTIONS, "lora_alpha", "use_rslora"):
+        own, other = getattr(injection.config, name), getattr(stored, name)
+        if own != other:
+            raise ValueError(
+                f"[ResLoraCallback] model and checkpoint must agree on {name}; got {own!r} and "
+                f"{other!r} in {folder}"
+            )

@@ -113,6 +113,18 @@ def _calibration(rank):
         own = model.layers[0].lin.chain.injection.calibrated.fits[name]
         assert own.rows == fit.rows
         torch.testing.assert_close(own.A, fit.A, rtol=1e-6, atol=1e-8)
+    exact = net("bs", 2)
+    reslora.calibrate(exact, parts[rank::WORLD], keep_covariances=True)
+    reslora.sync_statistics(exact)  # nothing to fit
+    moved = net("ms", 2)
+    with warnings.catch_warnings(action="ignore"):
+        reslora.calibrate(moved, parts[rank::WORLD], keep_covariances=True)
+        reslora.sync_statistics(moved)
+        reslora.merge(moved)
+    mine = torch.stack([layer.base_layer.weight for layer in find_layers(moved)])
+    theirs = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(theirs, mine.contiguous())
+    torch.testing.assert_close(theirs[0], theirs[1], rtol=1e-9, atol=1e-12)
     other = net("ms", 2)
     reslora.calibrate(other, parts[rank::WORLD], move_taps=False)
     with pytest.raises(ValueError, match="keep_covariances=True"):

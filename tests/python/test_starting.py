@@ -112,6 +112,9 @@ def test_variants_and_other_kinds_are_refused(tmp_path, base):
     model = reslora.inject(copy.deepcopy(base), reslora.ResLoraConfig(**OPTIONS))
     with pytest.raises(ValueError, match="plain one; got use_dora"):
         reslora.init_from_lora(model, tmp_path)
+    lora(copy.deepcopy(base), tmp_path / "pissa", init_lora_weights="pissa")
+    with pytest.raises(ValueError, match=r"must begin at the base model; got one .*'pissa'"):
+        reslora.init_from_lora(model, tmp_path / "pissa")
     with pytest.raises(ValueError, match=r"must hold adapter_config\.json"):
         reslora.init_from_lora(model, tmp_path / "none")
     path = tmp_path / "adapter_config.json"

@@ -77,6 +77,19 @@ def test_norm_windows_are_in_the_order_of_the_forwards():
         plots.norm_windows(adapted(res_mode="bs"))
 
 
+def test_towers_of_a_model_have_columns_of_their_own():
+    from test_families import clip, clip_batch
+
+    torch.manual_seed(0)
+    made = adapted(clip(), 0.1, target_modules=TARGETS, res_mode="is").train()
+    made(**clip_batch())
+    shown = plots.alphas(made).axes[0].images[0].get_array()
+    report = reslora.merge(made, "input")
+    assert (~shown.mask if hasattr(shown, "mask") else shown == shown).any()
+    wanted = sum(bool(len(entry.alpha_star)) for entry in report.layers)
+    assert sum(v == v for v in shown.data.ravel().tolist()) == wanted
+
+
 def test_loss_curves():
     history = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 5.0}]
     figure = plots.loss_curves({"trainer": history, "numbers": [4.0, 3.5]})
@@ -101,6 +114,9 @@ def test_the_command_draws_losses(tmp_path, capsys):
     assert main(["plot", "losses", str(state), str(tmp_path / "out.svg"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "out.svg")}
     assert main(["plot", "losses", str(tmp_path / "none"), str(tmp_path / "out.svg")]) == 1
+    state.write_text("[1, 2]")
+    assert main(["plot", "losses", str(state), str(tmp_path / "out.svg")]) == 1
+    assert "read from a trainer_state.json" in capsys.readouterr().err
 
 
 # ---- doctor -----------------------------------------------------------------------------------
@@ -128,6 +144,10 @@ def test_doctor_says_why_atens_form_is_used(monkeypatch, capsys):
 
 
 def test_the_commands_work_in_a_pipe():
+    command = f"{sys.executable} -m reslora doctor --json | head -n 1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "{\n"
+    assert "Broken pipe" not in done.stderr
     command = f"{sys.executable} -m reslora doctor | head -n 1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("reslora ")
@@ -197,6 +217,9 @@ def test_their_other_forms_are_refused(tmp_path, capsys):
     torch.save(other, weights)
     assert main([*arguments, str(tmp_path / "base")]) == 1
     assert "model.layers.9.self_attn.q_proj" in capsys.readouterr().err
+    torch.save([torch.ones(2)], weights)
+    assert main([*arguments, str(tmp_path / "base")]) == 1
+    assert "must hold tensors by name" in capsys.readouterr().err
     weights.write_bytes(b"nothing")
     assert main([*arguments, str(tmp_path / "base")]) == 1
     assert "must hold tensors" in capsys.readouterr().err

@@ -169,11 +169,42 @@ def test_finish_happens_once_and_is_resumed(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert losses(resumed)[-2:] == pytest.approx(losses(made)[-2:], rel=1e-6)
     assert resumed.model.peft_config["default"].finished_from == "is"
+    elsewhere = trainer(peft_model(seed=9, finish_at=0.5), tmp_path / "other", ResLoraCallback())
+    elsewhere.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert losses(elsewhere)[-2:] == pytest.approx(losses(made)[-2:], rel=1e-6)
     made.model.eval()
     ids = tokens()
     wanted = made.model(input_ids=ids).logits
     merged = made.model.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_checkpoint_is_one_of_the_finished_model(tmp_path):
+    made = trainer(
+        peft_model(finish_at=0.5), tmp_path, ResLoraCallback(), eval_strategy="steps", eval_steps=1,
+        save_steps=1, load_best_model_at_end=True, learning_rate=0.3,
+    )  # fmt: skip
+    made.train()
+    assert int(made.state.best_model_checkpoint.rsplit("-", 1)[1]) > 3
+    assert made.evaluate()["eval_loss"] == pytest.approx(made.state.best_metric, rel=1e-5)
+
+
+def test_evaluating_the_merged_form_does_not_change_the_training(tmp_path):
+    found = []
+    for evaluate_merged in (False, True):
+        callback = ResLoraCallback(evaluate_merged=evaluate_merged)
+        model = peft_model(lora_dropout=0.3)
+        made = trainer(model, tmp_path, callback, eval_strategy="steps", eval_steps=2)
+        made.train()
+        found.append(losses(made))
+    assert found[0] == found[1]
+
+
+def test_a_checkpoint_of_another_formula_is_refused(tmp_path):
+    trainer(peft_model(res_mode="ms"), tmp_path, ResLoraCallback()).train()
+    other = trainer(peft_model(res_mode="is"), tmp_path, ResLoraCallback())
+    with pytest.raises(ValueError, match="must agree on res_mode; got 'is' and 'ms'"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_norms_are_saved_and_taken_up(tmp_path):
