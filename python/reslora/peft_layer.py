@@ -7,6 +7,7 @@ an `Adapter` is the package's own layer over one pair of them.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -202,11 +203,15 @@ class ResLoraLayer(nn.Module, BaseTunerLayer):
                 place[adapter_name].to(to)
 
 
+# By adapter: the values that a plan was made for, and the plan. A copy of a model has none.
+_plans: WeakKeyDictionary[Injection, tuple[Any, _C.MergePlan]] = WeakKeyDictionary()
+
+
 def delta_plan(injection: Injection) -> _C.MergePlan:
     """Return the plan of a merge, made once for the adapter's values as they are."""
     key = tuple((id(p), p._version) for x in injection.layers for p in (x.reslora_A, x.reslora_B))
-    kept = getattr(injection, "delta_plan", None)
+    kept = _plans.get(injection)
     if kept is None or kept[0] != key:
         kept = key, make_plan(injection, None, "convert_to_lora", use_affine=False)
-        injection.delta_plan = kept  # type: ignore[attr-defined]
+        _plans[injection] = kept
     return kept[1]

@@ -273,6 +273,8 @@ def test_convert_to_lora(ids, res_mode, make):
     lora = get_peft_model(copy.deepcopy(base), config).eval()
     peft.set_peft_model_state_dict(lora, tensors)
     torch.testing.assert_close(logits(lora, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+    twin = copy.deepcopy(model)  # the plan that served all layers is not in the way
+    torch.testing.assert_close(logits(twin, ids), logits(model, ids), rtol=0, atol=0)
 
 
 def test_export_lora_of_a_peft_model(base, ids, tmp_path):
