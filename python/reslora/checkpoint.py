@@ -24,7 +24,7 @@ from .config import ResLoraConfig
 from .injection import Injection, inject, saved_module, saved_names
 from .layer import is_conv1d
 from .merging import unload
-from .planning import Calibrated, adapter_sum
+from .planning import Calibrated, adapter_sum, factors_of, is_factor
 from .sharding import is_sharded, whole, writes
 from .targets import matches_names
 from .utils import find_layers, injection_of, plain_model, staged, write_text
@@ -70,17 +70,15 @@ def save_pretrained(
         base_model_name_or_path=base, fan_in_fan_out=transposed_chains(injection)
     )
     layers = _statistics_of(injection, statistics == "covariances") if statistics else {}
-    chains = [(chain.key, chain.links.layers) for chain in injection.chains]
     own = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
     tensors = {key: whole(tensor) for key, tensor in own.items()}
-    sums = adapter_sum(injection) if layers else ""
     if not writes(own):
         return
     folder = make_folder(directory)
     with staged(folder) as stage:
-        _C.save_adapter(stage / WEIGHTS_NAME, text, chains, tensors)
+        _C.save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)
         if layers:
-            _C.save_statistics(stage / STATISTICS_NAME, sums, layers)
+            _C.save_statistics(stage / STATISTICS_NAME, _sum_of_factors(tensors), layers)
         write_text(stage / CONFIG_NAME, text)
         write_text(stage / "README.md", _card(injection, base))
     if not layers:
@@ -215,14 +213,17 @@ def read_adapter(folder: Path) -> tuple[_C.AdapterFile, ResLoraConfig]:
     return adapter, config
 
 
+def _sum_of_factors(tensors: dict[str, Tensor]) -> str:
+    """Return what `adapter_sum` does, of an adapter's tensors with those of its heads."""
+    return _C.tensors_sum({key: tensor for key, tensor in tensors.items() if is_factor(key)})
+
+
 def read_statistics(folder: Path, adapter: _C.AdapterFile) -> Statistics:
     """Read the statistics beside an adapter's file, by layer; empty where there are none."""
     path = folder / STATISTICS_NAME
     if not path.is_file():
         return {}
-    factors = (".reslora_A.weight", ".reslora_B.weight")
-    own = {key: tensor for key, tensor in adapter.tensors.items() if key.endswith(factors)}
-    statistics = _C.load_statistics(path, _C.tensors_sum(own))
+    statistics = _C.load_statistics(path, _sum_of_factors(adapter.tensors))
     shapes = {name: [r, i] for _, layers in adapter.chains for name, i, _, r, _ in layers}
     for name, (_, _, fit, _) in statistics.items():
         if name not in shapes:
@@ -325,11 +326,7 @@ def saved_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
 
 
 def _own_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for layer in injection.layers:
-        tensors[f"{layer.name}.reslora_A.weight"] = layer.reslora_A
-        tensors[f"{layer.name}.reslora_B.weight"] = layer.reslora_B
-    return tensors | saved_tensors(model, injection)
+    return factors_of(injection) | saved_tensors(model, injection)
 
 
 def make_folder(directory: PathLike) -> Path:

@@ -25,6 +25,7 @@ from .base_files import meta_model
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, make_folder, transposed_chains
 from .config import ResLoraConfig
 from .injection import Injection, inject
+from .planning import factor_names
 from .utils import injection_of, staged, write_text
 
 THEIR_WEIGHTS, THEIR_CONFIG = "pytorch_model_lora.bin", "reslora_config.json"
@@ -60,15 +61,14 @@ def convert_folder(source: PathLike, directory: PathLike, base: str | nn.Module)
                 f"[convert] A and B must be {list(wanted[0])} and {list(wanted[1])}; got "
                 f"{list(A.shape)} and {list(B.shape)} for {layer.name}"
             )
-        tensors[f"{layer.name}.reslora_A.weight"] = A.float().contiguous()
-        tensors[f"{layer.name}.reslora_B.weight"] = B.float().contiguous()
-    chains = [(chain.key, chain.links.layers) for chain in injection.chains]
+        pair = (A.float().contiguous(), B.float().contiguous())
+        tensors |= zip(factor_names(layer.name), pair, strict=True)
     text = injection.config.to_json(
         base_model_name_or_path=base if isinstance(base, str) else None,
         fan_in_fan_out=transposed_chains(injection),
     )
     with staged(make_folder(directory)) as stage:
-        _C.save_adapter(stage / WEIGHTS_NAME, text, chains, tensors)
+        _C.save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)
         write_text(stage / CONFIG_NAME, text)
     return injection
 

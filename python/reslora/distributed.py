@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import _C
 from .calibration import RIDGE, moved_chains, solve_again
 from .injection import Injection
+from .planning import factors_of
 from .utils import injection_of
 
 Group = Any  # a ProcessGroup, or None for all processes
@@ -46,8 +47,8 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     `bs` reads the adapters of other layers, so they are kept whole on each rank. A sharder leaves
     the gradients of what it ignores to the program: see `reduce_gradients`.
     """
-    layers = injection_of(model, "adapter_parameters").layers
-    return {p for layer in layers for p in (layer.reslora_A, layer.reslora_B)}
+    found: Any = factors_of(injection_of(model, "adapter_parameters"))
+    return set(found.values())
 
 
 def reduce_gradients(model: nn.Module, group: Group = None) -> None:
@@ -59,11 +60,10 @@ def reduce_gradients(model: nn.Module, group: Group = None) -> None:
     if not is_distributed():
         return
     world = dist.get_world_size(group)
-    for layer in injection_of(model, "reduce_gradients").layers:
-        for parameter in (layer.reslora_A, layer.reslora_B):
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad, group=group)
-                parameter.grad /= world
+    for parameter in factors_of(injection_of(model, "reduce_gradients")).values():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad /= world
 
 
 def sync_statistics(model: nn.Module, group: Group = None, *, ridge: float = RIDGE) -> None:

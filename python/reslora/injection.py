@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -49,19 +49,34 @@ class Injection:
         """All adapted layers, chain by chain."""
         return [layer for chain in self.chains for layer in chain.layers]
 
+    @property
+    def merges_exactly(self) -> bool:
+        """Tell whether every chain does."""
+        return all(chain.merges_exactly for chain in self.chains)
+
+    @property
+    def chain_records(self) -> list[tuple[str, Any]]:
+        """The chains as files name them."""
+        return [(chain.key, chain.links.layers) for chain in self.chains]
+
     def note_chains(self) -> None:
         """Let the config know the chains as files name them: PEFT gives it alone to be saved."""
-        self.config.chains = [(chain.key, chain.links.layers) for chain in self.chains]  # type: ignore[attr-defined]
+        self.config.chains = self.chain_records  # type: ignore[attr-defined]
+
+    def close_passes(self) -> None:
+        """Remove the hooks that the chains needed."""
+        for session in self.sessions:
+            session.detach()
+        self.sessions = []
 
     def undo(self) -> None:
         """Put the base layers back, remove the hooks, restore which parameters train."""
         for parent, attribute, layer in reversed(self.places):
             setattr(parent, attribute, layer.base_layer)
-        for session in self.sessions:
-            session.detach()
+        self.close_passes()
         for parameter, flag in self.trainable:
             parameter.requires_grad_(flag)
-        self.places, self.sessions, self.trainable = [], [], []
+        self.places, self.trainable = [], []
 
 
 def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:

@@ -259,7 +259,7 @@ def prepare(
             f"[{op}] data serves the rule 'lsq'; got merge_method {method!r} (leave data out, or "
             "use 'lsq')"
         )
-    if all(chain.merges_exactly for chain in injection.chains):
+    if injection.merges_exactly:
         return
     batches = as_batches(data, op)
     if refine_steps and iter(batches) is batches:

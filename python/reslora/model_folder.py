@@ -38,7 +38,7 @@ from .base_files import (
 from .checkpoint import PathLike, read_adapter, read_statistics
 from .config import ResLoraConfig
 from .folder_writer import Layout, copy_rest, size_of_rest, unfinished
-from .planning import View
+from .planning import View, factor_names, is_factor
 
 # Embeddings that transformers ties to a head that the files do not hold.
 EMBEDDINGS = re.compile(r"(embed_tokens|wte|word_embeddings|shared|embed_in)\.weight$")
@@ -163,8 +163,7 @@ def plan_of(
         views: list[View] = []
         for name, *_ in layers:
             norms, count, fit, _ = statistics.get(name, (None, None, None, None))
-            A = adapter.tensors[f"{name}.reslora_A.weight"]
-            B = adapter.tensors[f"{name}.reslora_B.weight"]
+            A, B = (adapter.tensors[key] for key in factor_names(name))
             views.append((weights.get(name), A, B, norms, count, biases.get(name), fit))
         chains.append((_C.Chain(config.core(), layers), views))
     method = merge_method if merge_method is not None else config.merge_method or ""
@@ -179,8 +178,7 @@ def plan_of(
 
 def heads_of(adapter: _C.AdapterFile) -> dict[str, Tensor]:
     """Return what modules_to_save hold."""
-    factors = (".reslora_A.weight", ".reslora_B.weight")
-    return {key: t for key, t in adapter.tensors.items() if not key.endswith(factors)}
+    return {key: t for key, t in adapter.tensors.items() if not is_factor(key)}
 
 
 def _edits(

@@ -209,11 +209,9 @@ class ResLoraModel(BaseTuner):
         else:
             for layer in layers:
                 layer.unmerge()
-        adapters = [a for layer in layers for a in layer.reslora_adapters.values()]
         result = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
-        for adapter in adapters:
-            for session in adapter.chain.injection.sessions:  # type: ignore[union-attr]
-                session.detach()
+        for layer in layers:
+            layer.close_passes()
         if hasattr(self.model, "peft_config"):  # peft 0.18 leaves it there
             del self.model.peft_config
         return result if result is not None else self.model

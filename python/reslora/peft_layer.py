@@ -156,13 +156,14 @@ class ResLoraLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the hooks that its chains needed."""
-        adapter = (
-            self.reslora_adapters[adapter_name] if adapter_name in self.reslora_adapters else None
-        )
+        if adapter_name in self.reslora_adapters:
+            self._injection(adapter_name).close_passes()
         super().delete_adapter(adapter_name)
-        if adapter is not None:
-            for session in adapter.chain.injection.sessions:  # type: ignore[union-attr]
-                session.detach()
+
+    def close_passes(self) -> None:
+        """Remove the hooks that the chains of all adapters needed."""
+        for name in self.reslora_adapters:
+            self._injection(name).close_passes()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: alpha* and fits of one layer depend on the others."""

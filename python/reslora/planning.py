@@ -38,12 +38,27 @@ def adapter_sum(injection: Injection) -> str:
 
 
 def adapter_tensors(injection: Injection) -> dict[str, Tensor]:
-    """Return A and B of every layer under the names that files use."""
-    tensors: dict[str, Tensor] = {}
+    """Return the values of A and B of every layer, whole, under the names that files use."""
+    return {key: whole(p.detach()) for key, p in factors_of(injection).items()}
+
+
+def factors_of(injection: Injection) -> dict[str, Tensor]:
+    """Return A and B of every layer themselves, under the names that files use."""
+    found: dict[str, Tensor] = {}
     for layer in injection.layers:
-        tensors[f"{layer.name}.reslora_A.weight"] = whole(layer.reslora_A.detach())
-        tensors[f"{layer.name}.reslora_B.weight"] = whole(layer.reslora_B.detach())
-    return tensors
+        pair = (layer.reslora_A, layer.reslora_B)
+        found |= zip(factor_names(layer.name), pair, strict=True)
+    return found
+
+
+def factor_names(layer: str) -> tuple[str, str]:
+    """Return how files name A and B of a layer."""
+    return f"{layer}.reslora_A.weight", f"{layer}.reslora_B.weight"
+
+
+def is_factor(key: str) -> bool:
+    """Tell whether a tensor of an adapter's file is an A or B; others belong to heads."""
+    return key.endswith(factor_names(""))
 
 
 def chain_views(

@@ -90,7 +90,7 @@ def refine(
     _check_options(steps, lr, held_out)
     check_enabled(injection, "refine")
     start = time.monotonic()
-    if all(chain.merges_exactly for chain in injection.chains):
+    if injection.merges_exactly:
         return Refinement()
     if injection.calibrated is None:
         raise ValueError("[refine] fits must be at hand; got none: call calibrate first")
