@@ -36,9 +36,16 @@ def mean_over_ranks(values: list[float]) -> float | None:
     """Return the mean of every rank's values, None where there are none. A collective call."""
     sums = torch.tensor([sum(values), float(len(values))], dtype=torch.float64)
     if is_distributed():
-        sums = sums.cuda() if dist.get_backend() == "nccl" else sums
-        dist.all_reduce(sums)
+        sums = _reduced(sums, None)
     return float(sums[0] / sums[1]) if sums[1] else None
+
+
+def _reduced(tensor: Tensor, group: Group, op: Any = None) -> Tensor:
+    """Return a tensor reduced over ranks, on its own device; NCCL takes it by way of a GPU."""
+    on_gpu = dist.get_backend(group) == "nccl"
+    own = tensor.cuda() if on_gpu else tensor.clone()
+    dist.all_reduce(own, op=dist.ReduceOp.SUM if op is None else op, group=group)
+    return own.to(tensor.device)
 
 
 def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -86,14 +93,15 @@ def sync_statistics(model: nn.Module, group: Group = None, *, ridge: float = RID
     Cost: one reduction of 2 norm_window floats a layer; of in^2 + r in doubles a layer with fits.
     """
     injection = injection_of(model, "sync_statistics")
-    if not is_distributed():
-        return
-    _sync_norms(injection, group)
-    if injection.calibrated is not None and injection.calibrated.fits:
+    sync_norms(injection, group)
+    if is_distributed() and injection.calibrated is not None and injection.calibrated.fits:
         _sync_fits(injection, group, ridge)
 
 
-def _sync_norms(injection: Injection, group: Group) -> None:
+def sync_norms(injection: Injection, group: Group = None) -> None:
+    """Do for the norm windows alone what `sync_statistics` does."""
+    if not is_distributed():
+        return
     layers = [layer for layer in injection.layers if layer.norms is not None]
     counts = torch.tensor([0 if x.norm_count is None else int(x.norm_count) for x in layers])
     _check_equal(counts, group)
@@ -101,14 +109,12 @@ def _sync_norms(injection: Injection, group: Group) -> None:
         return
     for layer in layers:
         assert layer.norms is not None
-        squares = layer.norms.double().square()
-        dist.all_reduce(squares, group=group)
+        squares = _reduced(layer.norms.double().square(), group)
         layer.norms.copy_((squares / dist.get_world_size(group)).sqrt())
 
 
 def _check_equal(counts: Tensor, group: Group) -> None:
-    least = torch.stack([counts, -counts])
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    least = _reduced(torch.stack([counts, -counts]), group, dist.ReduceOp.MIN)
     if not torch.equal(least[0], -least[1]):
         raise ValueError(
             "[sync_statistics] ranks must have run the same training forwards; got "
@@ -126,11 +132,9 @@ def _sync_fits(injection: Injection, group: Group, ridge: float) -> None:
         )
     for name in sorted(calibrated.sums):
         own = calibrated.sums[name]
-        parts = [own.xx, own.vx, own.x_sum, own.v_sum, torch.tensor([own.vv, float(own.rows)])]
-        parts = [part.double().clone() for part in parts]
-        for part in parts:
-            dist.all_reduce(part, group=group)
-        xx, vx, x_sum, v_sum, counts = parts
+        counts = torch.tensor([own.vv, float(own.rows)], dtype=torch.float64)
+        parts = (own.xx, own.vx, own.x_sum, own.v_sum, counts)
+        xx, vx, x_sum, v_sum, counts = (_reduced(part, group) for part in parts)
         calibrated.sums[name] = _C.FitSums(xx, vx, x_sum, v_sum, float(counts[0]), int(counts[1]))
     moved: list[Any] = [moved_chains(injection)]
     first = 0 if group is None else dist.get_global_rank(group, 0)

@@ -30,7 +30,7 @@ from .batches import call, evaluating, moved
 from .calibration import calibrate
 from .checkpoint import CONFIG_NAME, FORMULA_OPTIONS, read_norms, write_statistics
 from .config import ResLoraConfig
-from .distributed import is_distributed, mean_over_ranks, sync_statistics
+from .distributed import is_distributed, mean_over_ranks, sync_norms, sync_statistics
 from .finishing import FINISHED_OPTIONS, adopt, finish
 from .injection import Injection
 from .merging import merge, unmerge
@@ -107,7 +107,7 @@ class ResLoraCallback(TrainerCallback):
         """Finish, once the configured share of the steps is done."""
         injection = self._injected(model)
         share = injection.config.finish_at
-        if share is None or state.global_step < share * state.max_steps or _is_exact(injection):
+        if share is None or state.global_step < share * state.max_steps or injection.merges_exactly:
             return
         data = self.calibration
         if data is None:
@@ -160,7 +160,7 @@ class ResLoraCallback(TrainerCallback):
         """Add alpha* of every chain and the gradients' norms."""
         if logs is None or "loss" not in logs:
             return
-        sync_statistics(_given(model))
+        sync_norms(self._injected(model))
         own = alphas(self._injected(model))
         own |= {f"reslora/grad_norm_{k}": float(norm) for k, norm in self.grad_norms.items()}
         logs.update(own)
@@ -191,7 +191,7 @@ class ResLoraCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         """Write the norm windows beside the adapter, for a resume and for a merge without data."""
         folder = self._folder(args, state)
-        sync_statistics(_given(model))
+        sync_norms(self._injected(model))
         if state.is_world_process_zero and folder.is_dir():
             write_statistics(self._injected(model), folder)
 
@@ -215,8 +215,8 @@ class ResLoraCallback(TrainerCallback):
             return None
         method = self.merge_method
         has_data = self.calibration is not None and method in (None, "lsq")
-        exact = _is_exact(injection)
-        if not (has_data or exact or method == "weight" or alphas(injection)):
+        exact = injection.merges_exactly
+        if not (has_data or exact or method == "weight" or _has_norms(injection)):
             return None
         earlier = injection.calibrated
         with torch.random.fork_rng():  # a loader draws from the generator of the training
@@ -238,8 +238,7 @@ def alphas(injection: Injection) -> dict[str, float]:
 
     Empty before the first training forward, and where everything merges exactly.
     """
-    layers = [x for chain in injection.chains if not chain.merges_exactly for x in chain.layers]
-    if not layers or any(x.norm_count is None or not bool(x.norm_count) for x in layers):
+    if not _has_norms(injection):
         return {}
     found: dict[str, list[float]] = {}
     keys = {layer.name: layer.chain.key for layer in injection.layers}
@@ -250,8 +249,10 @@ def alphas(injection: Injection) -> dict[str, float]:
     return {f"reslora/alpha/{k}": math.fsum(values) / len(values) for k, values in found.items()}
 
 
-def _is_exact(injection: Injection) -> bool:
-    return all(chain.merges_exactly for chain in injection.chains)
+def _has_norms(injection: Injection) -> bool:
+    """Tell whether there are layers that the rule `input` is for, and norms of all of them."""
+    layers = [x for chain in injection.chains if not chain.merges_exactly for x in chain.layers]
+    return bool(layers) and all(x.norm_count is not None and bool(x.norm_count) for x in layers)
 
 
 def _given(model: nn.Module | None) -> nn.Module:
