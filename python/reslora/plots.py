@@ -155,20 +155,13 @@ def singular_values(source: Source, merge_method: str | None = None) -> Figure:
 
     Cost: an SVD of an R x R matrix for each layer.
     """
-    figure, axes = _figure(7, 4.5)
-    targets: dict[str, str] = {}
+    lines = {}
     for layer in _planned(source, merge_method):
-        target = _place(layer.name)[1]
-        first = target not in targets
-        colour = targets.setdefault(target, f"C{len(targets)}")
         small = torch.linalg.multi_dot(
             [torch.linalg.qr(layer.B.double())[1], torch.linalg.qr(layer.A.double().mT)[1].mT]
         )
-        values = torch.linalg.svdvals(small)
-        axes.semilogy(values.tolist(), color=colour, lw=0.8, label=target if first else None)
-    axes.set(xlabel="rank", ylabel="singular value of W* - W")
-    axes.legend(fontsize="small")
-    return figure
+        lines[layer.name] = torch.linalg.svdvals(small).tolist()
+    return _lines(lines, xlabel="rank", ylabel="singular value of W* - W", yscale="log")
 
 
 def norm_windows(source: Source, which: str = "input") -> Figure:
@@ -186,15 +179,22 @@ def norm_windows(source: Source, which: str = "input") -> Figure:
     found = {name: window for name, window in _windows(source).items() if window.shape[1]}
     if not found:
         raise ValueError("[plots] norms of training forwards must be at hand; got none")
+    row = 0 if which == "input" else 1
+    lines = {name: window[row].tolist() for name, window in found.items()}
+    xlabel = "training forward (the last is right)"
+    return _lines(lines, xlabel=xlabel, ylabel=f"norm of the {which}")
+
+
+def _lines(lines: Mapping[str, list[float]], **labels: str) -> Figure:
+    """Draw a line for each layer, in a colour for each target."""
     figure, axes = _figure(7, 4.5)
-    targets: dict[str, str] = {}
-    for name, window in found.items():
+    colours: dict[str, str] = {}
+    for name, values in lines.items():
         target = _place(name)[1]
-        first = target not in targets
-        colour = targets.setdefault(target, f"C{len(targets)}")
-        own = window[0 if which == "input" else 1]
-        axes.plot(own.tolist(), color=colour, lw=0.8, label=target if first else None)
-    axes.set(xlabel="training forward (the last is right)", ylabel=f"norm of the {which}")
+        label = None if target in colours else target
+        colour = colours.setdefault(target, f"C{len(colours)}")
+        axes.plot(values, color=colour, lw=0.8, label=label)
+    axes.set(**labels)
     axes.legend(fontsize="small")
     return figure
 

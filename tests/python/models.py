@@ -75,6 +75,19 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def fit(model: nn.Module, loss_of, steps: int, lr: float = 1e-2) -> list[float]:
+    """Train what requires a gradient with AdamW; return the losses."""
+    optimizer = torch.optim.AdamW(trained(model), lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def gradients(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
     """Gradients of one backward over a forward of each input."""
     loss = sum(model(x).square().sum() for x in inputs)

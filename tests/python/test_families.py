@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, tokens
+from models import fit, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, tokens
 from torch import nn
 
 import reslora
@@ -213,16 +213,12 @@ def test_a_family_is_linked_trained_merged_and_exported(tmp_path, family, res_mo
     for chain in injection.chains:  # every layer but the first is linked to the one before
         linked = [list(chain.links.reached(n)) for n in range(len(chain.names))]
         assert linked == [[], *([n] for n in range(len(chain.names) - 1))]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    losses = []
-    model.train()
-    for _ in range(12):
+
+    def loss_in_step(model):
         torch.manual_seed(1)  # the same dropout of the model's own in each step
-        loss = loss_of(model, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        return loss_of(model, batch)
+
+    losses = fit(model.train(), loss_in_step, steps=12, lr=3e-2)
     assert losses[-1] < losses[0]
     assert all(layer.reslora_B.any() for layer in find_layers(model))
     model.eval()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from models import LINKED, SHORTCUTS, randomize, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from models import LINKED, SHORTCUTS, fit, randomize, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 
 import reslora
@@ -93,14 +93,7 @@ def test_only_the_adapters_train_and_training_lowers_the_loss(ids):
     assert trained
     ends = (".reslora_A.default.weight", ".reslora_B.default.weight")
     assert all(name.endswith(ends) for name in trained)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = fit(model, lambda m: m(input_ids=ids, labels=ids).loss, steps=8)
     assert losses[-1] < 0.98 * losses[0]
 
 

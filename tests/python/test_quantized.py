@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import adapted, tiny_llama, tokens
+from models import adapted, fit, tiny_llama, tokens
 from torch import nn
 
 from reslora import (
@@ -176,14 +176,7 @@ def test_a_quantised_base_is_trained_saved_loaded_and_merged(tmp_path, kind, res
     config = ResLoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], res_mode=res_mode)
     model = inject(quantised(kind), config).train()
     ids = tokens(4, 9)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    losses = []
-    for _ in range(10):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = fit(model, lambda m: m(input_ids=ids, labels=ids).loss, steps=10, lr=2e-2)
     assert losses[-1] < losses[0]
     model.eval()
     want = logits(model, ids).float()
