@@ -9,8 +9,6 @@ function(reslora_own_target name)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
     target_compile_options(${name} PRIVATE -Wno-restrict -Wno-array-bounds)
   endif()
-  # fmt's own headers lie in torch's include folder; header-only keeps the two copies apart.
-  target_compile_definitions(${name} PRIVATE FMT_HEADER_ONLY)
   foreach(sanitizer IN LISTS RESLORA_SANITIZE)
     target_compile_options(${name} PRIVATE -fsanitize=${sanitizer} -fno-omit-frame-pointer)
     target_link_options(${name} PRIVATE -fsanitize=${sanitizer})
