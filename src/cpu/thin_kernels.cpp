@@ -15,25 +15,25 @@ namespace reslora::thin {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int W = 16;  // floats in a vector
+constexpr int kWidth = 16;  // floats in a vector
 constexpr int kProjectRows = 6, kProjectRanks = 4;
 constexpr int kExpandRows = 8, kExpandVectors = 3;
 constexpr int kReduceRanks = 8, kReduceVectors = 3;
 #elif defined(__AVX2__)
-constexpr int W = 8;
+constexpr int kWidth = 8;
 constexpr int kProjectRows = 2, kProjectRanks = 4;
 constexpr int kExpandRows = 4, kExpandVectors = 2;
 constexpr int kReduceRanks = 4, kReduceVectors = 2;
 #else
-constexpr int W = 4;
+constexpr int kWidth = 4;
 constexpr int kProjectRows = 2, kProjectRanks = 4;
 constexpr int kExpandRows = 4, kExpandVectors = 2;
 constexpr int kReduceRanks = 4, kReduceVectors = 2;
 #endif
 constexpr int kTail = 2;  // rows or ranks at a time where fewer than a block are left
 
-typedef float Vector __attribute__((vector_size(4 * W)));
-typedef int32_t Lanes __attribute__((vector_size(4 * W)));
+typedef float Vector __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Lanes __attribute__((vector_size(4 * kWidth)));
 
 #define INLINE __attribute__((always_inline)) inline
 
@@ -48,9 +48,9 @@ INLINE Vector load(const float* from) {
 INLINE void store(float* to, Vector v) { memcpy(to, &v, sizeof(v)); }
 
 INLINE float sum_of(Vector v) {
-  float parts[W];
+  float parts[kWidth];
   memcpy(parts, &v, sizeof(v));
-  for (int width = W / 2; width > 0; width /= 2)
+  for (int width = kWidth / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
   return parts[0];
 }
@@ -89,36 +89,36 @@ INLINE Quad sums_of(const Vector (&v)[4]) {
 #endif
 }
 
-/// W bits from element j of a row on, of which `count` exist.
+/// kWidth bits from element j of a row on, of which `count` exist.
 template <bool kHasBits>
 INLINE uint32_t bits_at(const uint8_t* bits, int64_t j, int count) {
   const uint32_t exist = (1u << count) - 1;
   if (!kHasBits) return exist;
 #if defined(__AVX512F__)
-  if (count == W) {
+  if (count == kWidth) {
     uint16_t pair;
     memcpy(&pair, bits + j / 8, sizeof(pair));
     return pair;
   }
 #endif
-  if (W == 4) return (bits[j / 8] >> (j % 8)) & exist;
+  if (kWidth == 4) return (bits[j / 8] >> (j % 8)) & exist;
   uint32_t found = bits[j / 8];
-  if (W == 16 && count > 8) found |= static_cast<uint32_t>(bits[j / 8 + 1]) << 8;
+  if (kWidth == 16 && count > 8) found |= static_cast<uint32_t>(bits[j / 8 + 1]) << 8;
   return found & exist;
 }
 
 INLINE Vector kept(Vector v, uint32_t mask) {
   Lanes lanes;
-  for (int i = 0; i < W; ++i) lanes[i] = 1 << i;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = 1 << i;
   const Lanes is_kept = ((static_cast<int32_t>(mask) - Lanes{}) & lanes) != 0;
   return (Vector)((Lanes)v & is_kept);
 }
 
-/// Elements j... of a row; `count` < W only where kIsTail.
+/// Elements j... of a row; `count` < kWidth only where kIsTail.
 template <bool kHasBits, bool kIsTail>
 INLINE Vector load_kept(const float* row, const uint8_t* bits, int64_t j, int count) {
   if (!kHasBits && !kIsTail) return load(row + j);
-  const uint32_t mask = bits_at<kHasBits>(bits, j, kIsTail ? count : W);
+  const uint32_t mask = bits_at<kHasBits>(bits, j, kIsTail ? count : kWidth);
 #if defined(__AVX512F__)
   return (Vector)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), row + j);
 #else
@@ -171,7 +171,8 @@ INLINE void project_block(const Tile& x, int64_t row, Rows p, float* u, int64_t 
   }
   Vector sums[kRows][kRanks] = {};
   int64_t j = 0;
-  for (; j + W <= x.columns; j += W) add_dots<kRows, kRanks, kHasBits, false>(rows, p, j, W, sums);
+  for (; j + kWidth <= x.columns; j += kWidth)
+    add_dots<kRows, kRanks, kHasBits, false>(rows, p, j, kWidth, sums);
   if (j < x.columns)
     add_dots<kRows, kRanks, kHasBits, true>(rows, p, j, static_cast<int>(x.columns - j), sums);
   for (int i = 0; i < kRows; ++i) {
@@ -228,12 +229,12 @@ INLINE void expand_block(const Tile& out, const Expansion& e, int64_t row, int64
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVectors; ++v)
         sums[i][v] = load_kept<false, kIsTail>(e.base.data + (row + i) * e.base.stride, nullptr,
-                                               j + v * W, count);
+                                               j + v * kWidth, count);
   }
   for (int64_t k = 0; k < e.r; ++k) {
     Vector ps[kVectors];
     for (int v = 0; v < kVectors; ++v)
-      ps[v] = load_kept<false, kIsTail>(e.p.data + k * e.p.stride, nullptr, j + v * W, count);
+      ps[v] = load_kept<false, kIsTail>(e.p.data + k * e.p.stride, nullptr, j + v * kWidth, count);
     for (int i = 0; i < kRows; ++i) {
       const Vector us = splat(e.u.data[(row + i) * e.u.stride + k]);
       for (int v = 0; v < kVectors; ++v) sums[i][v] += us * ps[v];
@@ -241,7 +242,7 @@ INLINE void expand_block(const Tile& out, const Expansion& e, int64_t row, int64
   }
   for (int i = 0; i < kRows; ++i)
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = j + v * W;
+      const int64_t at = j + v * kWidth;
       Vector value = sums[i][v];
       if (kHasBits)
         value = kept(value, bits_at<true>(out.bits + (row + i) * out.bit_stride, at, count));
@@ -252,9 +253,10 @@ INLINE void expand_block(const Tile& out, const Expansion& e, int64_t row, int64
 template <int kRows, bool kHasBits>
 INLINE void expand_rows(const Tile& out, const Expansion& e, int64_t row) {
   int64_t j = 0;
-  for (; j + kExpandVectors * W <= out.columns; j += kExpandVectors * W)
-    expand_block<kRows, kExpandVectors, kHasBits, false>(out, e, row, j, W);
-  for (; j + W <= out.columns; j += W) expand_block<kRows, 1, kHasBits, false>(out, e, row, j, W);
+  for (; j + kExpandVectors * kWidth <= out.columns; j += kExpandVectors * kWidth)
+    expand_block<kRows, kExpandVectors, kHasBits, false>(out, e, row, j, kWidth);
+  for (; j + kWidth <= out.columns; j += kWidth)
+    expand_block<kRows, 1, kHasBits, false>(out, e, row, j, kWidth);
   if (j < out.columns)
     expand_block<kRows, 1, kHasBits, true>(out, e, row, j, static_cast<int>(out.columns - j));
 }
@@ -282,7 +284,7 @@ INLINE void reduce_block(const Tile& x, Rows u, float* p, int64_t p_stride, int6
     Vector xs[kVectors];
     for (int v = 0; v < kVectors; ++v)
       xs[v] = load_kept<kHasBits, kIsTail>(
-          x.data + i * x.stride, x.bits + (kHasBits ? i * x.bit_stride : 0), j + v * W, count);
+          x.data + i * x.stride, x.bits + (kHasBits ? i * x.bit_stride : 0), j + v * kWidth, count);
     for (int k = 0; k < kRanks; ++k) {
       const Vector us = splat(u.data[i * u.stride + k]);
       for (int v = 0; v < kVectors; ++v) sums[k][v] += us * xs[v];
@@ -291,18 +293,18 @@ INLINE void reduce_block(const Tile& x, Rows u, float* p, int64_t p_stride, int6
   for (int k = 0; k < kRanks; ++k)
     for (int v = 0; v < kVectors; ++v) {
       float* row = p + k * p_stride;
-      const Vector before = load_kept<false, kIsTail>(row, nullptr, j + v * W, count);
-      store_some<kIsTail>(row, j + v * W, count, before + sums[k][v]);
+      const Vector before = load_kept<false, kIsTail>(row, nullptr, j + v * kWidth, count);
+      store_some<kIsTail>(row, j + v * kWidth, count, before + sums[k][v]);
     }
 }
 
 template <int kRanks, bool kHasBits>
 INLINE void reduce_ranks(const Tile& x, Rows u, float* p, int64_t p_stride) {
   int64_t j = 0;
-  for (; j + kReduceVectors * W <= x.columns; j += kReduceVectors * W)
-    reduce_block<kRanks, kReduceVectors, kHasBits, false>(x, u, p, p_stride, j, W);
-  for (; j + W <= x.columns; j += W)
-    reduce_block<kRanks, 1, kHasBits, false>(x, u, p, p_stride, j, W);
+  for (; j + kReduceVectors * kWidth <= x.columns; j += kReduceVectors * kWidth)
+    reduce_block<kRanks, kReduceVectors, kHasBits, false>(x, u, p, p_stride, j, kWidth);
+  for (; j + kWidth <= x.columns; j += kWidth)
+    reduce_block<kRanks, 1, kHasBits, false>(x, u, p, p_stride, j, kWidth);
   if (j < x.columns)
     reduce_block<kRanks, 1, kHasBits, true>(x, u, p, p_stride, j, static_cast<int>(x.columns - j));
 }
@@ -328,9 +330,9 @@ double sum_of_squares(const Tile& x) {
     const float* row = x.data + i * x.stride;
     Vector sums[4] = {};
     int64_t j = 0;
-    for (; j + 4 * W <= x.columns; j += 4 * W)
+    for (; j + 4 * kWidth <= x.columns; j += 4 * kWidth)
       for (int v = 0; v < 4; ++v) {
-        const Vector xs = load(row + j + v * W);
+        const Vector xs = load(row + j + v * kWidth);
         sums[v] += xs * xs;
       }
     float rest = 0;
@@ -340,8 +342,8 @@ double sum_of_squares(const Tile& x) {
   return total;
 }
 
-typedef uint16_t Shorts __attribute__((vector_size(2 * W)));
-typedef uint32_t Words __attribute__((vector_size(4 * W)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 
 /// bfloat16 is the upper half of fp32.
 INLINE Vector load_bf16(const uint16_t* from) {
@@ -355,9 +357,9 @@ double sum_of_squares_bf16(const uint16_t* x, int64_t stride, int64_t rows, int6
   for (int64_t i = 0; i < rows; ++i, x += stride) {
     Vector sums[4] = {};
     int64_t j = 0;
-    for (; j + 4 * W <= columns; j += 4 * W)
+    for (; j + 4 * kWidth <= columns; j += 4 * kWidth)
       for (int v = 0; v < 4; ++v) {
-        const Vector xs = load_bf16(x + j + v * W);
+        const Vector xs = load_bf16(x + j + v * kWidth);
         sums[v] += xs * xs;
       }
     float rest = 0;

@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <mutex>
 
 #include "cuda/launch.h"
@@ -70,7 +71,7 @@ cuda::Philox next_philox(const Tensor& x) {
 /// The mask for a kernel; makes room for bits that are still to be drawn.
 cuda::Mask mask_for(const Tensor& x, Mask& mask) {
   if (!mask.is_on) return {};
-  const auto level = static_cast<uint32_t>(mask.keep * 65536.0 + 0.5);
+  const auto level = static_cast<uint32_t>(std::lround(mask.keep * 65536.0));
   if (mask.bits.defined()) {
     mask.bits = mask.bits.contiguous();
     auto* bits = const_cast<uint8_t*>(mask.bits.const_data_ptr<uint8_t>());  // only read

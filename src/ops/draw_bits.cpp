@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 
+#include <cmath>
 #include <mutex>
 
 #include "ops/dropout_bits.h"
@@ -23,7 +24,7 @@ Tensor draw_bits(const Tensor& x, double keep) {
   const int64_t row_bytes = (x.size(1) + 7) / 8;
   Tensor bits = at::empty({x.size(0), row_bytes}, x.options().dtype(at::kByte));
   auto* data = bits.data_ptr<uint8_t>();
-  const auto level = static_cast<uint32_t>(keep * 65536.0 + 0.5);
+  const auto level = static_cast<uint32_t>(std::lround(keep * 65536.0));
   const int64_t bytes = bits.numel();
   at::parallel_for(
       0, (bytes + kBitBlockBytes - 1) / kBitBlockBytes, /*grain_size=*/4,

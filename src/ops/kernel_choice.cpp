@@ -60,6 +60,7 @@ Tensor in_double(const Tensor& t) { return t.to(at::kDouble); }
 
 std::vector<Tensor> in_double(const std::vector<Tensor>& all) {
   std::vector<Tensor> out;
+  out.reserve(all.size());
   for (const Tensor& t : all) out.push_back(in_double(t));
   return out;
 }
