@@ -1,6 +1,6 @@
 """One file, both worlds: what a C++ program trained, in Python; and on to deployment.
 
-examples/cpp/train_tiny writes base weights, adapter, export and outputs; `Net` is its Python twin.
+examples/cpp/train_tiny writes base weights, adapter, export and outputs; `twin` is its network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODES = ("none", "is", "bs", "ms")
 
 
 class Block(nn.Module):
-    """A residual block, as in examples/cpp/train_tiny/main.cpp."""
+    """A residual block, as the four in examples/cpp/train_tiny/main.cpp."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,20 +32,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, width] -> [T, width]."""
         return x + self.down_proj(nn.functional.gelu(self.up_proj(x)))
-
-
-class Net(nn.Module):
-    """The network of train_tiny."""
-
-    def __init__(self, width: int = 16, count: int = 4) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(width) for _ in range(count))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, width] -> [T, width]."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +57,7 @@ def twin(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
     """Return the plain Python twin with the program's base weights, x and y."""
     base, _ = _C.load_tensors(str(folder / "base.safetensors"))
     values, _ = _C.load_tensors(str(folder / "values.safetensors"))
-    model = Net().to(values["x"].dtype)
+    model = nn.Sequential(*(Block(16) for _ in range(4))).to(values["x"].dtype)
     model.load_state_dict(base)
     return model.eval(), values["x"], values["y"]
 

@@ -20,20 +20,7 @@ struct BlockImpl : torch::nn::Module {
 };
 TORCH_MODULE(Block);
 
-struct NetImpl : torch::nn::Module {
-  NetImpl(int64_t width, int64_t count)
-      : layers(register_module("layers", torch::nn::ModuleList())) {
-    for (int64_t n = 0; n < count; ++n) layers->push_back(Block(width));
-  }
-  torch::Tensor forward(torch::Tensor x) {
-    for (const auto& layer : *layers) x = layer->as<Block>()->forward(x);
-    return x;
-  }
-  torch::nn::ModuleList layers;
-};
-TORCH_MODULE(Net);
-
-double train(Net& net, const std::vector<torch::Tensor>& parameters, const torch::Tensor& x,
+double train(torch::nn::Sequential& net, const std::vector<torch::Tensor>& parameters, const torch::Tensor& x,
              const torch::Tensor& wanted) {
   torch::optim::AdamW optimizer(parameters, torch::optim::AdamWOptions(1e-3));
   torch::Tensor loss;
@@ -50,7 +37,8 @@ int main(int count, char** arguments) try {
   const std::string res_mode = count > 1 ? arguments[1] : "is";
   const std::string folder = count > 2 ? arguments[2] : "";
   torch::manual_seed(0);
-  Net net(16, 4);
+  torch::nn::Sequential net;
+  for (int n = 0; n < 4; ++n) net->push_back(Block(16));
   const bool is_double = count > 3 && std::string(arguments[3]) == "double";
   net->to(is_double ? torch::kDouble : torch::kFloat);
   const auto options = net->parameters()[0].options().requires_grad(false);
