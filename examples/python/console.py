@@ -1,15 +1,63 @@
-"""Talking to the person at the terminal: errors of theirs in one sentence, progress bars."""
+"""Talking to the person at the terminal: options, errors in one sentence, progress bars."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
 
 class UserError(Exception):
     """A request that cannot be served; the message is one sentence, shown without a traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser; what is wrong is a UserError that names the option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise, where argparse would print its usage and exit."""
+        option, _, rule = message.removeprefix("argument ").partition(": ")
+        raise UserError(f"{option} {rule} (see --help)" if rule else f"{message} (see --help)")
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return argparse's type of a whole number that has a least value."""
+
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}; got {value}")
+        return value
+
+    return whole_number
+
+
+def positive(text: str) -> float:
+    """Return a number above 0, for argparse."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite; got {value:g}")
+    return value
+
+
+def folder(text: str) -> Path:
+    """Return a folder, which may be absent, for argparse."""
+    if (path := Path(text).expanduser()).exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"must name a folder; got the file {text!r}")
+    return path
+
+
+def text_file(text: str) -> Path:
+    """Return a file that exists, for argparse."""
+    if not (path := Path(text).expanduser()).is_file():
+        raise argparse.ArgumentTypeError(f"must name a text file; got {text!r}")
+    return path
 
 
 def progress_bar(steps: Iterable[int], name: str) -> tqdm:

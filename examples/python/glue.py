@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from console import UserError, exit_code_of, progress_bar
+from console import Parser, UserError, at_least, exit_code_of, folder, positive, progress_bar
 
 import reslora
 
@@ -196,23 +196,25 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=FILES, default="sst2")
+    parser.add_argument("--data", type=folder, default=Path("../shared/data"))
+    parser.add_argument("--model", help="encoder of the Hub, or folder (default: made here)")
+    parser.add_argument("--steps", type=at_least(1), default=300)
+    parser.add_argument("--pretrain-steps", type=at_least(1), default=400)
+    parser.add_argument("--batch-size", type=at_least(1), default=32)
+    parser.add_argument("--length", type=at_least(8), default=64, help="tokens of a row at most")
+    parser.add_argument("--lr", type=positive, default=3e-3, help="the paper: 3e-4")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--output", type=folder, help="folder for adapters and results.json")
+    return parser.parse_args(arguments)
+
+
 def main(arguments: list[str]) -> int:
     """Do what the arguments ask for; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--task", choices=FILES, default="sst2")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--model", help="encoder of the Hub, or folder (default: made here)")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--pretrain-steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--length", type=int, default=64, help="tokens of a row at most")
-    parser.add_argument("--lr", type=float, default=3e-3, help="the paper: 3e-4")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder for adapters and results.json")
-    options = parser.parse_args(arguments)
-    return exit_code_of("glue", lambda: run(options))
+    return exit_code_of("glue", lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from console import UserError, exit_code_of, progress_bar
+from console import Parser, UserError, at_least, exit_code_of, folder, positive, progress_bar
 from torch import Tensor, nn
 
 import reslora
@@ -189,20 +189,22 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=folder, default=Path("../shared/data/dungeon_tiles"))
+    parser.add_argument("--output", type=folder, default=Path("text-to-image-results"))
+    parser.add_argument("--pretrain-steps", type=at_least(1), default=600)
+    parser.add_argument("--steps", type=at_least(1), default=200)
+    parser.add_argument("--batch-size", type=at_least(1), default=16)
+    parser.add_argument("--lr", type=positive, default=1e-3)
+    parser.add_argument("--samples", type=at_least(1), default=8)
+    return parser.parse_args(arguments)
+
+
 def main(arguments: list[str]) -> int:
     """Do what the arguments ask for; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/dungeon_tiles"))
-    parser.add_argument("--output", type=Path, default=Path("text-to-image-results"))
-    parser.add_argument("--pretrain-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--samples", type=int, default=8)
-    options = parser.parse_args(arguments)
-    return exit_code_of("text_to_image", lambda: run(options))
+    return exit_code_of("text_to_image", lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

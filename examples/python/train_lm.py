@@ -15,32 +15,34 @@ import os
 import sys
 from pathlib import Path
 
-from console import exit_code_of
+from console import Parser, at_least, exit_code_of, folder, positive, text_file
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--model", help="name on the Hub, or folder (default: small Llama made here)"
     )
-    parser.add_argument("--data", type=Path, help="UTF-8 text (default: comments of C++ headers)")
+    parser.add_argument("--data", type=text_file, help="UTF-8 text (default: C++ comments)")
     parser.add_argument("--preset", default="nlg", choices=("nlg", "nlu"))
     parser.add_argument("--res-mode", default="is", choices=("none", "is", "bs", "ms"))
-    parser.add_argument("--pre-num", type=int, default=1)
+    parser.add_argument("--pre-num", type=at_least(-1), default=1)
     parser.add_argument("--finish-at", type=float, help="share of the steps; see reslora.finish")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3, help="the paper: 1e-4 for 7B parameters")
-    parser.add_argument("--output", type=Path, default=Path("train-lm-results"))
-    parser.add_argument("--pretrain-steps", type=int, default=700, help="of the small model")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "reslora")
+    parser.add_argument("--steps", type=at_least(1), default=100)
+    parser.add_argument("--batch-size", type=at_least(1), default=8)
+    parser.add_argument("--seq-len", type=at_least(8), default=128)
+    parser.add_argument("--lr", type=positive, default=1e-3, help="the paper: 1e-4 for 7B")
+    parser.add_argument("--output", type=folder, default=Path("train-lm-results"))
+    parser.add_argument("--pretrain-steps", type=at_least(1), default=700, help="small model's")
+    parser.add_argument("--cache", type=folder, default=Path.home() / ".cache" / "reslora")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Train, save, merge."""
+    if options.model is None or Path(options.model).expanduser().is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import corpus
     import models
     import pretrain
@@ -91,10 +93,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments ask for; return the exit code."""
-    options = parse(arguments)
-    if options.model is None or Path(options.model).expanduser().is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return exit_code_of("train_lm", lambda: run(options))
+    return exit_code_of("train_lm", lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,24 @@ def test_text_to_image(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("program", "options", "words"),
+    [
+        ("train_lm.py", ["--seq-len", "0"], "--seq-len must be at least 8; got 0"),
+        ("train_lm.py", ["--data", "none.txt"], "--data must name a text file; got 'none.txt'"),
+        ("glue.py", ["--batch-size", "0"], "--batch-size must be at least 1; got 0"),
+        ("glue.py", ["--steps", "many"], "--steps must be a whole number; got 'many'"),
+        ("text_to_image.py", ["--samples", "-1"], "--samples must be at least 1; got -1"),
+        ("text_to_image.py", ["--lr", "nan"], "--lr must be above 0 and finite; got nan"),
+        ("text_to_image.py", ["--output", __file__], "--output must name a folder"),
+    ],
+)
+def test_bad_options_are_one_sentence(program, options, words):
+    done = run(program, *options, code=2)
+    assert done.stderr.startswith(f"{program.removesuffix('.py')}: {words}")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("program", ["glue.py", "text_to_image.py"])
 def test_absent_data_is_said_in_a_sentence(tmp_path, program):
     options = ["--output", tmp_path / "out"]

@@ -188,7 +188,7 @@ BAD = {
     "unknown shortcut": (["--res-mode", "xs"], "--res-mode must be one of is, bs, ms, all, none"),
     "missing file": (["--data", "no/such/file.txt"], "--data must name a text file"),
     "folder as file": (["--data", "."], "--data must name a text file"),
-    "not a number": (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    "not a number": (["--steps", "many"], "--steps must be a whole number; got 'many'"),
     "no steps": (["--steps", "0"], "--steps must be at least 1; got 0"),
     "rank 0": (["--r", "0"], "--r must be at least 1; got 0"),
     "pre-num below -1": (["--pre-num", "-2"], "--pre-num must be at least -1; got -2"),
