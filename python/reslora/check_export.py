@@ -12,7 +12,6 @@ the readers are not run.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 from . import _C
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike
 from .exporting import DIFFUSERS_NAME
+from .json_files import read_object
 
 READERS = ("PEFT", "vLLM", "llama.cpp", "diffusers")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
@@ -57,13 +57,8 @@ def check_export(directory: PathLike) -> list[Finding]:
             f"[check-export] DIR must hold {CONFIG_NAME} and {WEIGHTS_NAME}, or {DIFFUSERS_NAME}; "
             f"got {folder}"
         )
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(
-            f"[check-export] {config_path} must be a JSON object; got {error}"
-        ) from None
+    config = read_object(config_path, "check-export")
+    kind = config.get("peft_type")
     if kind == "RESLORA":
         sentence = "this is an unmerged ResLoRA adapter; write a plain LoRA with export-lora"
         return [Finding(reader, sentence) for reader in READERS]

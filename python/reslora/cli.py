@@ -284,6 +284,7 @@ def run_check(options: argparse.Namespace) -> int:
 def run_plot(options: argparse.Namespace) -> int:
     """`reslora plot`."""
     from . import plots
+    from .json_files import read_object
 
     if options.kind != "losses" and len(options.source) > 1:
         raise ValueError(f"[plot] {options.kind} draws one adapter; got {options.source}")
@@ -291,11 +292,10 @@ def run_plot(options: argparse.Namespace) -> int:
     if options.kind == "losses":
         runs = {}
         for path in options.source:
-            with open(path, encoding="utf-8") as file:
-                state = json.load(file)
-            if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
+            history = read_object(path, "plot").get("log_history")
+            if not isinstance(history, list):
                 raise ValueError(f"[plot] losses are read from a trainer_state.json; got {path}")
-            runs[path] = state["log_history"]
+            runs[path] = history
         figure = plots.loss_curves(runs, options.key)
     elif options.kind == "alpha":
         figure = plots.alphas(first, options.method or "input")

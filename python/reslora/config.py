@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from . import _C
+from .json_files import parse_object
 from .utils import write_text
 
 PEFT_TYPE = "RESLORA"
@@ -249,16 +250,9 @@ class ResLoraConfig:
         )
 
     @classmethod
-    def from_json(cls, text: str, source: str = "config") -> ResLoraConfig:
+    def from_json(cls, text: str | bytes, source: str = "config") -> ResLoraConfig:
         """Read `to_json`'s text; `source` names it in errors."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"[config] {source} must be JSON; got {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"[config] {source} must be a JSON object; got {type(values).__name__}"
-            )
+        values = parse_object(text, source, "config")
         kind = values.get("peft_type", PEFT_TYPE)
         if kind != PEFT_TYPE:
             raise ValueError(
@@ -275,13 +269,7 @@ class ResLoraConfig:
     def load(cls, path: str | os.PathLike[str]) -> ResLoraConfig:
         """Read what `save` wrote."""
         with open(path, "rb") as file:
-            content = file.read()
-        try:
-            return cls.from_json(content.decode("utf-8"), os.fspath(path))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"[config] {os.fspath(path)} must be UTF-8; got {error.reason} at {error.start}"
-            ) from None
+            return cls.from_json(file.read(), os.fspath(path))
 
 
 def _is_whole(value: Any) -> bool:
@@ -379,6 +367,13 @@ def _check_choices(config: ResLoraConfig) -> None:
     share = config.finish_at
     if share is not None and not (_is_number(share) and 0 < share < 1):
         raise ValueError(f"[config] finish_at must lie between 0 and 1; got {share!r}")
+    if config.finished_from not in (None, "is", "ms"):
+        raise ValueError(
+            f"[config] finished_from must be 'is', 'ms' or None; got {config.finished_from!r}"
+        )
+    step = config.finished_step
+    if step is not None and not (_is_whole(step) and step >= 0):
+        raise ValueError(f"[config] finished_step must be a number of steps; got {step!r}")
     if config.merge_method is not None and config.merge_method not in MERGE_METHODS:
         raise ValueError(
             f"[config] merge_method must be one of {MERGE_METHODS} or None; got "

@@ -12,7 +12,6 @@ way round): for `is` 3 goes by weights and 4 by inputs, for `ms` 3 is our `facto
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .base_files import meta_model
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, make_folder, transposed_chains
 from .config import ResLoraConfig
 from .injection import Injection, inject
+from .json_files import read_object
 from .planning import factor_names
 from .utils import injection_of, staged, write_text
 
@@ -77,7 +77,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name in (THEIR_CONFIG, THEIR_WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(f"[convert] the folder must hold {name}; got {folder}")
-    values: dict[str, Any] = json.loads((folder / THEIR_CONFIG).read_text(encoding="utf-8"))
+    values = read_object(folder / THEIR_CONFIG, "convert")
     missing = sorted({"rank", "lora_alpha", "res_flag", "pre_num"} - set(values))
     if missing:
         raise ValueError(f"[convert] {THEIR_CONFIG} must hold {missing[0]}; got {sorted(values)}")

@@ -34,7 +34,7 @@ from .injection import Injection, saved_names
 from .layer import is_conv1d
 from .merging import prepare
 from .model_folder import heads_of, plan_of
-from .planning import make_plan
+from .planning import make_plan, warn_unfinished
 from .targets import matches_names
 from .utils import injection_of, plain_model, write_text
 
@@ -222,6 +222,7 @@ def _planned(
     if applied is None:
         with earlier_fits_after_errors(injection):
             prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
+            warn_unfinished(injection, op)
             return make_plan(injection, merge_method, op, use_affine=False)
     method = applied.merge_method or "default"
     if applied.plan is None:

@@ -24,6 +24,7 @@ import torch
 from . import _C
 from .base_files import WEIGHT_FILES, WeightFiles
 from .console import bar
+from .json_files import read_object
 
 DTYPES = {
     "float32": torch.float32,
@@ -178,7 +179,7 @@ def copy_rest(source: Path, folder: Path, dtype: str | None) -> None:
         if path.is_dir():
             shutil.copytree(path, folder / path.name, ignore=ignored)
         elif path.name == "config.json" and dtype is not None:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_object(path, "merge")
             for key in ("dtype", "torch_dtype"):
                 if key in values:
                     values[key] = dtype

@@ -8,7 +8,6 @@ Example::
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from . import _C
 from .base_files import weight_files
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, read_adapter, read_statistics
 from .exporting import DIFFUSERS_NAME
+from .json_files import read_object
 
 
 @dataclass
@@ -71,6 +71,8 @@ def inspect(path: PathLike) -> Inspection:
     place = Path(path)
     if not place.exists():
         raise ValueError(f"[inspect] PATH must exist; got {place}")
+    if place.name == WEIGHTS_NAME and (place.parent / CONFIG_NAME).is_file():
+        place = place.parent  # the file of an adapter
     if place.is_file():
         return _inspect_files([place], str(path))
     if (place / WEIGHTS_NAME).is_file():
@@ -98,15 +100,7 @@ def inspect(path: PathLike) -> Inspection:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"[inspect] {path} must be JSON; got {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"[inspect] {path} must be a JSON object; got {type(values).__name__}")
-    return values
+    return read_object(path, "inspect") if path.is_file() else {}
 
 
 def _inspect_files(paths: list[Path], shown: str) -> Inspection:

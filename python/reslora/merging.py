@@ -27,7 +27,7 @@ from .calibration import calibrate, earlier_fits_after_errors
 from .console import bar
 from .injection import Injection
 from .layer import base_weight
-from .planning import chosen_method, make_plan
+from .planning import chosen_method, make_plan, warn_unfinished
 from .quantized import dense_layers
 from .refinement import refine
 from .reporting import MergeReport, describe, measure
@@ -206,6 +206,8 @@ def _merge(
         weights = {name: layer.weight for name, layer in dense.items()}
         plan = make_plan(injection, merge_method, op, weights=weights)
         _warn_mixed(model, op)
+        if not keep_originals:
+            warn_unfinished(injection, op)
         report = describe(plan)
         if verify is not None:
             measure(model, injection, plan, report, verify, progressbar, dense)

@@ -12,7 +12,6 @@ appears under the output's name until all of it is there.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -38,6 +37,7 @@ from .base_files import (
 from .checkpoint import PathLike, read_adapter, read_statistics
 from .config import ResLoraConfig
 from .folder_writer import Layout, copy_rest, size_of_rest, unfinished
+from .json_files import read_object
 from .planning import View, factor_names, is_factor
 
 # Embeddings that transformers ties to a head that the files do not hold.
@@ -223,8 +223,8 @@ def _head_edits(
 def _tied(source: Path, files: _C.ModelFiles, name: str, tensor: Tensor) -> str | None:
     """Return the embedding that a head without a tensor of its own is tied to, if it is."""
     config = source / "config.json"
-    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if not (isinstance(values, dict) and values.get("tie_word_embeddings")):
+    values = read_object(config, "merge") if config.is_file() else {}
+    if not values.get("tie_word_embeddings"):
         return None
     found = [
         n for n in files.names if EMBEDDINGS.search(n) and files.tensor(n).shape == tensor.shape

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
@@ -92,10 +93,12 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         text = json.dumps({**values, "modules_to_save": own or None}, indent=2, sort_keys=True)
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         _C.save_adapter(folder / WEIGHTS_NAME, text, chains, tensors)
-        card = folder / "README.md"
-        if card.is_file() and CARD not in card.read_text(encoding="utf-8"):
-            with card.open("a", encoding="utf-8") as file:
-                file.write(CARD)
+        if (folder / "README.md").is_file():
+            card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+            if CARD.strip() not in card.text:
+                card.text += CARD
+            card.data.tags = sorted({*(card.data.tags or ()), NAME})
+            card.save(folder / "README.md")
 
 
 def _is_saved(module: str, tensors: dict[str, Tensor]) -> bool:

@@ -115,6 +115,17 @@ def chosen_method(injection: Injection, merge_method: str | None) -> str:
     return merge_method or injection.config.merge_method or ""
 
 
+def warn_unfinished(injection: Injection, op: str) -> None:
+    """Warn where the config asks for a finish that nothing performed."""
+    share = injection.config.finish_at
+    if share is not None and not injection.merges_exactly:
+        warnings.warn(
+            f"[{op}] finish_at is {share:g}, but the training was not finished: ResLoraCallback "
+            "does it, or reslora.finish(model, batches) in a loop of your own",
+            stacklevel=4,
+        )
+
+
 def make_plan(
     injection: Injection,
     merge_method: str | None,

@@ -210,6 +210,8 @@ def loss_curves(runs: Mapping[str, Sequence[Any]], key: str = "loss") -> Figure:
     Raises:
         ValueError: for a run without values.
     """
+    if not runs:
+        raise ValueError("[plots] runs must hold one at least; got none")
     figure, axes = _figure(7, 4.5)
     for name, run in runs.items():
         if run and isinstance(run[0], Mapping):

@@ -11,7 +11,6 @@ With a shortcut the same A and B compute something else than the LoRA did, alrea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from . import _C
 from .batches import as_batches, evaluating
 from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, load_tensors_of, saved_tensors
 from .distance import distance
+from .json_files import read_object
 from .layer import ResLoraLinear
 from .reporting import plain_lora, standing_in
 from .targets import pattern_value
@@ -99,7 +99,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise ValueError(f"[init_from_lora] the LoRA's folder must hold {name}; got {folder}")
-    config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_object(folder / CONFIG_NAME, "init_from_lora")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(

@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .batches import call, evaluating, moved
 from .calibration import calibrate
 from .checkpoint import CONFIG_NAME, FORMULA_OPTIONS, read_norms, write_statistics
-from .config import ResLoraConfig
+from .config import MERGE_METHODS, ResLoraConfig
 from .distributed import is_distributed, mean_over_ranks, sync_norms, sync_statistics
 from .finishing import FINISHED_OPTIONS, adopt, finish
 from .injection import Injection
@@ -66,7 +66,21 @@ class ResLoraCallback(TrainerCallback):
         max_eval_batches: int = 64,
         patience: int = 3,
     ) -> None:
-        """Keep the options; the model is given by the trainer."""
+        """Keep the options; the model is given by the trainer.
+
+        Raises:
+            ValueError: for a merge_method that is none, or a number below 1.
+        """
+        if merge_method not in (None, *MERGE_METHODS):
+            raise ValueError(
+                f"[ResLoraCallback] merge_method must be one of {', '.join(MERGE_METHODS)}, or "
+                f"None; got {merge_method!r}"
+            )
+        for name, value in (("max_eval_batches", max_eval_batches), ("patience", patience)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"[ResLoraCallback] {name} must be a whole number above 0; got {value!r}"
+                )
         self.calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
         self.merge_method = merge_method
         self.evaluate_merged = evaluate_merged

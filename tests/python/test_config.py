@@ -41,6 +41,8 @@ def test_every_option_has_a_help_text():
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be .*; got 'pissa'"),
         ({"init_lora_weights": 1}, "init_lora_weights must be .*; got 1"),
         ({"merge_method": "best"}, "merge_method must be one of .*; got 'best'"),
+        ({"finished_from": "bs"}, "finished_from must be 'is', 'ms' or None; got 'bs'"),
+        ({"finished_step": -1}, "finished_step must be a number of steps; got -1"),
         ({"target_modules": 3}, "target_modules must be .*; got 3"),
         ({"target_modules": [""]}, "target_modules must be"),
         ({"target_modules": []}, "target_modules must be"),

@@ -9,6 +9,7 @@ from models import Net, adapted, tiny_bert, tiny_llama, tokens, trained
 from reslora import (
     ResLoraConfig,
     calibrate,
+    export_lora,
     finish,
     inject,
     load,
@@ -162,6 +163,15 @@ def test_what_cannot_be_finished_is_refused_and_unchanged():
 def test_a_share_of_the_steps_lies_between_0_and_1(share):
     with pytest.raises(ValueError, match="finish_at must lie between 0 and 1"):
         ResLoraConfig(finish_at=share)
+
+
+@pytest.mark.parametrize("leave", [merge_and_unload, export_lora])
+def test_a_finish_that_nothing_did_is_reported(tmp_path, leave):
+    model = adapted(finish_at=0.5)
+    calibrate(model, [rows()])
+    folder = [tmp_path / "lora"] if leave is export_lora else []
+    with pytest.warns(UserWarning, match=r"finish_at is 0.5, but the training was not finished"):
+        leave(model, *folder)
 
 
 def test_refined_fits_are_finished_whole():

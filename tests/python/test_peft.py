@@ -13,6 +13,7 @@ import reslora
 from reslora.utils import find_layers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
+from huggingface_hub import ModelCard  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
 from transformers.integrations import peft as integration  # noqa: E402
 from transformers.utils import peft_utils  # noqa: E402
@@ -149,7 +150,9 @@ def test_reslora_and_peft_read_each_others_folders(base, ids, tmp_path):
         reslora.save_pretrained(source, tmp_path / "own", statistics=False)
         again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "own")
         torch.testing.assert_close(logits(again, ids), wanted, rtol=0, atol=0)
-    assert "import reslora.peft" in (tmp_path / "peft" / "README.md").read_text()
+    model.save_pretrained(tmp_path / "peft")  # again: the card is not written twice
+    card = ModelCard.load(tmp_path / "peft" / "README.md")
+    assert card.text.count("import reslora.peft") == 1 and "reslora" in card.data.tags
 
 
 def test_the_command_reads_what_peft_wrote(base, ids, tmp_path, capsys):

@@ -97,6 +97,8 @@ def test_loss_curves():
     assert lines_of(plots.loss_curves({"a": history}, "eval_loss")) == [[5.0]]
     with pytest.raises(ValueError, match="a run must hold 'x'"):
         plots.loss_curves({"a": history}, "x")
+    with pytest.raises(ValueError, match="runs must hold one at least"):
+        plots.loss_curves({})
 
 
 @pytest.mark.parametrize("kind", ["alpha", "norms", "singular-values"])
@@ -114,9 +116,16 @@ def test_the_command_draws_losses(tmp_path, capsys):
     assert main(["plot", "losses", str(state), str(tmp_path / "out.svg"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"output": str(tmp_path / "out.svg")}
     assert main(["plot", "losses", str(tmp_path / "none"), str(tmp_path / "out.svg")]) == 1
-    state.write_text("[1, 2]")
-    assert main(["plot", "losses", str(state), str(tmp_path / "out.svg")]) == 1
-    assert "read from a trainer_state.json" in capsys.readouterr().err
+    capsys.readouterr()
+    for text, words in (
+        ("{}", "read from a trainer_state.json"),
+        ("[1, 2]", "must be a JSON object; got list"),
+        ("none", "must be JSON"),
+    ):
+        state.write_text(text)
+        assert main(["plot", "losses", str(state), str(tmp_path / "out.svg")]) == 1
+        printed = capsys.readouterr().err
+        assert words in printed and printed.count("\n") == 1
 
 
 # ---- doctor -----------------------------------------------------------------------------------

@@ -224,6 +224,19 @@ def test_an_adapter_that_does_not_train_is_reported(tmp_path):
         made.train()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"merge_method": "best"}, "merge_method must be one of .*; got 'best'"),
+        ({"patience": 0}, "patience must be a whole number above 0; got 0"),
+        ({"max_eval_batches": 0.5}, "max_eval_batches must be a whole number above 0; got 0.5"),
+    ],
+)
+def test_bad_options_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ResLoraCallback(**options)
+
+
 def test_a_plain_model_is_refused(tmp_path):
     made = trainer(tiny_llama(), tmp_path, ResLoraCallback())
     with pytest.raises(ValueError, match="model must be adapted"):
