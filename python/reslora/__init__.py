@@ -19,7 +19,7 @@ except ImportError:
         "reslora is not built in this folder: run `pip install .` in its repository"
     ) from None
 
-__version__ = _build_info.VERSION
+__version__: str = _build_info.VERSION
 _torch_minor = ".".join(torch.__version__.split(".")[:2])
 if _torch_minor != _build_info.TORCH_MINOR:
     raise ImportError(

@@ -1,6 +1,5 @@
 """Two processes on gloo: DDP, FSDP2, statistics; each against one process on the whole batch."""
 
-import copy
 import os
 import socket
 import subprocess
@@ -255,6 +254,19 @@ def test_zero_stages_equal_one_process(tmp_path, stage, res_mode):
     assert float((tmp_path / "loss").read_text()) == pytest.approx(loss, rel=1e-6)
 
 
-def test_copies_of_wrapped_models_are_found():
+def _save_wrapped(rank, folder):
     model = net("is", 1)
-    assert len(find_layers(copy.deepcopy(model))) == 4
+    for name, wrapped in (
+        ("plain", model),
+        ("compiled", torch.compile(model)),
+        ("ddp", DistributedDataParallel(model)),
+    ):
+        if rank == 0:
+            reslora.save_pretrained(wrapped, f"{folder}/{name}")
+
+
+def test_wrapped_models_are_saved_as_what_they_wrap(tmp_path):
+    on_two_ranks(_save_wrapped, str(tmp_path))
+    for name in ("compiled", "ddp"):
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
