@@ -20,8 +20,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise, where argparse would print its usage and exit."""
-        option, _, rule = message.removeprefix("argument ").partition(": ")
-        raise UserError(f"{option} {rule} (see --help)" if rule else f"{message} (see --help)")
+        if message.startswith("argument "):
+            message = message.removeprefix("argument ").replace(": ", " ", 1)
+        raise UserError(f"{message} (see --help)")
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

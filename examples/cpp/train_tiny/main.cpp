@@ -20,8 +20,8 @@ struct BlockImpl : torch::nn::Module {
 };
 TORCH_MODULE(Block);
 
-double train(torch::nn::Sequential& net, const std::vector<torch::Tensor>& parameters, const torch::Tensor& x,
-             const torch::Tensor& wanted) {
+double train(torch::nn::Sequential& net, const std::vector<torch::Tensor>& parameters,
+             const torch::Tensor& x, const torch::Tensor& wanted) {
   torch::optim::AdamW optimizer(parameters, torch::optim::AdamWOptions(1e-3));
   torch::Tensor loss;
   for (int step = 0; step < 200; ++step) {
