@@ -19,6 +19,7 @@ injected one. One adapter is active at a time. Needs peft 0.18 or newer.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -185,6 +186,15 @@ class ResLoraModel(BaseTuner):
         config.fan_in_fan_out = transposed_chains(injection)
         injection.note_chains()
         warn_without_links(injection)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if not autocast_adapter_dtype:
+            warnings.warn(
+                "[reslora.peft] adapters are fp32 beside a base of lower precision; "
+                "autocast_adapter_dtype=False changes nothing",
+                stacklevel=4,
+            )
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False

@@ -41,22 +41,34 @@ def read_blocks(base: PathLike, text: PathLike) -> Tensor:
     """Return at most 32 blocks of at most 256 tokens of a text file; needs transformers.
 
     Raises:
-        ValueError: for a file without enough text.
+        ValueError: for a file without enough text, and a base that is no causal language model or
+            has no tokenizer.
         ImportError: without transformers.
     """
     try:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
     except ImportError:
         raise ImportError("--verify needs transformers: pip install transformers") from None
     folder = base_folder(base)
+    config = AutoConfig.from_pretrained(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"[verify] BASE must be a causal language model; got {config.model_type} (in Python, "
+            "merge(model, verify=batches) measures any model)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"[verify] BASE must have a tokenizer; got {base} ({reason})") from None
     try:
         words = Path(text).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"[verify] FILE must be UTF-8 text; got {text} ({error})") from None
-    ids = AutoTokenizer.from_pretrained(folder)(words)["input_ids"]
+    ids = tokenizer(words)["input_ids"]
     if len(ids) < 2:
         raise ValueError(f"[verify] FILE must hold text of at least 2 tokens; got {len(ids)}")
-    longest = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or BLOCK
+    longest = getattr(config, "max_position_embeddings", None) or BLOCK
     length = min(BLOCK, longest, len(ids))
     count = min(BLOCKS, len(ids) // length)
     return torch.tensor(ids[: count * length]).view(count, length)

@@ -206,6 +206,17 @@ def test_text_that_cannot_serve_is_refused_before_merging(tmp_path, capsys, text
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("words", ["must be a causal language model; got vit", "have a tokenizer"])
+def test_a_base_that_cannot_be_verified_is_refused_before_merging(tmp_path, capsys, words):
+    make(tmp_path)
+    if "vit" in words:
+        (tmp_path / "base" / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "text").write_text("a b c")
+    code, _, err = merge_in(capsys, tmp_path, "--verify", tmp_path / "text")
+    assert code == 1 and words in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 # ---- export-lora
 
 

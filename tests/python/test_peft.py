@@ -115,6 +115,11 @@ def test_low_precision_bases_get_fp32_adapters(ids):
     model = get_peft_model(tiny_llama().bfloat16(), ResLoraConfig(**options()))
     assert {p.dtype for p in as_file_names(model).values()} == {torch.float32}
     assert logits(model, ids).dtype == torch.bfloat16
+    with pytest.warns(UserWarning, match="autocast_adapter_dtype=False changes nothing"):
+        other = get_peft_model(
+            tiny_llama().bfloat16(), ResLoraConfig(**options()), autocast_adapter_dtype=False
+        )
+    assert {p.dtype for p in as_file_names(other).values()} == {torch.float32}
 
 
 # ---- Files ------------------------------------------------------------------------------------
