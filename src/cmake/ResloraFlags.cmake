@@ -3,7 +3,8 @@
 function(reslora_own_target name)
   set_target_properties(${name} PROPERTIES
     CXX_STANDARD ${RESLORA_CXX_STANDARD} CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF
-    CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON POSITION_INDEPENDENT_CODE ON)
+    CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON POSITION_INDEPENDENT_CODE ON
+    UNITY_BUILD OFF)  # files have constants of the same name
   target_compile_options(${name} PRIVATE -Wall -Wextra $<$<BOOL:${RESLORA_WERROR}>:-Werror>)
   # g++ 12 sees overlaps and overruns in std::string and std::vector that are not there.
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)

@@ -7,7 +7,7 @@
 
 set(RESLORA_TORCH_ROOT "" CACHE PATH "Folder of torch with include/ and lib/ (empty: search)")
 
-# Sets RESLORA_TORCH_ROOT: as given, as find_package(Torch) found it, from CMAKE_PREFIX_PATH
+# Sets RESLORA_TORCH_ROOT, for this run of CMake: as find_package(Torch) found it, from CMAKE_PREFIX_PATH
 # (…/share/cmake or the folder itself), from the folders of ARGN, or from the Python interpreter at
 # hand.
 function(_reslora_search_torch)
@@ -29,17 +29,18 @@ function(_reslora_search_torch)
         OUTPUT_VARIABLE root OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     endif()
   endif()
-  set(RESLORA_TORCH_ROOT "${root}" CACHE PATH "" FORCE)
+  set(RESLORA_TORCH_ROOT "${root}" PARENT_SCOPE)
 endfunction()
 
-# Sets RESLORA_TORCH_VERSION, _MINOR and RESLORA_CXX_STANDARD.
+# Sets RESLORA_TORCH_VERSION (empty without headers), _MINOR and RESLORA_CXX_STANDARD.
 macro(_reslora_read_torch_version)
-  file(STRINGS "${RESLORA_TORCH_ROOT}/include/torch/csrc/api/include/torch/version.h" _lines
-       REGEX "#define TORCH_VERSION_(MAJOR|MINOR|PATCH)")
-  if(NOT _lines)
-    file(STRINGS "${RESLORA_TORCH_ROOT}/include/torch/headeronly/version.h" _lines
-         REGEX "#define TORCH_VERSION_(MAJOR|MINOR|PATCH)")
-  endif()
+  set(_lines "")
+  foreach(_header csrc/api/include/torch/version.h headeronly/version.h)
+    if(NOT _lines AND EXISTS "${RESLORA_TORCH_ROOT}/include/torch/${_header}")
+      file(STRINGS "${RESLORA_TORCH_ROOT}/include/torch/${_header}" _lines
+           REGEX "#define TORCH_VERSION_(MAJOR|MINOR|PATCH)")
+    endif()
+  endforeach()
   string(REGEX REPLACE "[^0-9;]+([0-9]+)" "\\1" _numbers "${_lines}")
   list(JOIN _numbers "." RESLORA_TORCH_VERSION)
   string(REGEX MATCH "^[0-9]+\\.[0-9]+" RESLORA_TORCH_MINOR "${RESLORA_TORCH_VERSION}")
@@ -60,11 +61,14 @@ macro(reslora_find_torch minimum)
   endif()
   if(NOT EXISTS "${RESLORA_TORCH_ROOT}/lib/libtorch_cpu.so")
     set(RESLORA_TORCH_ERROR
-        "reslora needs torch >= ${minimum}, and none was found: install it (pip install torch) or \
+        "reslora needs torch, and none was found: install it (pip install torch) or \
 pass -DRESLORA_TORCH_ROOT=<folder with include/ and lib/>; got '${RESLORA_TORCH_ROOT}'.")
   else()
     _reslora_read_torch_version()
-    if(RESLORA_TORCH_VERSION VERSION_LESS ${minimum})
+    if(NOT RESLORA_TORCH_VERSION)
+      set(RESLORA_TORCH_ERROR "reslora needs torch with its headers; got none in \
+${RESLORA_TORCH_ROOT}/include: pass -DRESLORA_TORCH_ROOT=<folder with include/ and lib/>.")
+    elseif(RESLORA_TORCH_VERSION VERSION_LESS ${minimum})
       set(RESLORA_TORCH_ERROR "reslora needs torch >= ${minimum}; got ${RESLORA_TORCH_VERSION} in \
 ${RESLORA_TORCH_ROOT}.")
     elseif(NOT TARGET reslora_torch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -96,13 +97,19 @@ def test_pkg_config_gives_flags_that_compile_and_link(
     run(tmp_path / "small")
 
 
+CONFIGURE = ("cmake", "-S", ".", "-B", "build", "-G", "Ninja")
+
+
+def write_project(folder: Path, *lines: str) -> None:
+    """Write a CMakeLists.txt that holds these lines."""
+    head = ("cmake_minimum_required(VERSION 3.25)", "project(small LANGUAGES CXX)")
+    (folder / "CMakeLists.txt").write_text("\n".join((*head, *lines, "")))
+
+
 def configure(tmp_path: Path, *options: str, wanted: str = "CONFIG REQUIRED") -> str:
     """Configure a program that must fail to; return the complaint."""
-    (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.25)\nproject(small LANGUAGES CXX)\n"
-        f"find_package(reslora {wanted})\n"
-    )
-    return fails("cmake", "-S", ".", "-B", "build", "-G", "Ninja", *options, cwd=tmp_path)
+    write_project(tmp_path, f"find_package(reslora {wanted})")
+    return fails(*CONFIGURE, *options, cwd=tmp_path)
 
 
 WHEEL = f"-DCMAKE_PREFIX_PATH={cmake_prefix_path}"
@@ -125,6 +132,28 @@ def test_another_minor_of_torch_is_refused_in_one_sentence(tmp_path: Path) -> No
     assert "was built with torch" in printed and "got torch 2.99.0 in" in printed
 
 
+def test_an_older_torch_is_refused_and_not_remembered(tmp_path: Path) -> None:
+    other = fake_torch(tmp_path / "torch", "2.3")
+    printed = configure(tmp_path, f"{WHEEL};{other}")
+    assert "was built with torch" in printed and "got torch 2.3.0 in" in printed
+    run(*CONFIGURE, WHEEL, cwd=tmp_path)
+
+
+def test_a_torch_without_headers_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    other = fake_torch(tmp_path / "torch", "2.3")
+    shutil.rmtree(other / "include")
+    printed = configure(tmp_path, WHEEL, f"-DRESLORA_TORCH_ROOT={other}")
+    assert "needs torch with its headers; got none in" in printed
+    assert "cannot be read" not in printed
+
+
+def test_a_project_keeps_its_own_settings(tmp_path: Path) -> None:
+    write_project(tmp_path, f"add_subdirectory({REPOSITORY} reslora)", "add_custom_target(docs)")
+    run(*CONFIGURE, f"-DRESLORA_TORCH_ROOT={TORCH}", cwd=tmp_path)
+    cache = (tmp_path / "build/CMakeCache.txt").read_text()
+    assert "CMAKE_BUILD_TYPE:STRING=\n" in cache
+
+
 def test_no_torch_is_refused_in_one_sentence(tmp_path: Path) -> None:
     printed = configure(tmp_path, WHEEL, f"-DRESLORA_TORCH_ROOT={tmp_path}/nowhere")
     assert "and none was found: install it (pip install torch) or pass" in printed
@@ -134,6 +163,8 @@ def test_components_and_later_versions_are_refused(tmp_path: Path) -> None:
     root = f"-DRESLORA_TORCH_ROOT={TORCH}"
     wanted = "CONFIG REQUIRED COMPONENTS cuda"
     assert "has no components; got 'cuda'" in configure(tmp_path, WHEEL, root, wanted=wanted)
+    write_project(tmp_path, "find_package(reslora CONFIG REQUIRED OPTIONAL_COMPONENTS cuda)")
+    run(*CONFIGURE, WHEEL, root, cwd=tmp_path)
     printed = configure(tmp_path, WHEEL, root, wanted="9.0 CONFIG REQUIRED")
     assert 'compatible with requested version "9.0"' in printed
 

@@ -111,7 +111,7 @@ def configure(tmp_path: Path, torch_root: Path) -> str:
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH")
 def test_configuring_without_torch_says_how_to_get_it(tmp_path: Path) -> None:
     printed = configure(tmp_path, tmp_path / "nowhere")
-    assert "reslora needs torch >= 2.11, and none was found: install it" in printed
+    assert "reslora needs torch, and none was found: install it" in printed
     assert "nowhere" in printed
 
 
