@@ -86,9 +86,16 @@ def test_char_transformer_says_what_it_lacks(char_transformer: Path, tmp_path: P
     said = complaint(char_transformer, "--data", tmp_path / "none", "--out", tmp_path)
     assert "input.txt cannot be read; name one of your own with --text and --other" in said
     assert "options are name and value:" in complaint(char_transformer, "--nope", "1")
-    assert "--steps must be a whole number; got ten" in complaint(
+    assert "--steps must be a whole number of at least 0; got ten" in complaint(
         char_transformer, "--data", needs("tinyshakespeare").parent, "--steps", "ten"
     )
+    assert "--layers must be a whole number of at least 1; got 0" in complaint(
+        char_transformer, "--data", needs("tinyshakespeare").parent, "--layers", "0"
+    )
+    (tmp_path / "pretrained.pt").write_text("no archive")
+    said = complaint(char_transformer, "--data", needs("tinyshakespeare").parent, "--out", tmp_path)
+    assert "pretrained.pt cannot be read: it is damaged; remove it" in said
+    assert "[--out char_out]" in run(char_transformer, "--help")
     (tmp_path / "short.txt").write_text("short")
     said = complaint(char_transformer, "--text", tmp_path / "short.txt")
     assert "a text must hold" in said

@@ -86,7 +86,7 @@ void work(const Options& options) {
   std::filesystem::create_directories(out);
   const auto made = [&] {
     torch::manual_seed(0);
-    return Decoder(options.number("width"), options.number("layers"), kWindow);
+    return Decoder(options.number("width", 1), options.number("layers", 1), kWindow);
   };
   Decoder model = made();
   const Checkpoint checkpoint(out + "/pretrained.pt", options.number("checkpoint-every"));

@@ -24,20 +24,29 @@ class Checkpoint {
                   torch::optim::Optimizer& optimizer) const {
     if (!std::filesystem::exists(path_)) return 0;
     torch::serialize::InputArchive archive, state;
-    archive.load_from(path_);
     torch::Tensor step, generator;
-    archive.read("step", step);
-    archive.read("generator", generator);
-    archive.read("optimizer", state);
+    std::vector<torch::Tensor> values;
+    try {
+      archive.load_from(path_);
+      archive.read("step", step);
+      archive.read("generator", generator);
+      archive.read("optimizer", state);
+      for (size_t k = 0;; ++k) {
+        torch::Tensor value;  // a new one each time: a defined one is written to
+        if (!archive.try_read("parameter" + std::to_string(k), value)) break;
+        values.push_back(value);
+      }
+    } catch (const c10::Error&) {
+      TORCH_CHECK(false, path_, " cannot be read: it is damaged; remove it, or take another --out");
+    }
+    bool fits = values.size() == parameters.size();
+    for (size_t k = 0; fits && k < values.size(); ++k)
+      fits = values[k].sizes() == parameters[k].sizes();
+    TORCH_CHECK_VALUE(fits, path_,
+                      " must be of this model; got one of other sizes: take another --out");
     optimizer.load(state);
     const torch::NoGradGuard no_grad;
-    for (size_t k = 0; k < parameters.size(); ++k) {
-      torch::Tensor value;
-      archive.read("parameter" + std::to_string(k), value);
-      TORCH_CHECK_VALUE(value.sizes() == parameters[k].sizes(), path_,
-                        " must be of this model; got one of other sizes: take another --out");
-      parameters[k].copy_(value);
-    }
+    for (size_t k = 0; k < values.size(); ++k) parameters[k].copy_(values[k]);
     for_each_window([&](const std::string& name, const reslora::LinkedChain& chain, int64_t n) {
       torch::Tensor norms, count;
       if (archive.try_read(name + ".norms", norms) && archive.try_read(name + ".count", count))

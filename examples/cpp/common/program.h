@@ -8,41 +8,48 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <string>
 
-/// Options as `--name value`; every name must be among the defaults.
+/// Options as `--name value`; every name must be among the defaults. `--help` lists them and ends.
 class Options {
  public:
   Options(int count, char** arguments, std::map<std::string, std::string> defaults)
       : values_(std::move(defaults)) {
     for (int k = 1; k < count; ++k) {
       const std::string name = arguments[k];
-      const auto known = values_.find(name.rfind("--", 0) == 0 ? name.substr(2) : "");
-      if (known == values_.end() || ++k == count) {
-        std::string names;
-        for (const auto& item : values_)
-          names += fmt::format(" [--{} {}]", item.first, item.second);
-        TORCH_CHECK_VALUE(false, "options are name and value:", names, "; got ", name);
+      if (name == "--help") {
+        fmt::print("options:{}\n", usage());
+        std::exit(0);
       }
+      const auto known = values_.find(name.rfind("--", 0) == 0 ? name.substr(2) : "");
+      TORCH_CHECK_VALUE(known != values_.end() && ++k < count,
+                        "options are name and value:", usage(), "; got ", name);
       known->second = arguments[k];
     }
   }
 
   const std::string& text(const std::string& name) const { return values_.at(name); }
-  int64_t number(const std::string& name) const {
+  int64_t number(const std::string& name, int64_t least = 0) const {
     size_t end = 0;
     int64_t value = -1;
     try {
       value = std::stoll(text(name), &end);
     } catch (const std::exception&) {
     }
-    TORCH_CHECK_VALUE(end == text(name).size() && value >= 0, "--", name,
-                      " must be a whole number; got ", text(name));
+    TORCH_CHECK_VALUE(end == text(name).size() && value >= least, "--", name,
+                      " must be a whole number of at least ", least, "; got ", text(name));
     return value;
   }
 
  private:
+  std::string usage() const {
+    std::string names;
+    for (const auto& item : values_) names += fmt::format(" [--{} {}]", item.first, item.second);
+    return names;
+  }
+
   std::map<std::string, std::string> values_;
 };
 

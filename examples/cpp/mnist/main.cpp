@@ -71,9 +71,9 @@ constexpr Method kMethods[] = {{"lora", "none", 0, 8}, {"lora, 2 alpha", "none",
 
 void work(const Options& options) {
   const Digits all = read_digits(options.text("data"), options.text("part"));
-  const int64_t split = all.labels.size(0) * 8 / 9, epochs = options.number("epochs");
+  const int64_t split = all.labels.size(0) * 8 / 9, epochs = options.number("epochs", 1);
   const Digits learn = all.rows(0, split), held_out = all.rows(split, all.labels.size(0));
-  const auto made = [&] { return Net(options.number("width"), options.number("layers")); };
+  const auto made = [&] { return Net(options.number("width", 1), options.number("layers", 1)); };
   torch::manual_seed(0);
   Net net = made();
   train("digits 0-4", net, net->parameters(), learn.only(0, 4), 0, epochs);

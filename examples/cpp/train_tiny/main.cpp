@@ -34,21 +34,23 @@ double train(torch::nn::Sequential& net, const std::vector<torch::Tensor>& param
 }
 
 int main(int count, char** arguments) try {
+  TORCH_CHECK_VALUE(count <= 4 && (count < 4 || std::string(arguments[3]) == "double"),
+                    "train_tiny [none|is|bs|ms] [folder] [double]; got other arguments");
   const std::string res_mode = count > 1 ? arguments[1] : "is";
   const std::string folder = count > 2 ? arguments[2] : "";
+  const auto config = reslora::ResLoraConfig().r(4).lora_alpha(8).res_mode(res_mode).target_modules(
+      {"up_proj", "down_proj"});
+  reslora::validate(config);
   torch::manual_seed(0);
   torch::nn::Sequential net;
   for (int n = 0; n < 4; ++n) net->push_back(Block(16));
-  const bool is_double = count > 3 && std::string(arguments[3]) == "double";
-  net->to(is_double ? torch::kDouble : torch::kFloat);
+  net->to(count > 3 ? torch::kDouble : torch::kFloat);
   const auto options = net->parameters()[0].options().requires_grad(false);
   const torch::Tensor x = torch::randn({256, 16}, options);
   const auto first = torch::tanh(x.roll(1, 1)), second = torch::tanh(1.2 * x.roll(1, 1) + 0.1);
   fmt::print("pretrained:    loss {:.5f}\n", train(net, net->parameters(), x, first));
 
-  auto adapters = reslora::inject(
-      *net, reslora::ResLoraConfig().r(4).lora_alpha(8).res_mode(res_mode).target_modules(
-                {"up_proj", "down_proj"}));
+  auto adapters = reslora::inject(*net, config);
   fmt::print("{}", adapters.links());
   fmt::print("adapted:       loss {:.5f}\n", train(net, adapters.parameters(), x, second));
 
