@@ -1,6 +1,7 @@
 // Finding the layers that a config names, and making chains of them; see adapters.h.
 #include "internal/injection.h"
 
+#include <reslora/config_json.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/linear.h>
@@ -171,7 +172,7 @@ std::vector<Path> find_targets(const std::vector<Path>& modules, const ResLoraCo
   RESLORA_CHECK(
       !found.empty(),
       "[inject] target_modules must match a layer; got {}, which matches none that is not "
-      "excluded (candidates: {})",
+      "excluded or in modules_to_save (candidates: {})",
       targets.shown(), candidates(modules));
   for (const Path& item : found) check_kind(item);
   check_pattern_keys("rank_pattern", config.rank_pattern(), found);
@@ -256,6 +257,11 @@ std::string chain_key(const torch::nn::Module& model, const Modules& modules,
 
 Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config) {
   validate(config);
+  config_from_json(config_to_json(config), "the options");  // `save` is not the time to find out
+  RESLORA_CHECK(
+      !is_ours(model),
+      "[inject] the model must hold the layers; got a ResLoraLinear itself (reslora::link "
+      "takes layers)");
   const std::vector<Path> modules = modules_of(model);
   const Modules by_path(modules.begin(), modules.end());
   const std::vector<Path> found = find_targets(modules, config);

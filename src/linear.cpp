@@ -6,6 +6,7 @@
 #include <reslora/ops.h>
 #include <torch/nn/functional/linear.h>
 #include <torch/nn/init.h>
+#include <torch/serialize/archive.h>
 
 #include <algorithm>
 #include <cmath>
@@ -26,6 +27,8 @@ auto naming(const std::string& layer, const Body& body) {
     throw;
   }
 }
+
+constexpr const char* kMergedKey = "reslora_merged";  // in the archives of torch::save
 
 bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
   return tap.defined() && tap.dim() == x.dim() &&
@@ -110,6 +113,22 @@ std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
   return copy;
 }
 
+void ResLoraLinearImpl::save(torch::serialize::OutputArchive& archive) const {
+  torch::nn::Cloneable<ResLoraLinearImpl>::save(archive);
+  if (is_merged_) archive.write(kMergedKey, at::ones({1}));
+}
+
+void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
+  at::Tensor mark;
+  const bool is_stored_merged = archive.try_read(kMergedKey, mark);
+  RESLORA_CHECK(!is_adapted() || is_stored_merged == is_merged_,
+                "[load] a file that torch::save wrote of {} model must be loaded into such a one, "
+                "or into a plain one; got the layer {}, which is {}",
+                is_stored_merged ? "a merged" : "an unmerged", name(),
+                is_merged_ ? "merged" : "not merged");
+  torch::nn::Cloneable<ResLoraLinearImpl>::load(archive);
+}
+
 bool ResLoraLinearImpl::is_plain() const { return !is_adapted() || !state_->is_enabled; }
 
 at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
@@ -125,7 +144,11 @@ at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
 std::pair<at::Tensor, Taps> ResLoraLinearImpl::forward_with_taps(const at::Tensor& x, Taps taps) {
   RESLORA_CHECK(is_adapted(),
                 "[linear] forward_with_taps needs a layer that reslora::link adapted");
-  taps.by_position.resize(state_->chain.size());
+  const auto size = static_cast<size_t>(state_->chain.size());
+  RESLORA_CHECK(taps.by_position.empty() || taps.by_position.size() == size,
+                "[linear] taps must be empty or of the chain, of {} layers; got {} (layer {})",
+                size, taps.by_position.size(), name());
+  taps.by_position.resize(size);
   const AdaptInput in = input_of(x, taps.by_position);
   at::Tensor y = take(in, naming(name(), [&] { return adapt(in); }), taps.by_position);
   return {std::move(y), std::move(taps)};
@@ -136,7 +159,8 @@ std::vector<at::Tensor> forward_together(
   std::vector<at::Tensor> y;
   for (const auto& layer : layers)
     RESLORA_CHECK(layer != nullptr, "[linear] forward_together needs layers; got a null pointer");
-  if (std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l->is_plain(); })) {
+  if (layers.empty() ||
+      std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l->is_plain(); })) {
     for (const auto& layer : layers) y.push_back(layer->forward(x));
     return y;
   }

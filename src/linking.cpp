@@ -53,9 +53,14 @@ LinkedChain link(const std::vector<ResLoraLinear>& layers, const ResLoraConfig& 
 std::vector<LinkedChain> relink(torch::nn::Module& model) {
   std::map<std::shared_ptr<ChainState>, std::vector<std::shared_ptr<ResLoraLinearImpl>>> groups;
   std::vector<std::shared_ptr<ChainState>> order;
-  for (const auto& module : model.modules(/*include_self=*/false)) {
+  // Only a layer is asked for itself: a model may lie on the stack.
+  const bool is_layer = dynamic_cast<ResLoraLinearImpl*>(&model) != nullptr;
+  for (const auto& module : model.modules(/*include_self=*/is_layer)) {
     auto layer = std::dynamic_pointer_cast<ResLoraLinearImpl>(module);
     if (!layer || !layer->is_adapted()) continue;
+    RESLORA_CHECK(!layer->is_linked(),
+                  "[relink] the model must be a clone; got {}, which is linked already",
+                  layer->name());
     const auto& old = ChainState::of(*layer);
     auto& group = groups[old];
     if (group.empty()) {

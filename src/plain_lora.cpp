@@ -39,8 +39,8 @@ void names_or_null(detail::JsonWriter& json, const char* key,
   json.end_array();
 }
 
-/// The options of a plain LoRA whose scale is 1.
-std::string peft_config(const PlainLora& lora, int64_t R) {
+/// The options of a plain LoRA whose scale is 1; throws c10::ValueError for text that is not UTF-8.
+std::string peft_config(const PlainLora& lora, int64_t R) try {
   std::vector<std::string> targets = lora.target_modules;
   if (targets.empty())
     for (const LayerMerge& layer : lora.layers) targets.push_back(layer.name);
@@ -56,11 +56,23 @@ std::string peft_config(const PlainLora& lora, int64_t R) {
   text_or_null(json, "base_model_name_or_path", lora.base_model_name_or_path);
   text_or_null(json, "task_type", lora.task_type);
   return json.end_object().text() + "\n";
+} catch (const detail::ContentError& error) {
+  C10_THROW_ERROR(ValueError, fmt::format("[export] {}: {}", detail::kConfigName, error.what()));
+}
+
+/// Demands a planned pair, which a LayerMerge that nobody filled is not.
+void check_pair(const LayerMerge& layer) {
+  RESLORA_CHECK(
+      layer.A.defined() && layer.B.defined() && layer.A.dim() == 2 && layer.B.dim() == 2 &&
+          layer.A.size(0) == layer.B.size(1),
+      "[export] a layer must have factors A [r, in] and B [out, r]; got others (layer {})",
+      layer.name);
 }
 
 }  // namespace
 
 std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R) {
+  check_pair(layer);
   const int64_t rank = layer.A.size(0);
   RESLORA_CHECK(R >= rank, "[merge] R must be at least the layer's rank {}; got {} (layer {})",
                 rank, R, layer.name);
@@ -69,6 +81,7 @@ std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_
 }
 
 ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double tolerance) {
+  check_pair(layer);
   RESLORA_CHECK(max_rank >= 1, "[export] rank must be at least 1; got {} (layer {})", max_rank,
                 layer.name);
   RESLORA_CHECK(std::isfinite(tolerance) && tolerance >= 0 && tolerance < 1,
@@ -112,7 +125,10 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
       detail::file_text(config).find("\"RESLORA\"") == std::string::npos,
       "[export] the folder must not hold an unmerged adapter, which would be lost; got {}", folder);
   int64_t R = 0;
-  for (const LayerMerge& layer : lora.layers) R = std::max(R, layer.A.size(0));
+  for (const LayerMerge& layer : lora.layers) {
+    check_pair(layer);
+    R = std::max(R, layer.A.size(0));
+  }
   TensorFile file;
   file.metadata = {{"format", "pt"}};
   for (const LayerMerge& layer : lora.layers) {
@@ -121,9 +137,11 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
     file.tensors.emplace(kPrefix + layer.name + ".lora_B.weight", std::move(B));
   }
   for (const auto& [name, tensor] : lora.heads) file.tensors.emplace(kPrefix + name, tensor);
-  detail::make_folder(folder);
-  save_tensors(folder + "/" + detail::kWeightsName, file);
-  detail::write_text(config, peft_config(lora, R));
+  const std::string options = peft_config(lora, R);
+  detail::Stage stage(folder);
+  save_tensors(stage.path(detail::kWeightsName), file);
+  detail::write_text(stage.path(detail::kConfigName), options);
+  stage.commit();
   return R;
 }
 

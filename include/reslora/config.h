@@ -46,8 +46,8 @@ struct ResLoraConfig {
   TORCH_ARG(double, lora_dropout) = 0;
   /// "none", "is", "bs" or "ms".
   TORCH_ARG(std::string, res_mode) = "is";
-  /// How many previous layers are reached (the paper's m): -1 = all, 0 = plain LoRA.
-  /// Without meaning for "is", which always reaches one.
+  /// How many previous layers are reached (the paper's m): -1 = all, 0 = plain LoRA. For "is",
+  /// which always reaches one, every number but 0 means the same.
   TORCH_ARG(int64_t, pre_num) = 1;
   /// What an "is" chain does in its first layer: "double" takes x_0 for the missing x_{-1}, as the
   /// paper does; "plain" leaves the term out.

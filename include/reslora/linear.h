@@ -49,7 +49,8 @@ struct Taps {
 };
 
 /// The module behind `ResLoraLinear`: torch::nn::Linear's options, parameters and values, plus
-/// an adapter once it is linked.
+/// an adapter once it is linked. It is no torch::nn::Linear: code that looks for linear layers
+/// (`module.as<torch::nn::Linear>()`) asks for `as<reslora::ResLoraLinear>()` too.
 class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearImpl> {
  public:
   /// As torch::nn::Linear, with a bias.
@@ -69,12 +70,19 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   std::shared_ptr<torch::nn::Module> clone(
       const std::optional<torch::Device>& device = std::nullopt) const override;
 
+  /// What torch::save calls. The file of a merged layer says that it is one.
+  void save(torch::serialize::OutputArchive& archive) const override;
+  /// What torch::load calls. Throws c10::ValueError where only one of file and adapted layer is
+  /// merged: the adapter would count twice, or not at all. A plain layer takes both.
+  void load(torch::serialize::InputArchive& archive) override;
+
   /// x: [..., in] -> [..., out]. Plain until linked; then takes and leaves taps in the current
   /// pass.
   at::Tensor forward(const at::Tensor& x);
 
   /// The same with explicit taps: pass an empty Taps to the first layer of a chain and the returned
-  /// one to the next. Touches no pass. Throws c10::ValueError for a layer that is in no chain.
+  /// one to the next. Touches no pass. Throws c10::ValueError for a layer that is in no chain and
+  /// for taps of a chain of another length.
   std::pair<at::Tensor, Taps> forward_with_taps(const at::Tensor& x, Taps taps);
 
   /// True once the layer is linked.
@@ -168,7 +176,7 @@ RESLORA_API LinkedChain link(const std::vector<ResLoraLinear>& layers, const Res
                              std::vector<std::string> names = {});
 
 /// Links the layers of a cloned model among themselves, as their originals were. Returns its
-/// chains.
+/// chains. Throws c10::ValueError for layers that are linked already and for a part of a chain.
 RESLORA_API std::vector<LinkedChain> relink(torch::nn::Module& model);
 
 }  // namespace reslora

@@ -128,8 +128,8 @@ class ResLoraConfig:
     pre_num: int = field(
         default=1,
         metadata=_help(
-            "How many previous layers are reached (the paper's m): -1 all, 0 plain LoRA. Without "
-            "meaning for 'is', which reaches one."
+            "How many previous layers are reached (the paper's m): -1 all, 0 plain LoRA. For 'is', "
+            "which reaches one, every number but 0 means the same."
         ),
     )
     merge_method: str | None = field(

@@ -63,7 +63,7 @@ void remove_file(const std::string& path) {
                                    shown(path, 4096), std::strerror(errno)));
 }
 
-Stage::Stage(std::string folder) : folder_(std::move(folder)) {
+Stage::Stage(std::string folder) : folder_(std::move(folder)), is_new_(!exists(folder_)) {
   make_folder(folder_);
   hidden_ = folder_ + "/.reslora-XXXXXX";
   TORCH_CHECK(::mkdtemp(hidden_.data()) != nullptr,
@@ -74,6 +74,7 @@ Stage::Stage(std::string folder) : folder_(std::move(folder)) {
 Stage::~Stage() {
   for (const std::string& name : names_) ::unlink((hidden_ + "/" + name).c_str());
   ::rmdir(hidden_.c_str());
+  if (is_new_) ::rmdir(folder_.c_str());  // stays where something is in it
 }
 
 std::string Stage::path(const std::string& name) {

@@ -33,7 +33,8 @@ void remove_file(const std::string& path);
 /// the other. What was not moved is removed.
 class Stage {
  public:
-  /// Makes `folder`, and the hidden one in it.
+  /// Makes `folder`, and the hidden one in it. Both are removed where nothing was committed, and
+  /// `folder` was not there before.
   explicit Stage(std::string folder);
   ~Stage();
   Stage(const Stage&) = delete;
@@ -48,6 +49,7 @@ class Stage {
  private:
   std::string folder_;
   std::string hidden_;
+  bool is_new_ = false;
   std::vector<std::string> names_;
 };
 

@@ -3,11 +3,13 @@
 #include <reslora/adapter_io.h>
 #include <reslora/adapters.h>
 #include <reslora/merge_files.h>
+#include <reslora/plain_lora.h>
 #include <sys/stat.h>
 #include <torch/torch.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <sstream>
 
 #include "small_net.h"
 #include "testing.h"
@@ -158,6 +160,54 @@ TEST(Save, LeavesWhatLiesThereWholeWhereItFails) {
   ASSERT_EQ(::rmdir(config.c_str()), 0);
   adapters.save(folder);
   EXPECT_ANY_THROW(load_tensors(folder + "/adapter_statistics.safetensors"));
+}
+
+TEST(Export, LeavesWhatLiesThereWholeWhereItFails) {
+  Net net(2);
+  const Adapters adapters = inject(*net, config_of("none"));
+  randomise(adapters);
+  const std::string folder = new_folder(), config = folder + "/adapter_config.json";
+  const std::string weights = folder + "/adapter_model.safetensors";
+  adapters.export_lora(folder);
+  const std::string before = tensors_sum(load_tensors(weights).tensors);
+  randomise(adapters);
+  const ExportOptions bad = ExportOptions().base_model_name_or_path("\xff");
+  EXPECT_TRUE(refuses([&] { adapters.export_lora(folder, bad); }, "text must be UTF-8"));
+  EXPECT_TRUE(refuses([&] { adapters.export_lora(folder + "/new", bad); }, "text must be UTF-8"));
+  EXPECT_NE(::access((folder + "/new").c_str(), F_OK), 0);
+  EXPECT_EQ(tensors_sum(load_tensors(weights).tensors), before);
+  ASSERT_EQ(::unlink(config.c_str()), 0);
+  ASSERT_EQ(::mkdir(config.c_str(), 0777), 0);
+  EXPECT_TRUE(refuses([&] { adapters.export_lora(folder); }, "must be a file to write"));
+  EXPECT_EQ(tensors_sum(load_tensors(weights).tensors), before);
+  PlainLora empty;
+  empty.layers = {LayerMerge()};
+  EXPECT_TRUE(refuses([&] { save_plain_lora(folder + "/new", empty); }, "must have factors"));
+  EXPECT_TRUE(refuses([&] { reduced_factors(LayerMerge(), 1); }, "must have factors"));
+}
+
+TEST(Merge, IsKeptInTheArchivesOfTorchSave) {
+  Net net(2), plain(2), other(2);
+  const Adapters adapters = inject(*net, config_of("none"));
+  inject(*other, config_of("none"));
+  randomise(adapters);
+  std::stringstream unmerged, merged;
+  torch::save(net, unmerged);
+  adapters.merge();
+  torch::save(net, merged);
+  EXPECT_TRUE(
+      refuses([&] { torch::load(other, merged); }, "of a merged model must be loaded into"));
+  EXPECT_TRUE(refuses([&] { torch::load(net, unmerged); }, "of an unmerged model must be loaded"));
+  const at::Tensor x = torch::randn({5, kWidth});
+  for (std::stringstream* stream : {&unmerged, &merged}) {
+    stream->clear();
+    stream->seekg(0);
+  }
+  torch::load(plain, merged);
+  EXPECT_TRUE(torch::equal(plain->forward(x), net->forward(x)));
+  adapters.unmerge();
+  torch::load(other, unmerged);
+  EXPECT_TRUE(torch::equal(other->forward(x), net->forward(x)));
 }
 
 TEST(Merge, RestoresWhatWasSwitchedOff) {

@@ -101,6 +101,9 @@ TEST(Inject, RefusesInOneSentenceAndChangesNothing) {
       {config_of().rank_pattern({{"[", 2}}), "got '['"},
       {config_of().init_lora_weights("zeros"), "init_lora_weights must be"},
       {config_of().merge_method("best"), "merge_method must be"},
+      {config_of().modules_to_save({"layers"}), "not excluded or in modules_to_save"},
+      {config_of().other_options({{"note", "{"}}), "[config] the options"},
+      {config_of().other_options({{"r", "7"}}), "[config] the options"},
   };
   for (const Bad& one : bad) {
     Net net(2);
@@ -113,6 +116,8 @@ TEST(Inject, RefusesInOneSentenceAndChangesNothing) {
   Net net(2);
   const Adapters adapters = inject(*net, config_of());
   EXPECT_TRUE(refuses([&] { inject(*net, config_of()); }, "adapted already"));
+  ResLoraLinear alone(kWidth, kWidth);
+  EXPECT_TRUE(refuses([&] { inject(*alone, config_of()); }, "the model must hold the layers"));
 }
 
 TEST(Inject, ASharedLayerIsAdaptedOnce) {

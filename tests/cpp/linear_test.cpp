@@ -172,6 +172,18 @@ TEST_P(Shortcuts, CopiesAreRelinkedAmongThemselves) {
   EXPECT_TRUE(torch::equal(copy->forward(x), net->forward(x)));
   randomise(chain);  // the original's parameters are its own
   EXPECT_FALSE(torch::equal(copy->forward(x), net->forward(x)));
+  EXPECT_THROW(relink(*net), c10::ValueError);
+  EXPECT_EQ(chain.view().layers.size(), 4U) << "the original's chain is as it was";
+}
+
+TEST(Relink, TakesACopyOfALayerItself) {
+  ResLoraLinear layer(kWidth, kWidth);
+  const LinkedChain chain = link({layer}, config_of({"is", 1}));
+  randomise(chain);
+  const auto copy = std::dynamic_pointer_cast<ResLoraLinearImpl>(layer->clone());
+  EXPECT_EQ(relink(*copy).size(), 1U);
+  const at::Tensor x = torch::randn({5, kWidth});
+  EXPECT_TRUE(torch::equal(copy->forward(x), layer->forward(x)));
 }
 
 TEST_P(Shortcuts, SerializesByParameterName) {
@@ -279,6 +291,8 @@ TEST(Passes, LayersTogetherMayBePlainAndAreOfDifferentChains) {
   EXPECT_TRUE(torch::equal(forward_together(layers, x)[1], net->blocks[1]->forward(x)));
   const LinkedChain chain = link(net->blocks, config_of({"is", 1}));
   EXPECT_THROW(forward_together(layers, x), c10::ValueError);
+  EXPECT_TRUE(forward_together({}, x).empty());
+  EXPECT_THROW(net->blocks[0]->forward_with_taps(x, {std::vector<at::Tensor>(3)}), c10::ValueError);
   EXPECT_EQ(chain.missed_links(1), 0);
 }
 
