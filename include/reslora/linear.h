@@ -160,7 +160,8 @@ class RESLORA_API LinkedChain {
   void set_norms(int64_t position, const NormWindow& norms) const;
   /// True where a layer is in training mode.
   bool is_training(int64_t position) const;
-  /// How often a layer ran without a tap that its shortcut reaches, since linking.
+  /// How often a layer ran without a tap that its shortcut reaches, since linking; the first time
+  /// in a chain warns.
   int64_t missed_links(int64_t position) const;
 
  private:

@@ -3,6 +3,7 @@
 
 #include <reslora/linear.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -80,9 +81,12 @@ struct ChainState {
     passes.erase(std::this_thread::get_id());
   }
 
-  void count_missed(int64_t position) {
+  /// Returns true for the first one of the chain.
+  bool count_missed(int64_t position) {
     std::lock_guard<std::mutex> lock(mutex);
+    const bool is_first = std::all_of(missed.begin(), missed.end(), [](int64_t n) { return !n; });
     ++missed[position];
+    return is_first;
   }
 
   static std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }

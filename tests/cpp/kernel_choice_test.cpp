@@ -5,10 +5,13 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include "testing.h"
+
 namespace reslora::ops {
 namespace {
 
 using at::Tensor;
+using reslora::testing::Warnings;
 
 std::vector<Tensor> negated_project_grad(const Tensor& du, const Tensor& x, const Mask& mask,
                                          at::TensorList A) {
@@ -71,7 +74,7 @@ TEST(KernelChoice, FindsNothingWhereKernelsAreRight) {
 }
 
 TEST(KernelChoice, NamesWhatIsWrong) {
-  using testing::HasSubstr;
+  using ::testing::HasSubstr;
   EXPECT_THAT(on_cpu(with(&DeviceKernels::project_grad, negated_project_grad)),
               HasSubstr("at rank 9 project_grad is off by"));
   EXPECT_THAT(on_cpu(with(&DeviceKernels::expand_grad, dB_with_a_wrong_column)),
@@ -93,21 +96,6 @@ TEST(KernelChoice, LeavesTheRandomNumbersOfTheUserAlone) {
   EXPECT_TRUE(torch::equal(torch::randn({4}), want));
 }
 
-/// Collects warnings.
-class Warnings : public c10::WarningHandler {
- public:
-  Warnings() : before_(c10::WarningUtils::get_warning_handler()) {
-    c10::WarningUtils::set_warning_handler(this);
-  }
-  ~Warnings() override { c10::WarningUtils::set_warning_handler(before_); }
-  void process(const c10::Warning& warning) override { all.push_back(warning.msg()); }
-
-  std::vector<std::string> all;
-
- private:
-  c10::WarningHandler* before_;
-};
-
 TEST(KernelChoice, FallsBackWithOneWarning) {
   const DeviceKernels wrong = with(&DeviceKernels::project_grad, negated_project_grad);
   KernelChoice choice(wrong, KernelPolicy::kAuto);
@@ -115,9 +103,9 @@ TEST(KernelChoice, FallsBackWithOneWarning) {
   const Tensor x = torch::zeros({2, 3}, at::kBFloat16);
   for (int i = 0; i < 3; ++i) EXPECT_EQ(&choice.of(x, true), &kAtenKernels);
   ASSERT_EQ(warnings.all.size(), 1u);
-  EXPECT_THAT(warnings.all[0], testing::AllOf(testing::HasSubstr("project_grad is off by"),
-                                              testing::HasSubstr("on cpu in BFloat16"),
-                                              testing::HasSubstr("RESLORA_KERNELS")));
+  EXPECT_THAT(warnings.all[0], ::testing::AllOf(::testing::HasSubstr("project_grad is off by"),
+                                                ::testing::HasSubstr("on cpu in BFloat16"),
+                                                ::testing::HasSubstr("RESLORA_KERNELS")));
   EXPECT_EQ(&choice.of(x.to(at::kHalf), true), &kAtenKernels);  // another type: another check
   EXPECT_EQ(warnings.all.size(), 2u);
 }

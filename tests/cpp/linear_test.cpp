@@ -8,6 +8,8 @@
 #include <sstream>
 #include <thread>
 
+#include "testing.h"
+
 namespace reslora {
 namespace {
 
@@ -88,7 +90,7 @@ TEST(ResLoraLinear, IsATorchLinearUntilLinked) {
   EXPECT_EQ(sequence->forward(x).sizes(), (std::vector<int64_t>{2, 7, 2}));
 }
 
-class Shortcuts : public testing::TestWithParam<Case> {};
+class Shortcuts : public ::testing::TestWithParam<Case> {};
 
 TEST_P(Shortcuts, PassesEqualTheLiteralFormulas) {
   Net net;
@@ -226,10 +228,10 @@ TEST_P(Shortcuts, LayersTogetherEqualLayersApart) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Shortcuts,
-                         testing::Values(Case{"none", 0}, Case{"is", 1}, Case{"bs", 1},
-                                         Case{"bs", -1}, Case{"ms", 1}, Case{"ms", 2},
-                                         Case{"ms", -1}),
-                         testing::PrintToStringParamName());
+                         ::testing::Values(Case{"none", 0}, Case{"is", 1}, Case{"bs", 1},
+                                           Case{"bs", -1}, Case{"ms", 1}, Case{"ms", 2},
+                                           Case{"ms", -1}),
+                         ::testing::PrintToStringParamName());
 
 TEST(Passes, AForwardThatStoppedEarlyLeavesNothingBehind) {
   Net net;
@@ -248,7 +250,11 @@ TEST(Passes, EnteringMidChainRunsPlainAndIsCounted) {
   const at::Tensor x = torch::randn({5, kWidth});
   net->forward(x);
   EXPECT_EQ(chain.missed_links(2), 0);
+  reslora::testing::Warnings warnings;
   const at::Tensor entered = net->blocks[2]->forward(x);
+  net->blocks[3]->forward(x.view({1, 5, kWidth}));
+  EXPECT_EQ(warnings.all.size(), 1U) << "one for each chain";
+  EXPECT_NE(warnings.all.at(0).find("2 ran without its shortcut"), std::string::npos);
   const formulas::Block block = blocks_of(net, chain)[2];
   EXPECT_TRUE(torch::allclose(entered, formulas::forward_none(block, x), 1e-4, 1e-5));
   EXPECT_EQ(chain.missed_links(2), 1);

@@ -66,6 +66,21 @@ inline ::testing::AssertionResult all_close(const at::Tensor& actual, const at::
   return ::testing::AssertionFailure() << "distance " << distance << " at scale " << scale;
 }
 
+/// Collects warnings.
+class Warnings : public c10::WarningHandler {
+ public:
+  Warnings() : before_(c10::WarningUtils::get_warning_handler()) {
+    c10::WarningUtils::set_warning_handler(this);
+  }
+  ~Warnings() override { c10::WarningUtils::set_warning_handler(before_); }
+  void process(const c10::Warning& warning) override { all.push_back(warning.msg()); }
+
+  std::vector<std::string> all;
+
+ private:
+  c10::WarningHandler* before_;
+};
+
 /// True where `call` throws c10::ValueError with one sentence (no newline) that contains `part`.
 inline ::testing::AssertionResult refuses(const std::function<void()>& call,
                                           const std::string& part) {

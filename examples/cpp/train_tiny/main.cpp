@@ -1,6 +1,6 @@
 // The whole API on one page: train a small network, adapt it with ResLoRA, merge, save, export.
 //
-//   train_tiny [none|is|bs|ms] [folder] [double]   # default: is, no folder, float
+//   train_tiny [none|is|bs|ms] [folder] [float|double]   # default: is, no folder, float
 //
 // With a folder it writes base.safetensors, adapter/, lora/ and values.safetensors (x, and y of the
 // adapted model), which a Python twin of the network loads.
@@ -34,17 +34,18 @@ double train(torch::nn::Sequential& net, const std::vector<torch::Tensor>& param
 }
 
 int main(int count, char** arguments) try {
-  TORCH_CHECK_VALUE(count <= 4 && (count < 4 || std::string(arguments[3]) == "double"),
-                    "train_tiny [none|is|bs|ms] [folder] [double]; got other arguments");
   const std::string res_mode = count > 1 ? arguments[1] : "is";
   const std::string folder = count > 2 ? arguments[2] : "";
+  const std::string dtype = count > 3 ? arguments[3] : "float";
+  TORCH_CHECK_VALUE(count <= 4 && (dtype == "float" || dtype == "double"),
+                    "usage: train_tiny [none|is|bs|ms] [folder] [float|double]");
   const auto config = reslora::ResLoraConfig().r(4).lora_alpha(8).res_mode(res_mode).target_modules(
       {"up_proj", "down_proj"});
   reslora::validate(config);
   torch::manual_seed(0);
   torch::nn::Sequential net;
   for (int n = 0; n < 4; ++n) net->push_back(Block(16));
-  net->to(count > 3 ? torch::kDouble : torch::kFloat);
+  net->to(dtype == "double" ? torch::kDouble : torch::kFloat);
   const auto options = net->parameters()[0].options().requires_grad(false);
   const torch::Tensor x = torch::randn({256, 16}, options);
   const auto first = torch::tanh(x.roll(1, 1)), second = torch::tanh(1.2 * x.roll(1, 1) + 0.1);
