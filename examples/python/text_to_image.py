@@ -4,9 +4,10 @@
     python text_to_image.py --data FOLDER       # your own tiles_rgba32.npz and captions.csv
 
 A diffusion transformer that reads captions is pretrained on the pictures of items, then adapted to
-those of monsters. Written are a table of held-out losses, unmerged and merged, `grid.png` (a row of
-samples for the model before, and for each method after training and after merging), and for each
-method a LoRA that `load_lora_weights` reads.
+those of monsters by plain LoRA, plain LoRA of doubled lora_alpha and the shortcuts. Written are a
+table of held-out losses, unmerged and merged, `grid.png` (a row of samples for the model before,
+and for each method after training and after merging), and for each method a LoRA that
+`load_lora_weights` reads.
 
 --data holds `tiles_rgba32.npz` (array `rgba`, uint8 [count, 32, 32, 4]) and `captions.csv` with the
 columns category (item or mon) and caption.
@@ -29,7 +30,10 @@ from torch import Tensor, nn
 
 import reslora
 
-METHODS = ("LoRA", "none", 1), ("is", "is", 1), ("bs", "bs", 2), ("ms", "ms", 2)
+METHODS = (  # name, res_mode, pre_num, factor of lora_alpha
+    ("LoRA", "none", 1, 1), ("LoRA, doubled alpha", "none", 1, 2), ("is", "is", 1, 1),
+    ("bs", "bs", 2, 1), ("ms", "ms", 2, 1),
+)  # fmt: skip
 WORDS, WIDTH = 8, 64  # words of a caption that are read, and the width of their vectors
 BACKGROUND = 96
 
@@ -168,16 +172,17 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     results = [{"method": "before", "loss": loss_of(base, held_out)}]
     generator = torch.Generator().manual_seed(3)
     calibration = [noisy(own, c, generator)["call"] for c in torch.arange(128).split(32)]
-    for name, res_mode, pre_num in METHODS:
+    for name, res_mode, pre_num, factor in METHODS:
         model = copy.deepcopy(base)
         torch.manual_seed(0)
         config = reslora.ResLoraConfig.preset("image", res_mode=res_mode, pre_num=pre_num)
+        config.lora_alpha *= factor
         reslora.inject(model, config)
         train(model, own, options.steps, options.lr, name, options.batch_size)
         entry = {"method": name, "loss": loss_of(model, held_out)}
         rows[name] = sample(model, captions)
-        exact = res_mode in ("none", "bs")
-        batches, folder = None if exact else calibration, options.output / f"lora-{name}"
+        batches = None if res_mode in ("none", "bs") else calibration
+        folder = options.output / f"lora-{name.replace(', ', '-').replace(' ', '-')}"
         reslora.export_diffusers(model, folder, "transformer", data=batches)
         merged = reslora.merge_and_unload(model)
         entry["merged"] = loss_of(merged, held_out)
@@ -188,7 +193,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"\nloss on {len(held_out[0])} held-out pictures of the new style, one seed")
     for entry in results:
         merged_loss = f", merged {entry['merged']:.4f}" if "merged" in entry else ""
-        print(f"{entry['method']:8} {entry['loss']:.4f}{merged_loss}")
+        print(f"{entry['method']:20} {entry['loss']:.4f}{merged_loss}")
     print(f"In {options.output}: grid.png, results.json, and a LoRA for each method.")
     return results
 

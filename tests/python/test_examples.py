@@ -56,7 +56,8 @@ def test_text_to_image(tmp_path):
     run("text_to_image.py", *options, "--steps", 2, "--samples", 2, "--batch-size", 4)
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [entry["method"] for entry in results] == ["before", "LoRA", "is", "bs", "ms"]
+    names = ["before", "LoRA", "LoRA, doubled alpha", "is", "bs", "ms"]
+    assert [entry["method"] for entry in results] == names
     assert (
         diffusers.__version__ and (tmp_path / "lora-is/pytorch_lora_weights.safetensors").is_file()
     )
