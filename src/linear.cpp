@@ -235,9 +235,10 @@ AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
                     "before it on as many rows (begin_forward, or the first layer of the chain, "
                     "starts a pass)",
                     name(), chain.layer(k).name);
-      if (state_->count_missed(position_))
+      if (state_->count_missed(position_)) {
         TORCH_WARN("[linear] ", name(), " ran without its shortcut: ", chain.layer(k).name,
                    " did not run before it on as many rows (print_links counts what follows)");
+      }
     }
   }
   in.dropout = is_training() ? config.lora_dropout() : 0;
