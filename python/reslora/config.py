@@ -54,6 +54,8 @@ REFUSED = {
     "modules_to_save",
     "megatron_config": "tensor-parallel layers hold a part of W",
 }
+# Details of options above, without a meaning where those are off.
+_DETAILS = ("megatron_core", "qalora_group_size", "runtime_config")
 
 
 # The settings of the paper's experiments (section 4). Learning rates there: 1e-4 nlg, 3e-4 nlu.
@@ -71,8 +73,20 @@ def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
+class _LoraOptions(type):
+    """Takes what LoraConfig takes: its other options may be there where they are off."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        for name, reason in REFUSED.items():
+            if kwargs.pop(name, None):
+                raise ValueError(f"[config] {name} must be off: {reason}")
+        for name in _DETAILS:
+            kwargs.pop(name, None)
+        return super().__call__(*args, **kwargs)
+
+
 @dataclass
-class ResLoraConfig:
+class ResLoraConfig(metaclass=_LoraOptions):
     """Describe which layers are adapted, and how. Checked when made and again by `inject`."""
 
     r: int = field(default=8, metadata=_help("Rank of A [r, in] and B [out, r]."))
@@ -172,15 +186,6 @@ class ResLoraConfig:
     finished_step: int | None = field(
         default=None, metadata=_help("Set by `finish`: the step since which the links are gone.")
     )
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse options of PEFT's LoRA that have no meaning here, with the reason."""
-        for name, reason in REFUSED.items():
-            if kwargs.get(name):
-                raise ValueError(
-                    f"[config] {name} must be left out: {reason}; got {kwargs[name]!r}"
-                )
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check every option."""
@@ -366,7 +371,7 @@ def _check_choices(config: ResLoraConfig) -> None:
         )
     share = config.finish_at
     if share is not None and not (_is_number(share) and 0 < share < 1):
-        raise ValueError(f"[config] finish_at must lie between 0 and 1; got {share!r}")
+        raise ValueError(f"[config] finish_at must lie above 0 and below 1; got {share!r}")
     if config.finished_from not in (None, "is", "ms"):
         raise ValueError(
             f"[config] finished_from must be 'is', 'ms' or None; got {config.finished_from!r}"

@@ -104,3 +104,11 @@ def test_bad_files_are_refused(tmp_path, text, sentence):
 def test_sets_and_tuples_of_names_become_lists():
     assert ResLoraConfig(target_modules=("v", "q")).target_modules == ["v", "q"]
     assert ResLoraConfig(target_modules={"v", "q"}).target_modules == ["q", "v"]
+
+
+def test_options_of_lora_may_be_there_where_they_are_off():
+    config = ResLoraConfig(use_dora=False, loftq_config={}, layer_replication=None, r=3)
+    assert config == ResLoraConfig(r=3)
+    assert ResLoraConfig(megatron_core="megatron.core", qalora_group_size=16) == ResLoraConfig()
+    with pytest.raises(ValueError, match="use_dora must be off"):
+        ResLoraConfig(use_dora=True)
