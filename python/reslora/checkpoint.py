@@ -294,9 +294,10 @@ def _layer_text(layers: list[tuple[str, int, int, int, float]], n: int) -> str:
 def _check_keys(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
     missing, unexpected = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
     if missing or unexpected:
+        way_out = "" if missing else " (PeftModel.from_pretrained reads what PEFT has added)"
         raise ValueError(
             f"[load] keys must fit the model; got {len(missing)} missing {missing[:3]} and "
-            f"{len(unexpected)} unexpected {unexpected[:3]}"
+            f"{len(unexpected)} unexpected {unexpected[:3]}{way_out}"
         )
     for key, tensor in own.items():
         if tensor.shape != stored[key].shape:

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
+        if sys.stdout is None:  # closed by who called, as `>&-` does
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
         code: int = options.run(options)
         sys.stdout.flush()
         return code

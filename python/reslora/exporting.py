@@ -30,7 +30,7 @@ from .checkpoint import (
     saved_tensors,
 )
 from .config import ResLoraConfig
-from .injection import Injection, saved_names
+from .injection import Injection, refuse_tied, saved_names
 from .layer import is_conv1d
 from .merging import prepare
 from .model_folder import heads_of, plan_of
@@ -77,7 +77,7 @@ def export_lora(
     model = plain_model(model)
     injection = injection_of(model, "export_lora")
     plan = _planned(model, injection, merge_method, "export_lora", data, refine_steps, progressbar)
-    _refuse_tied(model, injection)
+    refuse_tied(model, saved_names(model, injection), "export_lora")
     layers, error = reduced(plan.layers, rank, tolerance)
     base = base_name(model, base_model_name_or_path)
     _write_lora(
@@ -190,23 +190,6 @@ def _write_lora(
     )
     write_text(folder / "README.md", _card(config.res_mode, layers, base))
     return R
-
-
-def _refuse_tied(model: nn.Module, injection: Injection) -> None:
-    """Refuse heads that share a parameter with another module: PEFT would load them untied."""
-    heads = saved_names(model, injection)
-    saved = {id(p): name for name, p in model.named_parameters() if _is_in(heads, name)}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in saved and not _is_in(heads, name):
-            raise ValueError(
-                f"[export_lora] modules_to_save must hold parameters of their own; got "
-                f"{saved[id(parameter)]}, which is {name} too: PEFT would load only one of them as "
-                "trained (merge_and_unload and save the model instead)"
-            )
-
-
-def _is_in(modules: list[str], name: str) -> bool:
-    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _planned(

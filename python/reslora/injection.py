@@ -104,6 +104,7 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
     _check_model(model)
     targets = find_targets(model, config)
     saved = find_saved(model, config)
+    refuse_tied(model, saved, "inject")
     injection = Injection(config)
     injection.chains = make_chains(model, config, targets)
     injection.saved_modules = saved
@@ -244,6 +245,7 @@ def _replace(model: nn.Module, injection: Injection) -> None:
 
 def open_sessions(model: nn.Module, injection: Injection) -> None:
     """Let taps pass, and layers be evaluated together, in every forward of the model."""
+    _allow_compiled_checkpoints()
     modules = dict(model.named_modules())
     sessions: dict[str, Session] = {}
     groups = find_groups(injection.layers)
@@ -263,6 +265,16 @@ def open_sessions(model: nn.Module, injection: Injection) -> None:
             together = Group(group, session)
             for layer in group:
                 layer.group = together
+
+
+def _allow_compiled_checkpoints() -> None:
+    """Let torch.compile recompute layers that leave something behind: norms, and taps.
+
+    Without it, dynamo refuses such checkpoints; what is recomputed here leaves nothing again.
+    """
+    from torch._dynamo import config  # here, since it takes a second
+
+    setattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)  # noqa: B010
 
 
 def _freeze(model: nn.Module, injection: Injection) -> None:
@@ -294,6 +306,28 @@ def saved_names(model: nn.Module, injection: Injection) -> list[str]:
         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
     ]
     return injection.saved_modules + wrapped
+
+
+def refuse_tied(model: nn.Module, saved: list[str], op: str) -> None:
+    """Refuse modules_to_save that share a parameter: who reads the files has them apart."""
+
+    def owner(name: str) -> str | None:
+        if ".original_module." in name:  # what PEFT keeps beside the copy that is trained
+            return None
+        return next((module for module in saved if name.startswith(f"{module}.")), None)
+
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if owner(other) != owner(name):
+            own, shared = (name, other) if owner(name) else (other, name)
+            module = own.rpartition(".")[0]
+            raise ValueError(
+                f"[{op}] modules_to_save must hold parameters of their own; got {own}, which is "
+                f"{shared} too (untie it before: model.{own} = torch.nn.Parameter("
+                f"model.{own}.detach().clone()), model.config.tie_word_embeddings = False; "
+                f"reslora.peft trains a copy of {module})"
+            )
 
 
 def _saved_parameters(model: nn.Module, names: list[str]) -> list[nn.Parameter]:

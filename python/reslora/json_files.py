@@ -9,6 +9,8 @@ from typing import Any
 
 def read_object(path: str | os.PathLike[str], op: str) -> dict[str, Any]:
     """Return the JSON object in a file; `op` begins the sentence of an error."""
+    if os.path.isdir(path):
+        raise ValueError(f"[{op}] a JSON file is read; got the folder {os.fspath(path)}")
     with open(path, "rb") as file:
         return parse_object(file.read(), os.fspath(path), op)
 

@@ -28,7 +28,7 @@ from .console import bar
 from .injection import Injection
 from .layer import base_weight
 from .planning import chosen_method, make_plan, warn_unfinished
-from .quantized import dense_layers
+from .quantized import dense_layers, note_dense
 from .refinement import refine
 from .reporting import MergeReport, describe, measure
 from .sharding import is_sharded
@@ -73,7 +73,8 @@ def _check_weights(
         other = owners.setdefault(id(parameter), name)
         if id(parameter) in adapted and other != name and not _is_same_module(model, other, name):
             raise ValueError(
-                f"[{op}] a merged weight must belong to one layer; got {name}, which is {other} too"
+                f"[{op}] a merged weight must belong to one layer; got {name}, which is {other} "
+                "too (export_lora leaves the weights alone)"
             )
 
 
@@ -155,6 +156,10 @@ def merge_and_unload(
         for layer in injection.layers:
             if layer.name in dense:
                 layer.set_base(dense[layer.name])
+        if dense:
+            plain = _removed(model, injection, "merge_and_unload")
+            note_dense(plain)
+            return plain
     elif merge_method not in (None, applied.merge_method) or not _is_plain(
         data, refine_steps, verify, max_error
     ):

@@ -205,8 +205,16 @@ def _head_edits(
     floating = [t.dtype for t in map(files.tensor, files.names) if t.is_floating_point()]
     common = max(set(floating), key=floating.count)
     for name, tensor in heads_of(adapter).items():
-        key = find_name(files.names, name) or _tied(source, files, name, tensor) or name
+        found = find_name(files.names, name)
+        _refuse_tied(source, files, name, found, tensor)
+        key = found or name
         old = files.tensor(key) if key in files.names else None
+        if old is not None and old.shape != tensor.shape and EMBEDDINGS.search(key):
+            raise ValueError(
+                f"[merge] the base must be resized as for the training; got {key} "
+                f"{list(tensor.shape)} in the adapter, {list(old.shape)} in the base "
+                "(resize_token_embeddings, save_pretrained, merge into that folder)"
+            )
         if old is not None and old.shape != tensor.shape:
             warnings.warn(
                 f"[merge] {key} is {list(tensor.shape)} in the adapter, {list(old.shape)} in the "
@@ -220,13 +228,21 @@ def _head_edits(
     return edits
 
 
-def _tied(source: Path, files: _C.ModelFiles, name: str, tensor: Tensor) -> str | None:
-    """Return the embedding that a head without a tensor of its own is tied to, if it is."""
+def _refuse_tied(
+    source: Path, files: _C.ModelFiles, name: str, found: str | None, tensor: Tensor
+) -> None:
+    """Refuse a trained embedding or head of a base that holds one tensor for both."""
     config = source / "config.json"
     values = read_object(config, "merge") if config.is_file() else {}
-    if not values.get("tie_word_embeddings"):
-        return None
-    found = [
-        n for n in files.names if EMBEDDINGS.search(n) and files.tensor(n).shape == tensor.shape
-    ]
-    return found[0] if len(found) == 1 else None
+    if found is None:
+        tied = [
+            n for n in files.names if EMBEDDINGS.search(n) and files.tensor(n).shape == tensor.shape
+        ]
+    else:
+        tied = [found] if EMBEDDINGS.search(found) and values.get("tie_word_embeddings") else []
+    if tied:
+        raise ValueError(
+            f"[merge] modules_to_save must be tensors of their own in the base; got {name}, tied "
+            f"to {tied[0]} (in Python: PeftModel.from_pretrained, merge_and_unload, "
+            "save_pretrained)"
+        )

@@ -44,8 +44,8 @@ from .config import PEFT_TYPE
 from .config import ResLoraConfig as CoreConfig
 from .injection import Injection, make_chains, open_sessions, shape_of, warn_without_links
 from .layer import LayerChain, ResLoraLinear
-from .peft_layer import Adapter, ResLoraLayer
-from .targets import default_targets, features_of
+from .peft_layer import Adapter, PeftLinear
+from .targets import default_targets, features_of, is_bypassed
 
 NAME = "reslora"
 CARD = (
@@ -97,7 +97,7 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         if (folder / "README.md").is_file():
             card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
             if CARD.strip() not in card.text:
-                card.text += CARD
+                card.text = card.text.rstrip("\n") + "\n" + CARD
             card.data.tags = sorted({*(card.data.tags or ()), NAME})
             card.save(folder / "README.md")
 
@@ -110,14 +110,14 @@ class ResLoraModel(BaseTuner):
     """What `get_peft_model` makes of a model for a ResLoraConfig."""
 
     prefix: str = "reslora_"
-    tuner_layer_cls = ResLoraLayer
+    tuner_layer_cls = PeftLinear
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Add an adapter: PEFT finds and wraps the layers, then they are linked."""
         for name, module in model.named_modules():
-            is_foreign = isinstance(module, BaseTunerLayer) and not isinstance(module, ResLoraLayer)
+            is_foreign = isinstance(module, BaseTunerLayer) and not isinstance(module, PeftLinear)
             if is_foreign or type(module) is ResLoraLinear:
                 raise ValueError(
                     "[reslora.peft] the model must hold no other adapters; got "
@@ -146,12 +146,13 @@ class ResLoraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if features_of(target) is None:
+        if features_of(target) is None or is_bypassed(parent):
+            why = f", in {type(parent).__name__}, which does not call it" * is_bypassed(parent)
             raise ValueError(
                 "[reslora.peft] targets must be linear layers; got "
-                f"{type(target).__name__} at {current_key} (name it in exclude_modules)"
+                f"{type(target).__name__} at {current_key}{why} (name it in exclude_modules)"
             )
-        layer = target if isinstance(target, ResLoraLayer) else ResLoraLayer(target)
+        layer = target if isinstance(target, PeftLinear) else PeftLinear(target)
         r = shape_of(peft_config, current_key, layer)[2]
         layer.add_factors(adapter_name, r, peft_config.init_lora_weights)
         if layer is not target:
@@ -165,12 +166,10 @@ class ResLoraModel(BaseTuner):
         layers: dict[str, Any] = {
             key: module
             for key, module in model.named_modules()
-            if isinstance(module, ResLoraLayer) and name in module.reslora_A
+            if isinstance(module, PeftLinear) and name in module.reslora_A
         }
 
-        def adapter_of(
-            layer: ResLoraLayer, chain: LayerChain, position: int, shape: Any
-        ) -> Adapter:
+        def adapter_of(layer: PeftLinear, chain: LayerChain, position: int, shape: Any) -> Adapter:
             return Adapter(layer, name, chain, position, shape)
 
         injection.chains = make_chains(model, config, layers, adapter_of)
@@ -180,7 +179,7 @@ class ResLoraModel(BaseTuner):
         injection.places = [
             (parent, attribute, child.reslora_adapters[name])  # type: ignore[misc]
             for parent, attribute, child in _children(model)
-            if isinstance(child, ResLoraLayer) and name in child.reslora_adapters
+            if isinstance(child, PeftLinear) and name in child.reslora_adapters
         ]
         open_sessions(model, injection)
         config.fan_in_fan_out = transposed_chains(injection)
@@ -202,6 +201,9 @@ class ResLoraModel(BaseTuner):
         """Merge the active adapter by the best rule for what is at hand (see `reslora.merge`)."""
         self._check_active(adapter_names)
         self._check_merge_allowed()
+        if any(isinstance(x, PeftLinear) and x.merged for x in self.model.modules()):
+            warnings.warn("[reslora.peft] already merged, nothing to do", stacklevel=2)
+            return
         merging.merge(self.model, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -211,7 +213,7 @@ class ResLoraModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        layers = [x for x in self.model.modules() if isinstance(x, ResLoraLayer)]
+        layers = [x for x in self.model.modules() if isinstance(x, PeftLinear)]
         if merge:
             self._check_active(adapter_names)
             self._check_merge_allowed()
@@ -255,11 +257,11 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 def _put_back(places: list[tuple[nn.Module, str, nn.Module]], name: str) -> None:
     """Take back what a failed injection did to a model."""
     for parent, attribute, child in places:
-        if isinstance(child, ResLoraLayer):
+        if isinstance(child, PeftLinear):
             for kept in (child.reslora_A, child.reslora_B, child.reslora_adapters):
                 if name in kept:
                     del kept[name]
-        elif isinstance(parent._modules.get(attribute), ResLoraLayer):
+        elif isinstance(parent._modules.get(attribute), PeftLinear):
             setattr(parent, attribute, child)
 
 

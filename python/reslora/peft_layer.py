@@ -30,12 +30,12 @@ from .targets import features_of
 class Adapter(ResLoraLinear):
     """A named adapter of a PEFT layer, which holds its base layer and parameters."""
 
-    owner: Any  # the ResLoraLayer
+    owner: Any  # the PeftLinear
     adapter_name: str
     is_held_off: bool
 
     def __init__(
-        self, owner: ResLoraLayer, name: str, chain: LayerChain, position: int, shape: Any
+        self, owner: PeftLinear, name: str, chain: LayerChain, position: int, shape: Any
     ) -> None:
         # Not as a module: the layer is this module's parent.
         object.__setattr__(self, "owner", owner)
@@ -84,7 +84,7 @@ class Adapter(ResLoraLinear):
         self.is_held_off = value
 
 
-class ResLoraLayer(nn.Module, BaseTunerLayer):
+class PeftLinear(nn.Module, BaseTunerLayer):
     """A linear layer with named ResLoRA adapters, of which one is active."""
 
     adapter_layer_names = ("reslora_A", "reslora_B")

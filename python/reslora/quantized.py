@@ -47,6 +47,15 @@ def dense_layers(model: nn.Module, injection: Injection, op: str) -> dict[str, n
     return found
 
 
+def note_dense(model: nn.Module) -> None:
+    """Tell the config of transformers what is dense now: else a saved model cannot be loaded."""
+    options: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if hasattr(options, "llm_int8_skip_modules"):  # bitsandbytes; torchao stores types of tensors
+        options.llm_int8_skip_modules = [
+            name for name, module in model.named_modules() if type(module) is nn.Linear
+        ]
+
+
 def _compute_dtype(model: nn.Module, injection: Injection) -> torch.dtype:
     """Return the dtype of the model's own plain floating parameters."""
     own = {id(p) for layer in injection.layers for p in (layer.reslora_A, layer.reslora_B)}

@@ -104,7 +104,11 @@ def find_targets(model: nn.Module, config: ResLoraConfig) -> dict[str, nn.Module
 
 def default_targets(model: nn.Module) -> list[str]:
     """Return what a model calls its queries and values; ValueError where that is not known."""
-    names = {key.rsplit(".", 1)[-1] for key, module in model.named_modules() if _is_linear(module)}
+    names = {
+        key.removesuffix(".base_layer").rsplit(".", 1)[-1]  # of a layer that is adapted already
+        for key, module in model.named_modules()
+        if _is_linear(module)
+    }
     known = [targets for targets in DEFAULT_TARGETS if names.issuperset(targets)]
     if not hasattr(model, "config") or not known:
         raise ValueError(
@@ -148,8 +152,12 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn
 
 
 def _parent_is_attention(modules: dict[str, nn.Module], key: str) -> bool:
+    return is_bypassed(modules.get(key.rpartition(".")[0]))
+
+
+def is_bypassed(parent: nn.Module | None) -> bool:
     """nn.MultiheadAttention reads its projections' weights without calling them."""
-    return isinstance(modules.get(key.rpartition(".")[0]), nn.MultiheadAttention)
+    return isinstance(parent, nn.MultiheadAttention)
 
 
 def _filtered(found: dict[str, nn.Module], config: ResLoraConfig) -> dict[str, nn.Module]:

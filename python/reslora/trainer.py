@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class ResLoraCallback(TrainerCallback):
 
     What it adds to a log, beside the trainer's own: `reslora/alpha/<chain>` (mean over the layers
     of alpha* by the rule `input`), `reslora/grad_norm_A` and `_B`; after an evaluation
-    `eval_merged_loss`, the loss of the merged form on the same batches; `reslora/finished_step`
+    `eval_merged_loss`, the loss of the merged form on the first of the same batches (the model's
+    own loss, without the trainer's label smoothing or compute_loss_func); `reslora/finished_step`
     once `finish` was done.
 
     Args:
@@ -69,15 +70,23 @@ class ResLoraCallback(TrainerCallback):
         """Keep the options; the model is given by the trainer.
 
         Raises:
-            ValueError: for a merge_method that is none, or a number below 1.
+            ValueError: for a merge_method that is none, calibration without batches, or a number
+                below 1.
         """
+        is_empty = isinstance(calibration, Sized) and not len(calibration)
+        if calibration is not None and (
+            is_empty or isinstance(calibration, str) or not isinstance(calibration, Iterable)
+        ):
+            raise ValueError(
+                f"[ResLoraCallback] calibration must be batches, or None; got {calibration!r}"
+            )
         if merge_method not in (None, *MERGE_METHODS):
             raise ValueError(
                 f"[ResLoraCallback] merge_method must be one of {', '.join(MERGE_METHODS)}, or "
                 f"None; got {merge_method!r}"
             )
         for name, value in (("max_eval_batches", max_eval_batches), ("patience", patience)):
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(
                     f"[ResLoraCallback] {name} must be a whole number above 0; got {value!r}"
                 )
@@ -103,6 +112,7 @@ class ResLoraCallback(TrainerCallback):
         """Take up norms, and a finish that was done, where a training is resumed."""
         self.injection = injection = injection_of(_given(model), "ResLoraCallback")
         self.begun_at = state.global_step
+        self._check_method(injection)
         if not state.global_step:
             return
         entries: list[Any] = state.log_history
@@ -192,7 +202,8 @@ class ResLoraCallback(TrainerCallback):
         found = self.merged_loss(_given(model), eval_dataloader)
         if found is None:
             return
-        own = {"eval_merged_loss": found}
+        key = next((k for k in metrics or () if k.endswith("_loss")), "eval_loss")
+        own = {f"{key.removesuffix('loss')}merged_loss": found}
         if metrics is not None:
             metrics.update(own)
         if state.log_history:
@@ -208,6 +219,18 @@ class ResLoraCallback(TrainerCallback):
         sync_norms(self._injected(model))
         if state.is_world_process_zero and folder.is_dir():
             write_statistics(self._injected(model), folder)
+
+    def _check_method(self, injection: Injection) -> None:
+        """Refuse a rule that no evaluation could merge by, before a step is done."""
+        if injection.merges_exactly or not self.evaluate_merged:
+            return
+        lacks_fits = self.calibration is None and injection.calibrated is None
+        if self.merge_method == "exact" or (self.merge_method == "lsq" and lacks_fits):
+            way_out = "give calibration" if self.merge_method == "lsq" else "leave it out"
+            raise ValueError(
+                f"[ResLoraCallback] merge_method must be one that can merge this model; got "
+                f"{self.merge_method!r} for res_mode {injection.config.res_mode!r} ({way_out})"
+            )
 
     def _injected(self, model: nn.Module | None) -> Injection:
         if self.injection is None:
@@ -238,13 +261,25 @@ class ResLoraCallback(TrainerCallback):
             try:
                 with evaluating(model), torch.no_grad():
                     losses = [
-                        float(call(model, moved(batch, model)).loss)
+                        _loss_of(call(model, moved(batch, model)))
                         for _, batch in zip(range(self.max_eval_batches), batches, strict=False)
                     ]
             finally:
                 unmerge(model)
                 injection.calibrated = earlier
-        return mean_over_ranks(losses)
+        known = [float(loss) for loss in losses if loss is not None]
+        if len(known) < len(losses):
+            self.evaluate_merged = False
+            warnings.warn(
+                "[ResLoraCallback] the model returns no loss: its merged form is not evaluated",
+                stacklevel=2,
+            )
+            return None
+        return mean_over_ranks(known)
+
+
+def _loss_of(output: Any) -> Any:
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
 
 def alphas(injection: Injection) -> dict[str, float]:

@@ -14,8 +14,8 @@ using at::Tensor;
 
 void check_weight(const Tensor& weight, const LayerMerge& layer, const char* purpose) {
   RESLORA_CHECK(weight.defined(),
-                "[merge] {} needs the base weight, and layer {} has none: give it, or export the "
-                "factors by another rule",
+                "[merge] {} needs the base weight, and layer {} has none: give it (reslora merge "
+                "does), or take another rule (for norms save with statistics)",
                 purpose, layer.name);
   const at::ScalarType dtype = weight.scalar_type();
   RESLORA_CHECK(

@@ -199,16 +199,6 @@ def test_a_head_that_the_base_lacks_is_added(tmp_path):
     assert_same_bits(got, merge_and_unload(model).to(torch.bfloat16).state_dict())
 
 
-def test_a_tied_head_reaches_the_tensor_that_is_loaded(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    model = with_head(tmp_path, tiny_llama(tie_word_embeddings=True), "lm_head", "q_proj")
-    assert "lm_head.weight" not in read(tmp_path / "base")
-    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert_same_bits(merged.state_dict(), merge_and_unload(model).state_dict())
-
-
 def test_a_head_has_the_dtype_of_the_file(tmp_path):
     with_head(tmp_path)
     base = tiny_bert().to(torch.bfloat16)

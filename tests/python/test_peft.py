@@ -10,15 +10,17 @@ from models import LINKED, SHORTCUTS, fit, randomize, tiny_bert, tiny_gpt2, tiny
 from torch import nn
 
 import reslora
+from reslora.model_folder import merge_folder
 from reslora.utils import find_layers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 from huggingface_hub import ModelCard  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.integrations import peft as integration  # noqa: E402
 from transformers.utils import peft_utils  # noqa: E402
 
-from reslora.peft import ResLoraConfig, ResLoraLayer  # noqa: E402
+from reslora.peft import PeftLinear, ResLoraConfig  # noqa: E402
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -216,7 +218,7 @@ def test_exact_merges_change_nothing(base, ids, res_mode, pre_num):
     wanted = logits(model, ids)
     before = {n: p.clone() for n, p in model.named_parameters()}
     model.merge_adapter(safe_merge=True)
-    assert all(layer.merged for layer in model.modules() if isinstance(layer, ResLoraLayer))
+    assert all(layer.merged for layer in model.modules() if isinstance(layer, PeftLinear))
     torch.testing.assert_close(logits(model, ids), wanted, rtol=1e-4, atol=1e-5)
     model.unmerge_adapter()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -258,7 +260,7 @@ def test_unload_gives_the_base_model_back(base, ids):
 
 def test_one_layer_is_not_merged_alone(base):
     model = wrapped(copy.deepcopy(base))
-    layer = next(m for m in model.modules() if isinstance(m, ResLoraLayer))
+    layer = next(m for m in model.modules() if isinstance(m, PeftLinear))
     with pytest.raises(ValueError, match="merge_adapter of the PEFT model"):
         layer.merge()
 
@@ -314,6 +316,58 @@ def test_disable_adapter_is_the_base_model(base, ids):
     with model.disable_adapter():
         torch.testing.assert_close(logits(model, ids), wanted, rtol=0, atol=0)
     torch.testing.assert_close(logits(model, ids), own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", ["lm_head", "embed_tokens"])
+def test_trained_copies_of_tied_tensors_are_refused_elsewhere(tmp_path, head):
+    base = tiny_llama(tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    config = ResLoraConfig(target_modules=["q_proj"], modules_to_save=[head], res_mode="none")
+    with pytest.raises(ValueError, match="must hold parameters of their own; got"):
+        reslora.inject(base, config)
+    model = get_peft_model(base, config)  # trains a copy
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"tied to model\.embed_tokens\.weight"):
+        merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="must hold parameters of their own; got"):
+        reslora.load(tiny_llama(tie_word_embeddings=True), tmp_path / "adapter")
+
+
+def test_resized_embeddings_are_refused_elsewhere(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 3)
+    get_peft_model(base, ResLoraConfig(**options())).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"PeftModel\.from_pretrained reads what PEFT has"):
+        reslora.load(tiny_llama(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="the base must be resized as for the training"):
+        merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "weight")
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_a_second_adapter_finds_its_targets(targets):
+    model = get_peft_model(tiny_llama(), ResLoraConfig(target_modules=targets))
+    first = {layer.name for layer in find_layers(model)}
+    model.add_adapter("second", ResLoraConfig(target_modules=targets))
+    model.set_adapter("second")
+    assert {layer.name for layer in find_layers(model)} == first
+    assert not any("base_layer" in name for name in first)
+
+
+def test_merging_twice_warns(ids):
+    model = wrapped(res_mode="bs")
+    model.merge_adapter()
+    want = logits(model, ids)
+    with pytest.warns(UserWarning, match="already merged, nothing to do"):
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model, ids), want, rtol=0, atol=0)
+
+
+def test_layers_that_are_not_called_are_refused():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)
+    with pytest.raises(ValueError, match="in MultiheadAttention, which does not call it"):
+        get_peft_model(model, ResLoraConfig(target_modules=["out_proj"]))
 
 
 def test_named_adapters_with_one_active(base, ids):

@@ -199,3 +199,26 @@ def test_bitsandbytes_layers_are_merged_as_they_compute(kind):
     merged = merge_and_unload(model, dequantize=True)
     assert type(merged.model.layers[1].self_attn.q_proj) is nn.Linear
     assert relative(logits(merged, ids), want) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_a_merged_model_of_bitsandbytes_is_saved_and_read(tmp_path, kind, targets):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(2, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "base")
+    is_nf4 = kind == "nf4"
+    options = BitsAndBytesConfig(
+        load_in_4bit=is_nf4, load_in_8bit=not is_nf4, bnb_4bit_quant_type="nf4"
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=options, device_map="cpu"
+    )
+    model, ids = adapted(base, 0.2, target_modules=targets, res_mode="bs").eval(), tokens(2, 9)
+    merged = merge_and_unload(model, dequantize=True)
+    want = logits(merged, ids).float()
+    merged.save_pretrained(tmp_path / "merged")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu")
+    assert type(read.model.layers[1].self_attn.q_proj) is nn.Linear
+    assert relative(logits(read, ids).float(), want) < 0.02

@@ -85,8 +85,13 @@ def test_resumed_training_has_equal_losses(tmp_path, make, res_mode):
         {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
         {"bf16": True},
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {
+            "torch_compile": True,
+            "torch_compile_backend": "aot_eager",
+            "gradient_checkpointing": True,
+        },
     ],
-    ids=["checkpointing", "accumulation", "bf16", "compile"],
+    ids=["checkpointing", "accumulation", "bf16", "compile", "both"],
 )
 def test_options_of_the_trainer(tmp_path, changes):
     plain = trainer(peft_model(), tmp_path / "a", per_device_train_batch_size=4)
@@ -229,12 +234,58 @@ def test_an_adapter_that_does_not_train_is_reported(tmp_path):
     [
         ({"merge_method": "best"}, "merge_method must be one of .*; got 'best'"),
         ({"patience": 0}, "patience must be a whole number above 0; got 0"),
+        ({"patience": True}, "patience must be a whole number above 0; got True"),
+        ({"calibration": []}, r"calibration must be batches, or None; got \[\]"),
+        ({"calibration": "x"}, "calibration must be batches, or None; got 'x'"),
+        ({"calibration": 5}, "calibration must be batches, or None; got 5"),
         ({"max_eval_batches": 0.5}, "max_eval_batches must be a whole number above 0; got 0.5"),
     ],
 )
 def test_bad_options_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         ResLoraCallback(**options)
+
+
+@pytest.mark.parametrize("method", ["exact", "lsq"])
+def test_a_rule_that_cannot_merge_is_refused_before_the_first_step(tmp_path, method):
+    made = trainer(peft_model(res_mode="is"), tmp_path, ResLoraCallback(merge_method=method))
+    with pytest.raises(ValueError, match="merge_method must be one that can merge this model"):
+        made.train()
+    assert made.state.global_step == 0
+
+
+def test_evaluations_keep_their_names(tmp_path):
+    data = {"a": examples(8), "b": examples(4)}
+    made = trainer(
+        peft_model(res_mode="bs"), tmp_path, ResLoraCallback(), eval_strategy="steps", eval_steps=6
+    )
+    made.eval_dataset = data
+    made.train()
+    found = {key: value for entry in made.state.log_history for key, value in entry.items()}
+    for name in data:
+        assert found[f"eval_{name}_merged_loss"] == pytest.approx(found[f"eval_{name}_loss"])
+
+
+def test_a_model_without_a_loss_of_its_own_is_not_evaluated_merged(tmp_path):
+    class Bare(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids, **kwargs):
+            return {"logits": self.inner(input_ids=input_ids).logits}
+
+    def loss(output, labels, **kwargs):
+        return torch.nn.functional.cross_entropy(output["logits"].flatten(0, 1), labels.flatten())
+
+    made = trainer(
+        Bare(peft_model(res_mode="bs")), tmp_path, ResLoraCallback(), eval_strategy="steps",
+        eval_steps=3, label_names=["labels"], save_strategy="no",
+    )  # fmt: skip
+    made.compute_loss_func = loss
+    with pytest.warns(UserWarning, match="its merged form is not evaluated"):
+        made.train()
+    assert made.state.global_step == 6
 
 
 def test_a_plain_model_is_refused(tmp_path):
