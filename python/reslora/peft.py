@@ -146,8 +146,10 @@ class ResLoraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if features_of(target) is None or is_bypassed(parent):
-            why = f", in {type(parent).__name__}, which does not call it" * is_bypassed(parent)
+        if features_of(target) is None or is_bypassed(parent, target_name):
+            why = f", in {type(parent).__name__}, which does not call it" * is_bypassed(
+                parent, target_name
+            )
             raise ValueError(
                 "[reslora.peft] targets must be linear layers; got "
                 f"{type(target).__name__} at {current_key}{why} (name it in exclude_modules)"

@@ -138,26 +138,29 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn
     for key, module in modules.items():
         if not _is_linear(module) or module is head or key.rsplit(".", 1)[-1] == "lm_head":
             continue
-        if "experts" in key.split(".") or _parent_is_attention(modules, key):
+        if "experts" in key.split(".") or _is_unused(modules, key):
             left_out.append(key)
         else:
             found[key] = module
     if left_out:
         warnings.warn(
-            f"[inject] 'all-linear' leaves out {len(left_out)} layers of experts or "
-            f"nn.MultiheadAttention: {', '.join(left_out[:3])}, ...",
+            f"[inject] 'all-linear' leaves out {len(left_out)} layers of experts, or that are not "
+            f"called: {', '.join(left_out[:3])}, ...",
             stacklevel=4,
         )
     return found
 
 
-def _parent_is_attention(modules: dict[str, nn.Module], key: str) -> bool:
-    return is_bypassed(modules.get(key.rpartition(".")[0]))
+def _is_unused(modules: dict[str, nn.Module], key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    return is_bypassed(modules.get(parent), name)
 
 
-def is_bypassed(parent: nn.Module | None) -> bool:
-    """nn.MultiheadAttention reads its projections' weights without calling them."""
-    return isinstance(parent, nn.MultiheadAttention)
+def is_bypassed(parent: nn.Module | None, name: str) -> bool:
+    """Tell whether a child's weight is read without a call: by attention of torch, and by Mamba."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    return "Mamba" in type(parent).__name__ and name in ("dt_proj", "out_proj")
 
 
 def _filtered(found: dict[str, nn.Module], config: ResLoraConfig) -> dict[str, nn.Module]:
@@ -193,7 +196,7 @@ def _check_supported(modules: dict[str, nn.Module], found: dict[str, nn.Module])
     bad = [
         f"{key} ({type(module).__name__})"
         for key, module in found.items()
-        if features_of(module) is None or _parent_is_attention(modules, key)
+        if features_of(module) is None or _is_unused(modules, key)
     ]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""

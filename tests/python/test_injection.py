@@ -390,3 +390,19 @@ def test_a_copy_is_independent():
     unload(other)
     assert not other._forward_hooks and not other._forward_pre_hooks
     assert model._forward_hooks and find_layers(model)
+
+
+def test_what_mamba_does_not_call_is_not_adapted():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.MambaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, intermediate_size=32
+    )
+    model = transformers.MambaForCausalLM(config)
+    for name in ("dt_proj", "out_proj"):
+        with pytest.raises(ValueError, match=f"linear layers that are called; got .*{name}"):
+            inject(model, ResLoraConfig(target_modules=[name]))
+    with pytest.warns(UserWarning, match="leaves out 4 layers of experts, or that are not called"):
+        inject(model, ResLoraConfig(target_modules="all-linear", res_mode="bs"))
+    ids = torch.randint(40, (2, 6))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.reslora_B.grad.any() for layer in find_layers(model))
