@@ -146,10 +146,9 @@ class ResLoraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if features_of(target) is None or is_bypassed(parent, target_name):
-            why = f", in {type(parent).__name__}, which does not call it" * is_bypassed(
-                parent, target_name
-            )
+        is_unused = is_bypassed(parent, target_name)
+        if features_of(target) is None or is_unused:
+            why = f", in {type(parent).__name__}, which does not call it" * is_unused
             raise ValueError(
                 "[reslora.peft] targets must be linear layers; got "
                 f"{type(target).__name__} at {current_key}{why} (name it in exclude_modules)"

@@ -75,8 +75,7 @@ def test_the_default_backend_gives_equal_gradients():
 
 
 @pytest.mark.parametrize(("res_mode", "pre_num"), LINKED)
-def test_checkpointing_inside_compile_is_exact_with_the_flag(res_mode, pre_num, fresh_compiler):
-    setattr(fresh_compiler, FLAG, True)
+def test_checkpointing_inside_compile_is_exact(res_mode, pre_num):
     model = adapted(Net(depth=3), res_mode=res_mode, pre_num=pre_num)
     x = torch.randn(3, 6)
     want = gradients(model, x)
@@ -88,8 +87,7 @@ def test_checkpointing_inside_compile_is_exact_with_the_flag(res_mode, pre_num, 
     assert graphs() == 1
 
 
-def test_norms_in_compiled_checkpoints_with_the_default_backend(fresh_compiler):
-    setattr(fresh_compiler, FLAG, True)
+def test_norms_in_compiled_checkpoints_with_the_default_backend():
     model = adapted(Net(depth=3), res_mode="is")
     x = torch.randn(3, 6)
     want = gradients(model, x)
@@ -98,8 +96,7 @@ def test_norms_in_compiled_checkpoints_with_the_default_backend(fresh_compiler):
     assert model.layers[1].lin.norm_count.item() == 2
 
 
-def test_dropout_in_compiled_checkpoints_uses_the_same_masks(fresh_compiler):
-    setattr(fresh_compiler, FLAG, True)
+def test_dropout_in_compiled_checkpoints_uses_the_same_masks():
     model = adapted(Net(depth=2).double(), res_mode="is", lora_dropout=0.5)
     first, last = (block.lin for block in model.layers)
     torch.nn.init.zeros_(first.reslora_B)  # so that the last layer's input is known
@@ -114,8 +111,8 @@ def test_dropout_in_compiled_checkpoints_uses_the_same_masks(fresh_compiler):
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_checkpointing_inside_compile_without_the_flag_is_refused(fullgraph, fresh_compiler):
-    setattr(fresh_compiler, FLAG, False)
     model = adapted(Net(depth=3))
+    setattr(fresh_compiler, FLAG, False)  # `inject` has set it
     model.checkpointing = NON_REENTRANT
     call = compiled(model, fullgraph)
     with pytest.raises(Exception, match=FLAG):
