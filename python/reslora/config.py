@@ -11,6 +11,7 @@ same values; what only Python knows (names of modules, initialisation) is checke
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -75,6 +76,11 @@ def _help(text: str) -> dict[str, str]:
 
 class _LoraOptions(type):
     """Takes what LoraConfig takes: its other options may be there where they are off."""
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        own = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         for name, reason in REFUSED.items():

@@ -1,6 +1,7 @@
 """ResLoraConfig: defaults, refusals, JSON."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -110,5 +111,6 @@ def test_options_of_lora_may_be_there_where_they_are_off():
     config = ResLoraConfig(use_dora=False, loftq_config={}, layer_replication=None, r=3)
     assert config == ResLoraConfig(r=3)
     assert ResLoraConfig(megatron_core="megatron.core", qalora_group_size=16) == ResLoraConfig()
+    assert list(inspect.signature(ResLoraConfig).parameters)[:2] == ["r", "lora_alpha"]
     with pytest.raises(ValueError, match="use_dora must be off"):
         ResLoraConfig(use_dora=True)
