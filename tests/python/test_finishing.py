@@ -161,7 +161,7 @@ def test_what_cannot_be_finished_is_refused_and_unchanged():
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, "0.7", True])
 def test_a_share_of_the_steps_lies_between_0_and_1(share):
-    with pytest.raises(ValueError, match="finish_at must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="finish_at must lie above 0 and below 1"):
         ResLoraConfig(finish_at=share)
 
 
