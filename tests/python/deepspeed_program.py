@@ -48,6 +48,7 @@ def main(stage: int, res_mode: str, file: Path) -> None:
     torch.distributed.all_reduce(mean)
     if rank == 0:
         file.write_text(str(float(mean) / 2))
+    torch.distributed.barrier()  # else one process may end while the other still sends
     torch.distributed.destroy_process_group()
 
 
