@@ -147,8 +147,10 @@ def merge_and_unload(
     """
     injection = injection_of(model, "merge_and_unload")
     applied = injection.applied
+    dense = {}
     if applied is None:
-        dense = dense_layers(model, injection, "merge_and_unload") if dequantize else {}
+        if dequantize:
+            dense = dense_layers(model, injection, "merge_and_unload")
         _merge(
             model, merge_method, "merge_and_unload", data, refine_steps, verify, max_error,
             safe_merge, progressbar, False, dense,
@@ -156,10 +158,6 @@ def merge_and_unload(
         for layer in injection.layers:
             if layer.name in dense:
                 layer.set_base(dense[layer.name])
-        if dense:
-            plain = _removed(model, injection, "merge_and_unload")
-            note_dense(plain)
-            return plain
     elif merge_method not in (None, applied.merge_method) or not _is_plain(
         data, refine_steps, verify, max_error
     ):
@@ -168,7 +166,10 @@ def merge_and_unload(
             f"merge_method {merge_method!r}, data, refine_steps, verify or max_error (unmerge it "
             "first)"
         )
-    return _removed(model, injection, "merge_and_unload")
+    plain = _removed(model, injection, "merge_and_unload")
+    if dense:
+        note_dense(plain)
+    return plain
 
 
 def _removed(model: nn.Module, injection: Injection, how: str) -> nn.Module:

@@ -204,18 +204,20 @@ def _head_edits(
     edits = {}
     floating = [t.dtype for t in map(files.tensor, files.names) if t.is_floating_point()]
     common = max(set(floating), key=floating.count)
-    for name, tensor in heads_of(adapter).items():
+    heads = heads_of(adapter)
+    is_tied = bool(heads) and _ties_embeddings(source)
+    for name, tensor in heads.items():
         found = find_name(files.names, name)
-        _refuse_tied(source, files, name, found, tensor)
+        _refuse_tied(files, name, found, tensor, is_tied)
         key = found or name
         old = files.tensor(key) if key in files.names else None
-        if old is not None and old.shape != tensor.shape and EMBEDDINGS.search(key):
-            raise ValueError(
-                f"[merge] the base must be resized as for the training; got {key} "
-                f"{list(tensor.shape)} in the adapter, {list(old.shape)} in the base "
-                "(resize_token_embeddings, save_pretrained, merge into that folder)"
-            )
         if old is not None and old.shape != tensor.shape:
+            if EMBEDDINGS.search(key):
+                raise ValueError(
+                    f"[merge] the base must be resized as for the training; got {key} "
+                    f"{list(tensor.shape)} in the adapter, {list(old.shape)} in the base "
+                    "(resize_token_embeddings, save_pretrained, merge into that folder)"
+                )
             warnings.warn(
                 f"[merge] {key} is {list(tensor.shape)} in the adapter, {list(old.shape)} in the "
                 "base: config.json is copied as it is and may not fit",
@@ -228,18 +230,21 @@ def _head_edits(
     return edits
 
 
+def _ties_embeddings(source: Path) -> bool:
+    config = source / "config.json"
+    return config.is_file() and bool(read_object(config, "merge").get("tie_word_embeddings"))
+
+
 def _refuse_tied(
-    source: Path, files: _C.ModelFiles, name: str, found: str | None, tensor: Tensor
+    files: _C.ModelFiles, name: str, found: str | None, tensor: Tensor, is_tied: bool
 ) -> None:
     """Refuse a trained embedding or head of a base that holds one tensor for both."""
-    config = source / "config.json"
-    values = read_object(config, "merge") if config.is_file() else {}
     if found is None:
         tied = [
             n for n in files.names if EMBEDDINGS.search(n) and files.tensor(n).shape == tensor.shape
         ]
     else:
-        tied = [found] if EMBEDDINGS.search(found) and values.get("tie_word_embeddings") else []
+        tied = [found] if is_tied and EMBEDDINGS.search(found) else []
     if tied:
         raise ValueError(
             f"[merge] modules_to_save must be tensors of their own in the base; got {name}, tied "

@@ -7,9 +7,9 @@
 
 set(RESLORA_TORCH_ROOT "" CACHE PATH "Folder of torch with include/ and lib/ (empty: search)")
 
-# Sets RESLORA_TORCH_ROOT, for this run of CMake: as find_package(Torch) found it, from CMAKE_PREFIX_PATH
-# (…/share/cmake or the folder itself), from the folders of ARGN, or from the Python interpreter at
-# hand.
+# Sets RESLORA_TORCH_ROOT, for this run of CMake: as find_package(Torch) found it, from
+# CMAKE_PREFIX_PATH (…/share/cmake or the folder itself), from the folders of ARGN, or from the
+# Python interpreter at hand.
 function(_reslora_search_torch)
   set(hints "${TORCH_INSTALL_PREFIX}" ${CMAKE_PREFIX_PATH} ${ARGN})
   if(Torch_DIR)
