@@ -13,13 +13,12 @@ the readers are not run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from . import _C
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike
+from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder
 from .exporting import DIFFUSERS_NAME
 from .json_files import read_object
 
@@ -42,13 +41,21 @@ class Finding:
         return f"{self.reader}: {self.sentence}"
 
 
-def check_export(directory: PathLike) -> list[Finding]:
+def check_export(
+    directory: PathLike, *, revision: str | None = None, subfolder: str | None = None
+) -> list[Finding]:
     """Return what readers would misread in a folder of plain LoRA; empty: nothing is known.
+
+    Args:
+        directory: the folder, or its name on the Hub ("user/name").
+        revision: as in `load`.
+        subfolder: as in `load`.
 
     Raises:
         ValueError: for a folder that holds no LoRA.
+        FileNotFoundError: for a name of the Hub that cannot be had.
     """
-    folder = Path(directory)
+    folder = adapter_folder(directory, "check-export", revision, subfolder, DIFFUSERS_NAME)
     if (folder / DIFFUSERS_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file():
         return _check_diffusers(_C.load_tensors(folder / DIFFUSERS_NAME)[0])
     config_path, path = folder / CONFIG_NAME, folder / WEIGHTS_NAME

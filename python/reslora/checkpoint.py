@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import _C
 from .config import ResLoraConfig
+from .hub import local_folder
 from .injection import Injection, inject, saved_module, saved_names
 from .layer import is_conv1d
 from .merging import unload
@@ -33,6 +34,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MODEL_PREFIX = "base_model.model."  # where PEFT has the model
 STATISTICS_NAME = "adapter_statistics.safetensors"
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, STATISTICS_NAME)
 # Options that change what an adapter computes, beside the ranks and scalings of its chains.
 FORMULA_OPTIONS = ("res_mode", "pre_num", "first_block")
 
@@ -147,16 +149,29 @@ def _statistics_of(injection: Injection, covariances: bool) -> dict[str, Any]:
     return found
 
 
-def load(model: nn.Module, directory: PathLike) -> nn.Module:
+def load(
+    model: nn.Module,
+    directory: PathLike,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> nn.Module:
     """Load an adapter into a model and return it; a plain model is injected first.
 
+    Args:
+        model: a plain model, or one with an adapter of the same form.
+        directory: folder that `save_pretrained` wrote, or its name on the Hub ("user/name").
+        revision: branch, tag or commit of a name of the Hub; None: its default branch.
+        subfolder: where the adapter lies below `directory`.
+
     Raises:
-        FileNotFoundError: without an adapter in the folder.
+        FileNotFoundError: without an adapter in the folder, and for a name that cannot be had.
         ValueError: for a file that is damaged or belongs to another model. The model is then
             unchanged.
     """
-    adapter, config = read_adapter(Path(directory))
-    statistics = read_statistics(Path(directory), adapter)
+    folder = adapter_folder(directory, "load", revision, subfolder)
+    adapter, config = read_adapter(folder)
+    statistics = read_statistics(folder, adapter)
     if find_layers(model):
         _copy_adapter(plain_model(model), injection_of(model, "load"), adapter, config)
     else:
@@ -191,16 +206,27 @@ def _give_statistics(injection: Injection, statistics: Statistics) -> None:
 # ---- Reading ----------------------------------------------------------------------------------
 
 
+def adapter_folder(
+    name: PathLike, op: str, revision: str | None, subfolder: str | None, *others: str
+) -> Path:
+    """Return an adapter's folder as `local_folder` does; `others` are files to fetch beside."""
+    files = [*ADAPTER_FILES, *others]
+    return local_folder(
+        name, op, "the adapter", revision=revision, subfolder=subfolder, files=files
+    )
+
+
+def read_config(folder: Path) -> ResLoraConfig:
+    """Read the config of an adapter's folder, which must hold both of its files."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"[load] an adapter's folder must hold {name}; got {folder}")
+    return ResLoraConfig.load(folder / CONFIG_NAME)
+
+
 def read_adapter(folder: Path) -> tuple[_C.AdapterFile, ResLoraConfig]:
     """Read an adapter's folder; its two files must agree."""
-    path = folder / WEIGHTS_NAME
-    config_path = folder / CONFIG_NAME
-    for needed in (config_path, path):
-        if not needed.is_file():
-            raise FileNotFoundError(
-                f"[load] an adapter's folder must hold {needed.name}; got {folder}"
-            )
-    beside = ResLoraConfig.load(config_path)
+    beside, path = read_config(folder), folder / WEIGHTS_NAME
     adapter = _C.load_adapter(path)
     config = ResLoraConfig.from_json(adapter.config_json, os.fspath(path))
     other = beside.to_dict()

@@ -28,7 +28,7 @@ MERGE_METHODS = ("exact", "lsq", "input", "weight", "factored")
 # What an adapter_config.json holds beside the options.
 FILE_KEYS = (
     "peft_type", "reslora_version", "base_model_name_or_path", "task_type", "fan_in_fan_out",
-    "auto_mapping", "inference_mode", "peft_version", "revision",  # of PEFT
+    "auto_mapping", "inference_mode", "peft_version",  # of PEFT
 )  # fmt: skip
 
 # Options of PEFT's LoRA that have no meaning here, and why.
@@ -57,7 +57,6 @@ REFUSED = {
 }
 # Details of options above, without a meaning where those are off.
 _DETAILS = ("megatron_core", "qalora_group_size", "runtime_config")
-
 
 # The settings of the paper's experiments (section 4). Learning rates there: 1e-4 nlg, 3e-4 nlu.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -186,6 +185,10 @@ class ResLoraConfig(metaclass=_LoraOptions):
             "Share of the training steps at which a trainer callback calls `finish`; None: never."
         ),
     )
+    revision: str | None = field(
+        default=None,
+        metadata=_help("Branch, tag or commit of the base model on the Hub; None: its default."),
+    )
     finished_from: str | None = field(
         default=None, metadata=_help("Set by `finish`: the res_mode that was trained until then.")
     )
@@ -303,9 +306,10 @@ def _check_types(config: ResLoraConfig) -> None:
     for name in ("use_rslora", "detach_taps", "strict_links"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"[config] {name} must be a bool; got {getattr(config, name)!r}")
-    for name in ("res_mode", "first_block", "bias"):
-        if not isinstance(getattr(config, name), str):
-            raise ValueError(f"[config] {name} must be a string; got {getattr(config, name)!r}")
+    for name in ("res_mode", "first_block", "bias", "revision"):
+        value = getattr(config, name)
+        if not isinstance(value, str) and (name != "revision" or value is not None):
+            raise ValueError(f"[config] {name} must be a string; got {value!r}")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(getattr(config, name), dict):
             raise ValueError(f"[config] {name} must be a dict; got {getattr(config, name)!r}")

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from . import _C
 from .batches import as_batches, evaluating
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, load_tensors_of, saved_tensors
+from .checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    PathLike,
+    adapter_folder,
+    load_tensors_of,
+    saved_tensors,
+)
 from .distance import distance
 from .json_files import read_object
 from .layer import ResLoraLinear
@@ -52,15 +59,25 @@ class Start:
         return f"{taken}; at step 0 the model is away from it by {unit.format(self.distance)}"
 
 
-def init_from_lora(model: nn.Module, directory: PathLike, batches: Any = None) -> Start:
+def init_from_lora(
+    model: nn.Module,
+    directory: PathLike,
+    batches: Any = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Start:
     """Take A and B, and trained heads, from a plain LoRA in PEFT's format.
 
     B is rescaled where the LoRA's lora_alpha / r is another than the adapter's scaling.
 
     Args:
         model: an adapted model that is not merged.
-        directory: folder with adapter_config.json and adapter_model.safetensors.
+        directory: folder with adapter_config.json and adapter_model.safetensors, or its name on
+            the Hub ("user/name").
         batches: what to measure the distance on; None: it is not measured.
+        revision: as in `load`.
+        subfolder: as in `load`.
 
     Raises:
         ValueError: where the LoRA is a variant (DoRA, ...), has other layers or ranks than the
@@ -70,8 +87,9 @@ def init_from_lora(model: nn.Module, directory: PathLike, batches: Any = None) -
     injection = injection_of(model, "init_from_lora")
     if injection.applied is not None:
         raise ValueError("[init_from_lora] the model must not be merged; got a merged one")
-    config = _config_of(Path(directory))
-    tensors = load_tensors_of(Path(directory) / WEIGHTS_NAME)
+    folder = adapter_folder(directory, "init_from_lora", revision, subfolder)
+    config = _config_of(folder)
+    tensors = load_tensors_of(folder / WEIGHTS_NAME)
     heads = saved_tensors(model, injection)
     pairs = {layer.name: _pair_of(layer, config, tensors) for layer in injection.layers}
     _check_all_used(tensors, heads, directory)

@@ -35,6 +35,7 @@ def test_every_option_has_a_help_text():
         ({"res_mode": "residual"}, "res_mode must be .*; got 'residual'"),
         ({"res_mode": None}, "res_mode must be a string; got None"),
         ({"pre_num": -2}, "pre_num must be .*; got -2"),
+        ({"revision": 1}, "revision must be a string; got 1"),
         ({"first_block": "triple"}, "first_block must be .*; got 'triple'"),
         ({"norm_window": -1}, "norm_window must be .*; got -1"),
         ({"detach_taps": 1}, "detach_taps must be a bool; got 1"),

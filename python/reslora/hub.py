@@ -1,0 +1,127 @@
+"""Names of the Hub: where the files of an adapter or a base model lie on this machine.
+
+Example::
+
+    local_folder("user/base", "merge", "BASE", revision="v2")  # .../snapshots/<commit>
+
+A folder that is there is taken before a name of the Hub, as in PEFT. huggingface_hub keeps the
+files in its own cache, by its own settings (HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE). The Hub is
+asked once, within a time limit: where it does not answer, what the cache holds is taken at once.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+
+TIMEOUT = 10.0  # seconds
+
+
+def local_folder(
+    name: str | os.PathLike[str],
+    op: str,
+    what: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    files: Sequence[str] | None = None,
+) -> Path:
+    """Return a folder, or the local copy of one of the Hub (fetched where it is not there).
+
+    What is neither a path that is there nor a name of the Hub is returned as it is.
+
+    Args:
+        name: a path, or a name such as "user/name"; only a string is a name of the Hub.
+        op: what begins the sentence of an error.
+        what: what the name is of, for the sentence.
+        revision: branch, tag or commit of a name of the Hub; None: its default branch.
+        subfolder: the folder below it.
+        files: what is fetched of it, of which one at least must be there; None: everything.
+
+    Raises:
+        ValueError: for a revision of a path, and a subfolder that leads out of the folder.
+        FileNotFoundError: for a name of the Hub that cannot be had.
+        ImportError: for a name of the Hub without huggingface_hub.
+    """
+    below = PurePosixPath(subfolder or "")
+    if below.is_absolute() or ".." in below.parts:
+        raise ValueError(f"[{op}] subfolder must be a path below {what}; got {subfolder!r}")
+    if Path(name).exists():
+        if revision is not None:
+            raise ValueError(
+                f"[{op}] a revision is of a name of the Hub; got {revision!r} and {name}, which is "
+                "a path here"
+            )
+        return Path(name) / below
+    form = r"[\w.-]+/[\w.-]+" if files is not None else r"([\w.-]+/)?[\w.-]+"  # bases: also "gpt2"
+    if not isinstance(name, str) or not re.fullmatch(form, name):
+        return Path(name) / below
+    patterns = None if files is None else [str(below / file) for file in files]
+    shown = name if revision is None else f"{name} at revision {revision!r}"
+    try:
+        folder = _snapshot(name, revision, patterns) / below
+    except ImportError:
+        raise ImportError(
+            f"[{op}] {what} must be a folder; got {name} (for names of the Hub: pip install "
+            "huggingface_hub)"
+        ) from None
+    except Exception as error:
+        _refuse(op, what, shown, _reason(error))
+    if files is not None and not any((folder / file).is_file() for file in files):
+        place = f" in {below}" if subfolder else ", or only in a subfolder"
+        _refuse(op, what, shown, f"it holds no {files[0]}{place}")
+    return folder
+
+
+def _refuse(op: str, what: str, shown: str, reason: str) -> NoReturn:
+    raise FileNotFoundError(
+        f"[{op}] {what} must be a folder or a name of the Hub that can be had; got {shown} "
+        f"({reason})"
+    )
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str] | None) -> Path:
+    """Return where the cache has a commit; what it lacks of it is fetched."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    escaped = None if patterns is None else [glob.escape(pattern) for pattern in patterns]
+    refusal: Exception | None = None
+    try:
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
+    except (errors.HFValidationError, errors.RevisionNotFoundError):
+        raise
+    except Exception as error:  # no network or no access: the cache may hold it
+        refusal = error
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=escaped, local_files_only=refusal is not None
+        )
+    except errors.LocalEntryNotFoundError:
+        if refusal is None:
+            raise
+        raise refusal from None
+    return Path(folder)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a name cannot be had, and the way out."""
+    from huggingface_hub import errors
+
+    token = "`hf auth login`, or set HF_TOKEN"
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else type(error).__name__
+    if isinstance(error, errors.HFValidationError | errors.LocalEntryNotFoundError):
+        return first
+    if isinstance(error, errors.GatedRepoError):
+        return f"access is restricted: ask for it on the page of the model, then {token}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the Hub has no such model, or a private one: then {token}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "there is no such revision"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "it is not in the cache, and HF_HUB_OFFLINE is set: unset it, or give a folder"
+    return f"it is not in the cache, and the Hub cannot be reached: {first}; or give a folder"
