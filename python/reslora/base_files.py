@@ -116,6 +116,33 @@ def check_index(files: _C.ModelFiles, source: WeightFiles) -> None:
         )
 
 
+@dataclass(frozen=True)
+class AdaptedBase:
+    """The safetensors files of a base, mapped, and what an adapter changes in them."""
+
+    source: WeightFiles
+    files: _C.ModelFiles
+    keys: dict[str, str]  # by layer: the file's name for its weight
+    transposed: set[str]  # layers whose file holds W^T
+    weights: dict[str, Tensor]  # by layer: views [out, in]
+
+
+def open_base(folder: Path, adapter: _C.AdapterFile, config: ResLoraConfig) -> AdaptedBase:
+    """Map the files of a base and find the layers of an adapter in them; no model is built.
+
+    Raises:
+        ValueError: for a folder without weights, quantised weights, and the base of another
+            adapter.
+    """
+    source = weight_files(folder)
+    files = _C.ModelFiles([os.fspath(path) for path in source.paths])
+    check_index(files, source)
+    check_chains(files.names, adapter, config)
+    keys, transposed = file_keys(files.names, adapter), transposed_layers(adapter)
+    weights = weight_views(files, keys, adapter, transposed)
+    return AdaptedBase(source, files, keys, transposed, weights)
+
+
 def find_name(names: list[str], wanted: str) -> str | None:
     """Return the name in a file that a model's name stands for, whatever prefix either has."""
     if wanted in names:

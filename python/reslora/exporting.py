@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,14 +25,13 @@ from .checkpoint import (
     base_line,
     base_name,
     make_folder,
-    read_adapter,
     saved_tensors,
 )
 from .config import ResLoraConfig
 from .injection import Injection, refuse_tied, saved_names
 from .layer import is_conv1d
 from .merging import prepare
-from .model_folder import heads_of, plan_of
+from .model_folder import heads_of, plan_from_files
 from .planning import make_plan, warn_unfinished
 from .targets import matches_names
 from .utils import injection_of, plain_model, write_text
@@ -248,6 +246,7 @@ def export_folder(
     directory: PathLike,
     merge_method: str | None = None,
     *,
+    base: PathLike | None = None,
     rank: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> tuple[int, float]:
@@ -256,16 +255,15 @@ def export_folder(
     Args:
         adapter: folder that `save_pretrained` wrote.
         directory: the folder to write.
-        merge_method: as in `merge`; `weight` needs base weights and is refused here.
+        merge_method: as in `merge`; `weight` needs `base`.
+        base: folder or Hub name of the base model, of which the weights are read.
         rank: as in `export_lora`.
         tolerance: as in `export_lora`.
 
     Returns:
         The rank of the file and the largest relative error of the reduction.
     """
-    folder = Path(adapter)
-    read, config = read_adapter(folder)
-    plan = plan_of(read, config, folder, merge_method, {}, {})
+    read, config, plan = plan_from_files(adapter, merge_method, base)
     layers, error = reduced(plan.layers, rank, tolerance)
     values = json.loads(read.config_json)
     transposed = set(values.get("fan_in_fan_out") or ())

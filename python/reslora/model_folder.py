@@ -26,13 +26,8 @@ from . import _C
 from .base_files import (
     base_folder,
     bias_keys,
-    check_chains,
-    check_index,
-    file_keys,
     find_name,
-    transposed_layers,
-    weight_files,
-    weight_views,
+    open_base,
 )
 from .checkpoint import PathLike, read_adapter, read_statistics
 from .config import ResLoraConfig
@@ -95,18 +90,14 @@ def merge_folder(
     source, target = base_folder(base), Path(output)
     _check_target(source, target)
     _check_device(device)
-    weights = weight_files(source)
-    files = _C.ModelFiles([os.fspath(path) for path in weights.paths])
-    check_index(files, weights)
     read, config = read_adapter(Path(adapter))
-    check_chains(files.names, read, config)
-    keys, transposed = file_keys(files.names, read), transposed_layers(read)
-    views = weight_views(files, keys, read, transposed)
-    biases = bias_keys(files.names, keys)
-    plan = plan_of(read, config, Path(adapter), merge_method, views, _tensors(files, biases))
-    edits = _edits(plan, keys, biases, transposed, device)
+    opened = open_base(source, read, config)
+    files, biases = opened.files, bias_keys(opened.files.names, opened.keys)
+    tensors = {name: files.tensor(key) for name, key in biases.items()}
+    plan = plan_of(read, config, Path(adapter), merge_method, opened.weights, tensors)
+    edits = _edits(plan, opened.keys, biases, opened.transposed, device)
     heads = _head_edits(source, files, read)
-    layout = Layout(files, weights, edits | heads, dtype=dtype, shard_size=shard_size)
+    layout = Layout(files, opened.source, edits | heads, dtype=dtype, shard_size=shard_size)
     _check_space(target, layout.total + size_of_rest(source))
     with unfinished(target) as folder:
         copy_rest(source, folder, dtype)
@@ -144,10 +135,6 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def _tensors(files: _C.ModelFiles, keys: dict[str, str]) -> dict[str, Tensor]:
-    return {name: files.tensor(key) for name, key in keys.items()}
-
-
 def plan_of(
     adapter: _C.AdapterFile,
     config: ResLoraConfig,
@@ -173,7 +160,38 @@ def plan_of(
             raise ValueError(
                 f"[merge] an adapter must be finite; got NaN or infinity in layer {layer.name}"
             )
+    if plan.fell_back_to_weight:
+        warnings.warn(
+            "no statistics lie beside the adapter, so the rule 'weight' was used: save it with "
+            "save_pretrained(model, folder, statistics=True), or pass --method",
+            stacklevel=2,
+        )
     return plan
+
+
+def plan_from_files(
+    adapter: PathLike, merge_method: str | None, base: PathLike | None
+) -> tuple[_C.AdapterFile, ResLoraConfig, _C.MergePlan]:
+    """Return an adapter's file, its config and its plan, without building the model.
+
+    Args:
+        adapter: folder that `save_pretrained` wrote.
+        merge_method: as in `merge`.
+        base: folder or Hub name of the base model, for the rule `weight`; None: other rules.
+    """
+    folder = Path(adapter)
+    read, config = read_adapter(folder)
+    weights = {} if base is None else open_base(base_folder(base), read, config).weights
+    try:
+        return read, config, plan_of(read, config, folder, merge_method, weights, {})
+    except ValueError as error:
+        if base is None and "needs the base weight" in str(error):
+            raise ValueError(
+                "[merge] the rule 'weight' needs the base weights: pass --base BASE, or take a "
+                "rule that needs none (statistics=True of save_pretrained keeps what 'lsq' and "
+                "'input' need)"
+            ) from None
+        raise
 
 
 def heads_of(adapter: _C.AdapterFile) -> dict[str, Tensor]:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from . import _C
 
-Source = nn.Module | str | os.PathLike[str]
+PathLike = str | os.PathLike[str]
+Source = nn.Module | PathLike
 
 KINDS = {
     "method_error": "error of the rule",
@@ -129,34 +130,38 @@ def errors_by_rule(reports: Mapping[str, MergeReport]) -> Figure:
 # ---- Adapters: of a model, or of a folder that save_pretrained wrote ----------------------------
 
 
-def alphas(source: Source, merge_method: str = "input") -> Figure:
+def alphas(source: Source, merge_method: str = "input", *, base: PathLike | None = None) -> Figure:
     """Return a heat map of alpha* of the nearest predecessor, layer index by target.
 
     Args:
         source: an adapted model, or an adapter's folder with statistics.
         merge_method: a rule that has alpha*: "input", "weight" or "factored".
+        base: of a folder: its base model (folder or Hub name), whose weights "weight" needs.
 
     Raises:
         ValueError: where no layer has an alpha* by this rule.
     """
-    found = {layer.name: layer.alpha_star for layer in _planned(source, merge_method)}
+    found = {layer.name: layer.alpha_star for layer in _planned(source, merge_method, base)}
     values = {name: own[0] for name, own in found.items() if len(own)}
     if not values:
         raise ValueError(f"[plots] a layer must have alpha*; got none by {merge_method!r}")
     return _heat_map(values, f"alpha* by the rule {merge_method}")
 
 
-def singular_values(source: Source, merge_method: str | None = None) -> Figure:
+def singular_values(
+    source: Source, merge_method: str | None = None, *, base: PathLike | None = None
+) -> Figure:
     """Return the singular values of W* - W of every layer, largest first, one line each.
 
     Args:
         source: an adapted model, or an adapter's folder.
         merge_method: as in `merge`.
+        base: as in `alphas`.
 
     Cost: an SVD of an R x R matrix for each layer.
     """
     lines = {}
-    for layer in _planned(source, merge_method):
+    for layer in _planned(source, merge_method, base):
         small = torch.linalg.multi_dot(
             [torch.linalg.qr(layer.B.double())[1], torch.linalg.qr(layer.A.double().mT)[1].mT]
         )
@@ -227,14 +232,16 @@ def loss_curves(runs: Mapping[str, Sequence[Any]], key: str = "loss") -> Figure:
     return figure
 
 
-def _planned(source: Source, merge_method: str | None) -> list[_C.LayerMerge]:
+def _planned(
+    source: Source, merge_method: str | None, base: PathLike | None
+) -> list[_C.LayerMerge]:
     if isinstance(source, nn.Module):
+        if base is not None:
+            raise ValueError(f"[plots] base is for an adapter's folder; got {base} with a model")
         return make_plan(injection_of(source, "plots"), merge_method, "plots").layers
-    from .checkpoint import read_adapter
-    from .model_folder import plan_of
+    from .model_folder import plan_from_files
 
-    adapter, config = read_adapter(Path(source))
-    return plan_of(adapter, config, Path(source), merge_method, {}, {}).layers
+    return plan_from_files(source, merge_method, base)[2].layers
 
 
 def _windows(source: Source) -> dict[str, Tensor]:
