@@ -37,12 +37,30 @@ class Comparison:
         )
 
 
-def read_blocks(base: PathLike, text: PathLike) -> Tensor:
-    """Return at most 32 blocks of at most 256 tokens of a text file; needs transformers.
+def read_words(path: PathLike) -> str:
+    """Return the text that a merge is verified on.
 
     Raises:
-        ValueError: for a file without enough text, and a base that is no causal language model or
-            has no tokenizer.
+        ValueError: for a file that cannot be read, is no UTF-8 or is empty.
+    """
+    try:
+        words = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"[verify] FILE must be one to read; got {path} ({reason})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[verify] FILE must be UTF-8 text; got {path} ({error})") from None
+    if not words.strip():
+        raise ValueError(f"[verify] FILE must hold text; got {path}, which is empty")
+    return words
+
+
+def read_blocks(base: PathLike, words: str) -> Tensor:
+    """Return at most 32 blocks of at most 256 tokens of a text; needs transformers.
+
+    Raises:
+        ValueError: for less than two tokens, and a base that is no causal language model or has no
+            tokenizer.
         ImportError: without transformers.
     """
     try:
@@ -61,10 +79,6 @@ def read_blocks(base: PathLike, text: PathLike) -> Tensor:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"[verify] BASE must have a tokenizer; got {base} ({reason})") from None
-    try:
-        words = Path(text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"[verify] FILE must be UTF-8 text; got {text} ({error})") from None
     ids = tokenizer(words)["input_ids"]
     if len(ids) < 2:
         raise ValueError(f"[verify] FILE must hold text of at least 2 tokens; got {len(ids)}")

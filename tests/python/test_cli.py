@@ -12,50 +12,12 @@ from contextlib import nullcontext
 import pytest
 import safetensors.torch
 import torch
-from models import adapted, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from cli_samples import LETTERS, assert_merged, lora_of, make, merge_in, run, write_tokenizer
+from models import adapted, tiny_bert, tiny_gpt2, tiny_llama
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from reslora import (
-    calibrate,
-    export_diffusers,
-    export_lora,
-    folder_writer,
-    merge_and_unload,
-    save_pretrained,
-)
-from reslora.cli import main, parse_size
-
-
-def make(folder, model=None, statistics=True, fits=False, **options):
-    """Write `base` and `adapter` into a folder; return the adapted model."""
-    model = tiny_llama(initializer_range=0.2) if model is None else model
-    model.save_pretrained(folder / "base")
-    adapted(model, 0.2, **{"target_modules": ["q_proj", "v_proj"], "res_mode": "is"} | options)
-    batches = [{"input_ids": tokens(8, 8)} for _ in range(2)]
-    model.train()(**batches[0])
-    model.eval()
-    if fits:
-        calibrate(model, batches)
-    save_pretrained(model, folder / "adapter", statistics=statistics)
-    return model
-
-
-def run(capsys, *arguments):
-    """Run in this process; return exit code, stdout and stderr."""
-    capsys.readouterr()
-    code = main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
-
-
-def merge_in(capsys, folder, *options, out="out"):
-    return run(capsys, "merge", folder / "base", folder / "adapter", folder / out, *options)
-
-
-def assert_merged(folder, model, rule=None):
-    got = safetensors.torch.load_file(folder / "model.safetensors")
-    want = merge_and_unload(model, rule).state_dict()
-    assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
-
+from reslora import export_diffusers, export_lora, folder_writer, merge_and_unload, verifying
+from reslora.cli_options import parse_size
 
 # ---- merge
 
@@ -146,20 +108,6 @@ def test_two_merges_to_one_place_are_refused(tmp_path, capsys):
 # ---- merge --verify
 
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def write_tokenizer(folder):
-    """Write a tokenizer of single letters; a is 3."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {c: n + 3 for n, c in enumerate(LETTERS)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-
-
 @torch.no_grad()
 def expected(models, ids):
     """Losses of base, unmerged and merged model, KL and agreement, by definition."""
@@ -195,15 +143,45 @@ def test_verifying_prints_a_sentence(tmp_path, capsys):
     assert "on 52 tokens" in out and "same prediction for 100.00 %" in out
 
 
-@pytest.mark.parametrize("text", [None, "", "a"])
-def test_text_that_cannot_serve_is_refused_before_merging(tmp_path, capsys, text):
+def test_text_of_one_token_is_refused_before_merging(tmp_path, capsys):
     make(tmp_path)
     write_tokenizer(tmp_path / "base")
-    if text is not None:
-        (tmp_path / "text").write_text(text)
+    (tmp_path / "text").write_text("a")
     code, _, err = merge_in(capsys, tmp_path, "--verify", tmp_path / "text")
-    assert code == 1 and err.splitlines()[-1].startswith("reslora: ")
+    assert code == 1 and "at least 2 tokens; got 1" in err
     assert not (tmp_path / "out").exists()
+
+
+UNREADABLE = {
+    "missing": (lambda path: None, "No such file or directory"),
+    "folder": (lambda path: path.mkdir(), "Is a directory"),
+    "bytes": (lambda path: path.write_bytes(b"\xff\xfe"), "must be UTF-8 text"),
+    "empty": (lambda path: path.write_text(" \n"), "which is empty"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_the_text_is_read_before_the_base_is_asked_for(tmp_path, monkeypatch, capsys, case):
+    prepare, words = UNREADABLE[case]
+    prepare(tmp_path / "text")
+    monkeypatch.setattr(verifying, "base_folder", lambda *_: pytest.fail("BASE was asked for"))
+    arguments = ["some/base", tmp_path / "adapter", tmp_path / "out", "--verify", tmp_path / "text"]
+    code, out, err = run(capsys, "merge", *arguments)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "[verify] FILE" in err and f"{tmp_path / 'text'}" in err and words in err
+    assert run(capsys, "merge", *arguments[:-1], "")[0] == 1
+
+
+def test_a_text_that_is_missing_is_told_before_anything_slow_is_imported(tmp_path):
+    lines = (
+        "import sys",
+        "from reslora.cli import main",
+        "code = main(['merge', 'some/base', 'adapter', 'out', '--verify', 'none'])",
+        "print(code, *sorted({'transformers', 'huggingface_hub'} & set(sys.modules)))",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n" and "[verify] FILE must be one to read; got none" in done.stderr
 
 
 @pytest.mark.parametrize("words", ["must be a causal language model; got vit", "have a tokenizer"])
@@ -218,11 +196,6 @@ def test_a_base_that_cannot_be_verified_is_refused_before_merging(tmp_path, caps
 
 
 # ---- export-lora
-
-
-def lora_of(folder):
-    config = json.loads((folder / "adapter_config.json").read_text())
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors"), config
 
 
 @pytest.mark.parametrize(
@@ -290,57 +263,6 @@ def test_exporting_onto_the_adapter_is_refused(tmp_path, capsys):
     code, _, err = run(capsys, "export-lora", tmp_path / "adapter", tmp_path / "adapter")
     assert {p.name: p.read_bytes() for p in (tmp_path / "adapter").iterdir()} == before
     assert code == 1 and err.count("\n") == 1
-
-
-# ---- inspect
-
-
-def test_an_adapter_is_inspected(tmp_path, capsys):
-    model = make(tmp_path, fits=True, r=2, lora_alpha=3)
-    code, out, _ = run(capsys, "inspect", tmp_path / "adapter", "--json")
-    found = json.loads(out)
-    assert code == 0 and found["kind"] == "ResLoRA adapter" and found["warnings"] == []
-    parameters = [p for name, p in model.named_parameters() if "reslora" in name]
-    count = sum(p.numel() for p in parameters)
-    assert (found["tensors"], found["parameters"]) == (len(parameters), count)
-    assert found["bytes"] == 4 * count and found["dtypes"] == {"float32": count}
-    assert found["options"]["res_mode"] == "is" and found["options"]["r"] == 2
-    chain = next(c for c in found["chains"] if c["name"].endswith("v_proj"))
-    assert (chain["layers"], chain["shape"], chain["scaling"]) == (3, "16 -> 8", "1.5")
-    norms = [b.self_attn.v_proj.reslora_B.norm().item() for b in model.model.layers]
-    assert chain["norm_B"] == f"{min(norms):.3g} to {max(norms):.3g}"
-    assert found["statistics"].startswith("norms of 6 layers, fits of 4 (largest residual 0.")
-    file = run(capsys, "inspect", tmp_path / "adapter/adapter_model.safetensors", "--json")[1]
-    assert json.loads(file) == found
-    text = run(capsys, "inspect", tmp_path / "adapter")[1]
-    assert text.startswith(f"{tmp_path / 'adapter'}: ResLoRA adapter\n") and "statistics:" in text
-
-
-def test_an_adapter_that_changes_nothing_is_named(tmp_path, capsys):
-    model = make(tmp_path)
-    for name, parameter in model.named_parameters():
-        if "reslora_B" in name:
-            parameter.data.zero_()
-    save_pretrained(model, tmp_path / "adapter")
-    _, out, _ = run(capsys, "inspect", tmp_path / "adapter")
-    assert "warning: every B is zero" in out and "statistics" not in out
-
-
-def test_models_and_plain_lora_are_inspected(tmp_path, capsys):
-    model = make(tmp_path)
-    export_lora(model, tmp_path / "lora")
-    lora = json.loads(run(capsys, "inspect", tmp_path / "lora", "--json")[1])
-    assert lora["kind"] == "plain LoRA (LORA)" and lora["options"]["r"] == 2
-    folder = json.loads(run(capsys, "inspect", tmp_path / "base", "--json")[1])
-    file = tmp_path / "base" / "model.safetensors"
-    single = json.loads(run(capsys, "inspect", file, "--json")[1])
-    assert folder | {"path": 0} == single | {"path": 0} and folder["kind"] == "tensors"
-    count = sum(p.numel() for p in tiny_llama().parameters())
-    assert folder["parameters"] == count and folder["tensors"] == 30
-    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "shards", max_shard_size="8KB")
-    _, out, _ = run(capsys, "inspect", tmp_path / "shards")
-    files = len(list((tmp_path / "shards").glob("*.safetensors")))
-    assert f"tensors in {files} files" in out and f"({count:,} bfloat16)" in out
 
 
 # ---- check-export
@@ -466,7 +388,6 @@ def test_a_file_of_diffusers_is_for_diffusers(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["melt"],
         ["merge"],
         ["merge", "base", "adapter"],
@@ -480,10 +401,9 @@ def test_a_file_of_diffusers_is_for_diffusers(tmp_path, capsys):
     ],
 )
 def test_arguments_that_cannot_be_understood(capsys, arguments):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2 and not out and err.startswith("usage: reslora")
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and not out and err.startswith("usage: reslora")
+    assert err.splitlines()[-1].startswith("reslora") and ": error: " in err.splitlines()[-1]
 
 
 def write(folder, name, content):
@@ -578,15 +498,6 @@ def test_sizes_are_read(text, size):
 def test_other_sizes_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a size"):
         parse_size(text)
-
-
-def test_the_package_runs_as_a_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "reslora", "--help"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: reslora")
-    for command in ("merge", "export-lora", "inspect", "check-export"):
-        assert command in done.stdout
 
 
 def test_a_link_as_output_and_a_foreign_device_are_refused_before_the_work(tmp_path, capsys):
