@@ -1,4 +1,4 @@
-"""What a file or folder holds: an adapter of ours, a plain LoRA, a model.
+"""What a file or folder holds: an adapter of ours, a plain LoRA, a model, several adapters, JSON.
 
 Example::
 
@@ -17,9 +17,20 @@ from torch import Tensor
 
 from . import _C
 from .base_files import weight_files
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, read_adapter, read_statistics
+from .checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    PathLike,
+    read_adapter,
+    read_statistics,
+)
 from .exporting import DIFFUSERS_NAME
-from .json_files import read_object
+from .json_files import read_object, read_value
+from .json_kinds import TELLING_NAMES, describe
+
+# Where several adapters lie: in PEFT's folders by name and in checkpoints one folder below, in the
+# results of a comparison two.
+BELOW = ("*", "*/*")
 
 
 @dataclass
@@ -27,7 +38,9 @@ class Inspection:
     """What was found. `str` is text for people."""
 
     path: str
-    kind: str  # "ResLoRA adapter", "plain LoRA", "tensors"
+    kind: (
+        str  # "ResLoRA adapter", "plain LoRA", "tensors", "folder of 3 adapters", of JSON: its own
+    )
     options: dict[str, Any] = field(default_factory=dict)
     chains: list[dict[str, Any]] = field(default_factory=list)
     tensors: int = 0
@@ -35,6 +48,7 @@ class Inspection:
     bytes: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)  # parameters by dtype
     statistics: str = ""
+    adapters: list[Inspection] = field(default_factory=list)  # in folders below
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,12 +57,13 @@ class Inspection:
 
     def __str__(self) -> str:
         """Return text for people."""
-        types = ", ".join(f"{count:,} {name}" for name, count in sorted(self.dtypes.items()))
-        lines = [
-            f"{self.path}: {self.kind}",
-            f"{self.tensors} tensors, {self.parameters:,} numbers ({types}), "
-            f"{self.bytes / 1e6:,.2f} MB",
-        ]
+        lines = [f"{self.path}: {self.kind}"]
+        if self.dtypes:
+            types = ", ".join(f"{count:,} {name}" for name, count in sorted(self.dtypes.items()))
+            lines.append(
+                f"{self.tensors} tensors, {self.parameters:,} numbers ({types}), "
+                f"{self.bytes / 1e6:,.2f} MB"
+            )
         if self.options:
             lines.append(", ".join(f"{key} {value}" for key, value in self.options.items()))
         if self.statistics:
@@ -58,12 +73,21 @@ class Inspection:
                 f"  {chain['name']}: {chain['layers']} layers, {chain['shape']}, r {chain['r']}, "
                 f"scaling {chain['scaling']}, |B| {chain['norm_B']}"
             )
+        for other in self.adapters:
+            lines.append(f"  {other._line}")
         lines += [f"warning: {sentence}" for sentence in self.warnings]
         return "\n".join(lines)
 
+    @property
+    def _line(self) -> str:
+        """What was found in one line, of the options those of one value."""
+        short = {k: v for k, v in self.options.items() if isinstance(v, str | int | float)}
+        values = "".join(f", {key} {value}" for key, value in short.items())
+        return f"{self.path}: {self.kind}{values}, {self.bytes / 1e6:,.2f} MB"
+
 
 def inspect(path: PathLike) -> Inspection:
-    """Look into a safetensors file, an adapter's folder or a model's folder.
+    """Look into a safetensors or JSON file, or the folder of an adapter, of several or of a model.
 
     Raises:
         ValueError: for what is none of them, or damaged.
@@ -73,30 +97,87 @@ def inspect(path: PathLike) -> Inspection:
         raise ValueError(f"[inspect] PATH must exist; got {place}")
     if place.name == WEIGHTS_NAME and (place.parent / CONFIG_NAME).is_file():
         place = place.parent  # the file of an adapter
-    if place.is_file():
-        return _inspect_files([place], str(path))
-    if (place / WEIGHTS_NAME).is_file():
-        config = place / CONFIG_NAME
-        values = _read_config(config)
+    shown = str(place)
+    if place.is_dir():
+        return _inspect_folder(place, shown)
+    if place.suffix == ".json":
+        return _inspect_json(place, shown)
+    return _inspect_files([place], shown)
+
+
+def _inspect_folder(folder: Path, shown: str) -> Inspection:
+    found = _inspect_adapter_folder(folder, shown)
+    adapters, damaged = _adapters_below(folder)
+    if found is None and (adapters or damaged) and not any(folder.glob("*.safetensors*")):
+        number = len(adapters) + len(damaged)
+        found = Inspection(shown, f"folder of {number} adapter{'s' if number > 1 else ''}")
+    if found is None:
+        found = _inspect_model_folder(folder, shown)
+    found.adapters = adapters
+    found.warnings += damaged
+    return found
+
+
+def _inspect_adapter_folder(folder: Path, shown: str) -> Inspection | None:
+    """Look at the adapter that lies in a folder itself; None: there is none."""
+    if (folder / WEIGHTS_NAME).is_file():
+        values = _read_config(folder / CONFIG_NAME)
         if values.get("peft_type") == "RESLORA":
-            return _inspect_adapter(place)
-        found = _inspect_files([place / WEIGHTS_NAME], str(path))
+            return _inspect_adapter(folder, shown)
+        found = _inspect_files([folder / WEIGHTS_NAME], shown)
         found.kind = f"plain LoRA ({values.get('peft_type', 'no config')})"
         keys = ("r", "lora_alpha", "target_modules", "base_model_name_or_path")
         found.options = {key: values[key] for key in keys if key in values}
         return found
-    if (place / DIFFUSERS_NAME).is_file():
-        found = _inspect_files([place / DIFFUSERS_NAME], str(path))
+    if (folder / DIFFUSERS_NAME).is_file():
+        found = _inspect_files([folder / DIFFUSERS_NAME], shown)
         found.kind = "plain LoRA (diffusers)"
         return found
+    return None
+
+
+def _adapters_below(folder: Path) -> tuple[list[Inspection], list[str]]:
+    """Return the adapters in the folders below, and a sentence for each that is damaged."""
+    names = {
+        path.parent
+        for depth in BELOW
+        for name in (WEIGHTS_NAME, DIFFUSERS_NAME)
+        for path in folder.glob(f"{depth}/{name}")
+    }
+    adapters, damaged = [], []
+    for place in sorted(names):
+        shown = str(place.relative_to(folder))
+        try:
+            found = _inspect_adapter_folder(place, shown)
+        except (ValueError, OSError, RuntimeError) as error:
+            damaged.append(f"{shown} cannot be read: {error}")
+            continue
+        if found is not None:
+            adapters.append(found)
+    return adapters, damaged
+
+
+def _inspect_model_folder(folder: Path, shown: str) -> Inspection:
+    """Look at the weights of a model, or at the file that tells what a folder without them is."""
     try:
-        paths = weight_files(place).paths
-    except ValueError:
-        raise ValueError(
-            f"[inspect] PATH must be a safetensors file, or the folder of an adapter or a model; "
-            f"got {place}"
-        ) from None
-    return _inspect_files(paths, str(path))
+        return _inspect_files(weight_files(folder).paths, shown)
+    except ValueError as error:
+        telling = [name for name in TELLING_NAMES if (folder / name).is_file()]
+        if any(folder.glob("*.safetensors")):  # damaged, or an index whose files are missing
+            raise
+        if not telling:
+            raise ValueError(
+                "[inspect] PATH must be a safetensors or JSON file, or the folder of an adapter or "
+                f"a model; got {folder}"
+            ) from None
+        found = _inspect_json(folder / telling[0], shown)
+        found.warnings.append(f"the folder itself has no weights that can be read: {error}")
+        return found
+
+
+def _inspect_json(path: Path, shown: str) -> Inspection:
+    found = describe(read_value(path, "inspect"))
+    return Inspection(shown, found.kind, found.options)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -119,9 +200,9 @@ def _count(found: Inspection, tensors: dict[str, Tensor]) -> None:
     found.tensors = len(tensors)
 
 
-def _inspect_adapter(folder: Path) -> Inspection:
+def _inspect_adapter(folder: Path, shown: str) -> Inspection:
     adapter, config = read_adapter(folder)
-    found = Inspection(str(folder), "ResLoRA adapter")
+    found = Inspection(shown, "ResLoRA adapter")
     _count(found, adapter.tensors)
     keys = ("res_mode", "pre_num", "r", "lora_alpha", "lora_dropout", "finished_from")
     found.options = {key: value for key in keys if (value := getattr(config, key)) is not None}

@@ -9,22 +9,34 @@ from typing import Any
 
 def read_object(path: str | os.PathLike[str], op: str) -> dict[str, Any]:
     """Return the JSON object in a file; `op` begins the sentence of an error."""
+    return _object(read_value(path, op), os.fspath(path), op)
+
+
+def read_value(path: str | os.PathLike[str], op: str) -> Any:
+    """Return the JSON value in a file, which need not be an object."""
     if os.path.isdir(path):
         raise ValueError(f"[{op}] a JSON file is read; got the folder {os.fspath(path)}")
     with open(path, "rb") as file:
-        return parse_object(file.read(), os.fspath(path), op)
+        return _parse(file.read(), os.fspath(path), op)
 
 
 def parse_object(text: str | bytes, source: str, op: str) -> dict[str, Any]:
     """Return the JSON object in a text; `source` names the text in an error."""
+    return _object(_parse(text, source, op), source, op)
+
+
+def _parse(text: str | bytes, source: str, op: str) -> Any:
     try:
-        values = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"[{op}] {source} must be UTF-8; got {error.reason} at {error.start}"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"[{op}] {source} must be JSON; got {error}") from None
+
+
+def _object(values: Any, source: str, op: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"[{op}] {source} must be a JSON object; got {type(values).__name__}")
     return values

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from cli_samples import make, run
 from models import tiny_llama
@@ -55,3 +56,189 @@ def test_models_and_plain_lora_are_inspected(tmp_path, capsys):
     _, out, _ = run(capsys, "inspect", tmp_path / "shards")
     files = len(list((tmp_path / "shards").glob("*.safetensors")))
     assert f"tensors in {files} files" in out and f"({count:,} bfloat16)" in out
+
+
+# ---- JSON
+
+
+def document(capsys, path):
+    """What inspect says of a path, in JSON that every reader takes: without NaN."""
+    code, out, err = run(capsys, "inspect", path, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+LOSSES = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}, {"eval_loss": 1.0}]
+PARTS = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+JSON_KINDS = [
+    (
+        {"peft_type": "RESLORA", "res_mode": "ms", "pre_num": 2, "r": 8},
+        "config of a ResLoRA adapter",
+        {"res_mode": "ms", "pre_num": 2, "r": 8},
+    ),
+    (
+        {"peft_type": "LORA", "r": 4, "target_modules": ["q"], "base_model_name_or_path": None},
+        "config of a PEFT adapter (LORA)",
+        {"r": 4, "target_modules": ["q"]},
+    ),
+    (
+        {"rank": 4, "res_flag": 3, "pre_num": 999},
+        "config of a checkpoint of the authors' program (reslora convert reads its folder)",
+        {"rank": 4, "res_flag": 3, "pre_num": 999},
+    ),
+    (
+        {"weight_map": {"a": "1", "b": "2", "c": "2"}, "metadata": {"total_size": 12}},
+        "index of a model's files",
+        {"tensors": 3, "files": 2, "total_size": 12},
+    ),
+    ({"weight_map": ["a"], "metadata": 3}, "index of a model's files", {}),
+    (
+        {"global_step": 2, "epoch": 1.5, "best_metric": None, "log_history": LOSSES},
+        "state of a training (reslora plot losses draws it)",
+        {"global_step": 2, "epoch": 1.5, "entries": 3, "last_loss": "nan"},
+    ),
+    (
+        {"log_history": "none"},
+        "state of a training (reslora plot losses draws it)",
+        {},
+    ),
+    (
+        {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "1"} | PARTS,
+        "index of a pipeline of diffusers (StableDiffusionPipeline)",
+        {"components": ["unet", "vae"]},
+    ),
+    ({"_class_name": "AutoencoderKL"}, "config of a model of diffusers (AutoencoderKL)", {}),
+    (
+        {"model_type": "llama", "architectures": ["L"], "hidden_size": 16, "vocab_size": 40},
+        "config of a model (llama)",
+        {"architectures": ["L"], "hidden_size": 16, "vocab_size": 40},
+    ),
+    ({"architectures": ["L"]}, "config of a model (of no named type)", {"architectures": ["L"]}),
+    ({"a": 1, "b": 2}, "JSON with a, b", {}),
+    ({str(n): n for n in range(10)}, "JSON with 0, 1, 2, 3, 4, 5, 6, 7 and 2 more", {}),
+    ({}, "JSON, an empty object", {}),
+    ([1, 2, 3], "JSON, a list of 3 entries", {}),
+    (None, "JSON, a value of null, true, false, a number or a text", {}),
+]
+
+
+@pytest.mark.parametrize(("values", "kind", "options"), JSON_KINDS)
+def test_a_json_file_is_said_to_be_what_it_is(tmp_path, capsys, values, kind, options):
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(values))
+    found = document(capsys, path)
+    assert (found["path"], found["kind"], found["options"]) == (str(path), kind, options)
+    assert found["tensors"] == found["bytes"] == 0
+    lines = run(capsys, "inspect", path)[1].splitlines()
+    assert lines[0] == f"{path}: {kind}" and len(lines) == 1 + bool(options)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_a_file_that_is_no_json_is_one_line(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_bytes(text)
+    code, out, err = run(capsys, "inspect", tmp_path / "config.json")
+    assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("reslora: ")
+
+
+def test_the_config_beside_a_models_weights_is_a_config(tmp_path, capsys):
+    make(tmp_path)
+    assert document(capsys, tmp_path / "base/config.json")["kind"] == "config of a model (llama)"
+    config = document(capsys, tmp_path / "adapter/adapter_config.json")
+    assert config["kind"] == "config of a ResLoRA adapter" and config["options"]["r"] == 2
+
+
+# ---- Folders of several adapters, and without weights
+
+
+def test_results_with_an_adapter_in_each_folder_are_named(tmp_path, capsys):
+    for name in ("none", "ms"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        model = make(tmp_path / "results" / name, res_mode=name)
+        export_lora(model, tmp_path / "results" / name / "lora")
+        (tmp_path / "results" / name / "base").rename(tmp_path / f"base-{name}")
+    found = document(capsys, tmp_path / "results")
+    assert found["kind"] == "folder of 4 adapters" and found["warnings"] == []
+    kinds = {own["path"]: own["kind"] for own in found["adapters"]}
+    lora, own = "plain LoRA (LORA)", "ResLoRA adapter"
+    assert kinds == {"ms/adapter": own, "ms/lora": lora, "none/adapter": own, "none/lora": lora}
+    single = document(capsys, tmp_path / "results/ms/adapter")
+    assert found["adapters"][0] | {"path": 0} == single | {"path": 0}
+    lines = run(capsys, "inspect", tmp_path / "results")[1].splitlines()
+    assert lines[0] == f"{tmp_path / 'results'}: folder of 4 adapters" and len(lines) == 5
+    assert lines[1].startswith("  ms/adapter: ResLoRA adapter, res_mode ms, pre_num 1, r 2, ")
+
+
+def test_the_folder_of_one_adapter_names_it(tmp_path, capsys):
+    make(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "adapter" / "base")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "adapter").rename(tmp_path / "run" / "adapter")
+    found = document(capsys, tmp_path / "run")
+    assert found["kind"] == "folder of 1 adapter" and found["adapters"][0]["path"] == "adapter"
+
+
+def test_adapters_that_peft_saves_by_name_are_named_beside_the_first(tmp_path, capsys):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path)
+    found = document(capsys, tmp_path)
+    assert found["kind"] == "plain LoRA (LORA)" and found["options"]["r"] == 2
+    (second,) = found["adapters"]
+    assert (second["path"], second["options"]["r"], second["tensors"]) == ("second", 3, 6)
+    assert "\n  second: plain LoRA (LORA), r 3, " in run(capsys, "inspect", tmp_path)[1]
+
+
+def test_a_model_with_checkpoints_below_is_a_model(tmp_path, capsys):
+    make(tmp_path)
+    (tmp_path / "adapter").rename(tmp_path / "base" / "checkpoint-5")
+    found = document(capsys, tmp_path / "base")
+    assert found["kind"] == "tensors" and found["tensors"] == 30
+    assert [own["path"] for own in found["adapters"]] == ["checkpoint-5"]
+
+
+def test_a_damaged_adapter_among_others_is_a_warning(tmp_path, capsys):
+    make(tmp_path)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"x")
+    found = document(capsys, tmp_path)
+    assert found["kind"] == "folder of 2 adapters" and len(found["adapters"]) == 1
+    (sentence,) = found["warnings"]
+    assert sentence.startswith("bad cannot be read: ")
+    assert f"\nwarning: {sentence}" in run(capsys, "inspect", tmp_path)[1]
+
+
+FOLDERS = [
+    ({"config.json": {"model_type": "llama"}, "pytorch_model.bin": 0}, "config of a model (llama)"),
+    (
+        {"adapter_config.json": {"peft_type": "LORA"}, "adapter_model.bin": 0},
+        "config of a PEFT adapter (LORA)",
+    ),
+    (
+        {"reslora_config.json": {"res_flag": 1}, "pytorch_model_lora.bin": 0},
+        "config of a checkpoint of the authors' program (reslora convert reads its folder)",
+    ),
+    (
+        {"model_index.json": {"_class_name": "FluxPipeline"}},
+        "index of a pipeline of diffusers (FluxPipeline)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("files", "kind"), FOLDERS)
+def test_a_folder_without_weights_to_read_is_told_by_its_config(tmp_path, capsys, files, kind):
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    found = document(capsys, tmp_path)
+    assert found["kind"] == kind and found["path"] == str(tmp_path)
+    (sentence,) = found["warnings"]
+    assert "itself has no weights that can be read" in sentence
+    assert all(name in sentence for name in files if name.endswith(".bin"))
+
+
+def test_a_model_whose_weights_are_damaged_is_not_told_by_its_config(tmp_path, capsys):
+    make(tmp_path)
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"x" * 20)
+    code, out, err = run(capsys, "inspect", tmp_path / "base")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "model.safetensors" in err
