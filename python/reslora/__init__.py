@@ -10,25 +10,11 @@ Example::
     model = reslora.merge_and_unload(model)
 """
 
-import torch
+from . import _loading
 
-try:
-    from . import _build_info  # type: ignore[attr-defined]
-except ImportError:
-    raise ImportError(
-        "reslora is not built in this folder: run `pip install .` in its repository"
-    ) from None
+_loading.load()
 
-__version__: str = _build_info.VERSION
-_torch_minor = ".".join(torch.__version__.split(".")[:2])
-if _torch_minor != _build_info.TORCH_MINOR:
-    raise ImportError(
-        f"reslora was built with torch {_build_info.TORCH_MINOR} and found torch {_torch_minor}: "
-        "install that torch, or build reslora again with `pip install --no-build-isolation .`"
-    )
-
-# _C loads libreslora, which registers the ops.
-from . import _C, plots  # noqa: E402, F401
+from . import _build_info, plots  # type: ignore[attr-defined]  # noqa: E402
 from .calibration import Calibration, calibrate  # noqa: E402
 from .checkpoint import load, save_pretrained  # noqa: E402
 from .config import ResLoraConfig  # noqa: E402
@@ -46,6 +32,8 @@ from .utils import (  # noqa: E402
     print_links,
     print_trainable_parameters,
 )
+
+__version__: str = _build_info.VERSION
 
 __all__ = [
     "Calibration",

@@ -52,6 +52,19 @@ macro(_reslora_read_torch_version)
   endif()
 endmacro()
 
+# Sets RESLORA_TORCH_CUDA: the CUDA that torch was built with, empty for a torch without it. A wheel
+# says it in version.py ("13.2"), a LibTorch folder by the runtime that its libraries need ("13").
+macro(_reslora_read_torch_cuda)
+  set(_line "")
+  if(EXISTS "${RESLORA_TORCH_ROOT}/version.py")
+    file(STRINGS "${RESLORA_TORCH_ROOT}/version.py" _line REGEX "^cuda.*'[0-9]+\\.")
+  elseif(EXISTS "${RESLORA_TORCH_ROOT}/lib/libc10_cuda.so")
+    file(STRINGS "${RESLORA_TORCH_ROOT}/lib/libc10_cuda.so" _line
+         REGEX "^libcudart\\.so\\.[0-9]+" LIMIT_COUNT 1)
+  endif()
+  string(REGEX MATCH "[0-9]+(\\.[0-9]+)?" RESLORA_TORCH_CUDA "${_line}")
+endmacro()
+
 # Makes `reslora_torch`, or sets RESLORA_TORCH_ERROR to a sentence that says what is wrong. ARGN:
 # more folders to search.
 macro(reslora_find_torch minimum)
@@ -65,6 +78,7 @@ macro(reslora_find_torch minimum)
 pass -DRESLORA_TORCH_ROOT=<folder with include/ and lib/>; got '${RESLORA_TORCH_ROOT}'.")
   else()
     _reslora_read_torch_version()
+    _reslora_read_torch_cuda()
     if(NOT RESLORA_TORCH_VERSION)
       set(RESLORA_TORCH_ERROR "reslora needs torch with its headers; got none in \
 ${RESLORA_TORCH_ROOT}/include: pass -DRESLORA_TORCH_ROOT=<folder with include/ and lib/>.")

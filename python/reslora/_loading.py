@@ -1,0 +1,111 @@
+"""Loads the compiled part, or says in one sentence why it does not run beside the torch at hand.
+
+torch has no C++ ABI across its minor versions. A build with CUDA kernels also needs torch's CUDA
+libraries, of the major version that the kernels were compiled for. A build without kernels runs
+with every torch of its minor version, on a GPU in ATen's form.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import sys
+import warnings
+
+AGAIN = "build reslora again with `pip install --no-build-isolation .`"
+
+
+def load() -> None:
+    """Load `reslora._C`, and libreslora with it, which registers the ops.
+
+    Raises:
+        ImportError: one sentence with the way out. Where the command `reslora` is what runs, the
+            program ends with the sentence and exit code 1 instead, since no command can begin.
+    """
+    problem, cause = "", None
+    try:
+        problem = _refusal()
+        if not problem:
+            importlib.import_module("._C", __package__)
+    except ImportError as error:  # also a library or a symbol that is missing: the loader's words
+        problem, cause = _could_not_load(error), error
+    if not problem:
+        _warn_of_missing_kernels()
+    elif _is_command():
+        _end(problem)
+    else:
+        raise ImportError(problem) from cause
+
+
+def missing_kernels() -> str:
+    """Return a sentence where torch has CUDA and this build no kernels for it; else nothing."""
+    import torch
+
+    from . import _build_info  # type: ignore[attr-defined]
+
+    if _build_info.WITH_CUDA or not torch.version.cuda:
+        return ""
+    built = "without CUDA kernels"
+    if not _build_info.TORCH_CUDA:
+        built = f"with torch {_build_info.TORCH_MINOR} without CUDA"
+    cuda = cuda_of(torch.version.cuda)
+    return (
+        f"reslora was built {built} and found torch {cuda}: on a GPU it runs ATen's form; "
+        f"for its own kernels {AGAIN} where nvcc {cuda} is on PATH"
+    )
+
+
+def cuda_of(version: str | None) -> str:
+    """Return the CUDA of a torch in words: kernels run with others of the same major version."""
+    return f"for CUDA {version.split('.')[0]}" if version else "without CUDA"
+
+
+def _refusal() -> str:
+    try:
+        from . import _build_info  # type: ignore[attr-defined]
+    except ImportError:
+        return "reslora is not built in this folder: run `pip install .` in its repository"
+    import torch
+
+    built, found = _build_info.TORCH_MINOR, ".".join(torch.__version__.split(".")[:2])
+    if built == found and _build_info.WITH_CUDA:
+        built += f" {cuda_of(_build_info.TORCH_CUDA)}"
+        found += f" {cuda_of(torch.version.cuda)}"
+    if built == found:
+        return ""
+    return (
+        f"reslora was built with torch {built} and found torch {found}: "
+        f"install that torch, or {AGAIN}"
+    )
+
+
+def _could_not_load(error: ImportError) -> str:
+    from . import _build_info  # type: ignore[attr-defined]
+
+    return (
+        f"reslora was built with torch {_build_info.TORCH_VERSION} "
+        f"{cuda_of(_build_info.TORCH_CUDA)} and does not load in Python "
+        f"{platform.python_version()}: {error}; install what is missing, or {AGAIN}"
+    )
+
+
+def _warn_of_missing_kernels() -> None:
+    # A build with nothing but nvcc missing is what owners of no GPU have: that is for the doctor.
+    from . import _build_info  # type: ignore[attr-defined]
+
+    if not _build_info.TORCH_CUDA and (sentence := missing_kernels()):
+        warnings.warn(sentence, stacklevel=4)  # whoever imports reslora
+
+
+def _is_command() -> bool:
+    program = sys.orig_argv[-len(sys.argv) :][:1]  # the script, or the name behind -m
+    return any(os.path.basename(word).removeprefix("-m") == "reslora" for word in program)
+
+
+def _end(problem: str) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": problem}))
+        sys.exit(1)
+    sys.exit(f"reslora: {problem}")
