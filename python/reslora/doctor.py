@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import _build_info, ops  # type: ignore[attr-defined]
+from ._loading import cuda_of, missing_kernels
 from .base_files import meta_model
 from .config import ResLoraConfig
 from .injection import inject
@@ -41,6 +42,7 @@ class Diagnosis:
     system: str
     packages: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)  # by device and type: which, and why
+    advice: str = ""  # what a build made again would bring
     links: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,7 +57,7 @@ class Diagnosis:
             ", ".join(f"{name} {version}" for name, version in self.packages.items()),
             *(f"kernels on {place}: {why}" for place, why in self.kernels.items()),
         ]
-        return "\n".join([*lines, *([self.links] if self.links else [])])
+        return "\n".join([*lines, *(part for part in (self.advice, self.links) if part)])
 
 
 def doctor(base: str | None = None, config: ResLoraConfig | None = None) -> Diagnosis:
@@ -68,12 +70,13 @@ def doctor(base: str | None = None, config: ResLoraConfig | None = None) -> Diag
     cuda = f"CUDA kernels for {_build_info.CUDA_ARCHITECTURES}"
     found = Diagnosis(
         reslora=_build_info.VERSION,
-        built_with=f"torch {_build_info.TORCH_VERSION}, "
+        built_with=f"torch {_build_info.TORCH_VERSION} {cuda_of(_build_info.TORCH_CUDA)}, "
         + (cuda if _build_info.WITH_CUDA else "no CUDA kernels"),
         python=platform.python_version(),
         system=platform.platform(),
         packages={name: _version(name) for name in PACKAGES},
         kernels=_kernels(),
+        advice=missing_kernels(),
     )
     if base is not None:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -9,7 +9,7 @@ import torch
 from models import adapted, randomize, tiny_llama, tokens
 
 import reslora
-from reslora import plots
+from reslora import _build_info, plots
 from reslora.cli import main
 from reslora.utils import find_layers
 
@@ -150,6 +150,26 @@ def test_doctor_says_why_atens_form_is_used(monkeypatch, capsys):
     monkeypatch.setenv("RESLORA_KERNELS", "aten")
     assert main(["doctor"]) == 0
     assert "kernels on cpu: ATen's form (RESLORA_KERNELS=aten)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "built"), [("", "with torch {} without CUDA"), ("13.2", "without CUDA kernels")]
+)
+def test_doctor_says_how_to_get_the_kernels_that_are_missing(
+    monkeypatch, capsys, torch_cuda, built
+):
+    monkeypatch.setattr(_build_info, "TORCH_CUDA", torch_cuda)
+    monkeypatch.setattr(_build_info, "WITH_CUDA", False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["advice"] == ""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert main(["doctor"]) == 0
+    assert (
+        f"reslora was built {built.format(_build_info.TORCH_MINOR)} and found torch for CUDA 13: "
+        "on a GPU it runs ATen's form; for its own kernels build reslora again with "
+        "`pip install --no-build-isolation .` where nvcc for CUDA 13 is on PATH"
+    ) in capsys.readouterr().out
 
 
 def test_the_commands_work_in_a_pipe():
