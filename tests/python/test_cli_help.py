@@ -1,11 +1,13 @@
 """What the command reslora says of itself, and that nothing of others stands between its lines."""
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 from cli_samples import LETTERS, make, run, write_tokenizer
 
 from reslora.cli import main
@@ -19,6 +21,18 @@ def reslora(*arguments, cwd=None):
     kept = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
     command = [sys.executable, "-m", "reslora", *arguments]
     return subprocess.run(command, cwd=cwd, env=kept, capture_output=True, text=True, check=False)
+
+
+def write_their_checkpoint(folder):
+    """Write two adapted layers of a tiny Llama as the authors' program does."""
+    folder.mkdir()
+    factors = {}
+    for layer in (0, 1):
+        key = f"model.layers.{layer}.self_attn.q_proj.loras.0.lora_"
+        factors |= {f"{key}A": torch.ones(2, 16), f"{key}B": torch.ones(16, 2)}
+    torch.save(factors, folder / "pytorch_model_lora.bin")
+    values = {"rank": 2, "lora_alpha": 2, "res_flag": 1, "pre_num": 1}
+    (folder / "reslora_config.json").write_text(json.dumps(values))
 
 
 def test_without_arguments_a_short_help_names_every_command():
@@ -61,6 +75,9 @@ def test_bars_of_libraries_do_not_stand_between_our_lines(tmp_path):
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["out:", "on"]
     done = reslora("doctor", "--model", "base", "--target", "q_proj", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and "q_proj: is, 3 layers" in done.stdout
+    write_their_checkpoint(tmp_path / "theirs")
+    done = reslora("convert", "theirs", "ours", "--base", "base", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("ours: res_mode is")
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
