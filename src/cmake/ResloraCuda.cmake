@@ -103,7 +103,7 @@ function(reslora_cuda_objects objects)
       BYPRODUCTS "${CMAKE_CURRENT_BINARY_DIR}/cuda/${_name}.ptxas"
       COMMAND "${CMAKE_COMMAND}" "-DREPORT=${CMAKE_CURRENT_BINARY_DIR}/cuda/${_name}.ptxas"
               -P "${PROJECT_SOURCE_DIR}/src/cmake/compile_cuda.cmake"
-              -- ${CCACHE_PROGRAM} "${RESLORA_NVCC}" ${_options} -c "${CMAKE_CURRENT_SOURCE_DIR}/${_source}" -o "${_object}"
+              -- ${RESLORA_LAUNCHER} "${RESLORA_NVCC}" ${_options} -c "${CMAKE_CURRENT_SOURCE_DIR}/${_source}" -o "${_object}"
       DEPENDS "${_source}" ${_headers} "${PROJECT_SOURCE_DIR}/src/cmake/compile_cuda.cmake"
       COMMENT "Compiling the CUDA kernel ${_name}" VERBATIM)
     list(APPEND _objects "${_object}")

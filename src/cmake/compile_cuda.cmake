@@ -11,8 +11,13 @@ foreach(_i RANGE ${_last})
     set(_is_command ON)
   endif()
 endforeach()
-execute_process(COMMAND ${_command} RESULT_VARIABLE _result ERROR_VARIABLE _printed)
+# One variable for both, in the order that the compiler wrote.
+execute_process(COMMAND ${_command}
+                RESULT_VARIABLE _result OUTPUT_VARIABLE _printed ERROR_VARIABLE _printed)
 file(WRITE "${REPORT}" "${_printed}")
 if(NOT _result EQUAL 0)
-  message(FATAL_ERROR "${_printed}")
+  list(JOIN _command " " _shown)
+  # As a notice, since an error's text is folded and indented.
+  message(NOTICE "${_printed}")
+  message(FATAL_ERROR "this command ended with ${_result}: ${_shown}")
 endif()
