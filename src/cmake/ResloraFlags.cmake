@@ -4,7 +4,7 @@ function(reslora_own_target name)
   set_target_properties(${name} PROPERTIES
     CXX_STANDARD ${RESLORA_CXX_STANDARD} CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF
     CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON POSITION_INDEPENDENT_CODE ON
-    UNITY_BUILD OFF)  # files have constants of the same name
+    UNITY_BUILD OFF)  # not of whoever includes this project: reslora_compile_together says which
   target_compile_options(${name} PRIVATE -Wall -Wextra $<$<BOOL:${RESLORA_WERROR}>:-Werror>)
   # g++ 12 sees overlaps and overruns in std::string and std::vector that are not there.
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
@@ -14,4 +14,9 @@ function(reslora_own_target name)
     target_compile_options(${name} PRIVATE -fsanitize=${sanitizer} -fno-omit-frame-pointer)
     target_link_options(${name} PRIVATE -fsanitize=${sanitizer})
   endforeach()
+endfunction()
+
+# Lets the files of `name` that share a UNITY_GROUP be compiled as one; others stay alone.
+function(reslora_compile_together name)
+  set_target_properties(${name} PROPERTIES UNITY_BUILD ${RESLORA_UNITY} UNITY_BUILD_MODE GROUP)
 endfunction()
