@@ -1,0 +1,305 @@
+"""What the scripts say and leave on machines that lack something, made of stand-ins."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from machine import REPOSITORY, Machine, wait_for
+
+PIP_PRINTS = """
+echo "Collecting torch"
+echo "  Downloading torch-2.15.0-cp311-cp311-manylinux_2_28_x86_64.whl (915.3 MB)"
+echo "  Downloading tqdm-4.70.1-py3-none-any.whl (78 kB)"
+echo "Installing collected packages: torch, tqdm"
+"""
+BUILD_PRINTS = """
+for i in 1 9 10 11 20; do echo "  [$i/21] Building CXX object src/file.cpp.o"; done
+echo "  -- reslora: without CUDA kernels, since no CUDA toolkit was found; put nvcc on PATH"
+echo "  [21/21] Linking CXX shared module _C.so"
+"""
+BUILD_FAILS = """
+echo "  [3/21] Building CXX object src/chain.cpp.o"
+echo "  FAILED: src/chain.cpp.o"
+echo "  chain.cpp:7:1: error: 'x' was not declared in this scope"
+exit 1
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.fixture
+def tests_script(tmp_path: Path) -> Path:
+    """Return a copy of tests/run.sh with what it reads: the real one may be what runs this test."""
+    folder = tmp_path / "checkout"
+    (folder / "tests").mkdir(parents=True)
+    for name in ("tests/run.sh", "tests/setup.sh", "tests/constraints.txt", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, folder / name)
+    return folder / "tests/run.sh"
+
+
+def environment_of(machine: Machine) -> Path:
+    return machine.cache / "venv"
+
+
+# ---- The plain case
+
+
+def test_a_first_run_installs_and_builds_and_a_second_one_does_neither(machine: Machine) -> None:
+    code, printed, errors = machine.run(STUB_PIP=PIP_PRINTS, STUB_BUILD=BUILD_PRINTS)
+    assert code == 0, errors
+    assert printed.startswith("ran ") and "finetune.py" in printed
+    assert machine.asked("-m pip install") == 2
+    assert machine.run()[0] == 0
+    assert machine.asked("-m pip install") == 2
+
+
+def test_progress_is_told_by_count_and_by_large_downloads(machine: Machine) -> None:
+    _, _, errors = machine.run(STUB_PIP=PIP_PRINTS, STUB_BUILD=BUILD_PRINTS)
+    lines = [line.removeprefix("quickstart: ") for line in errors.splitlines()]
+    told = [
+        line for line in lines if re.match("downloading|installing [0-9]|compiling|without", line)
+    ]
+    assert told == [
+        "downloading torch-2.15.0-cp311-cp311-manylinux_2_28_x86_64.whl (915.3 MB)",
+        "installing 2 packages",
+        "compiling, 10 of 21",
+        "compiling, 20 of 21",
+        "without CUDA kernels, since no CUDA toolkit was found; put nvcc on PATH",
+        "compiling, 21 of 21",
+    ]
+
+
+def test_other_bounds_install_again(machine: Machine) -> None:
+    machine.run()
+    assert machine.run(RESLORA_NEWEST="1")[0] == 0
+    assert machine.asked("-m pip install --progress-bar") == 2
+
+
+def test_what_is_installed_is_bounded(machine: Machine, tmp_path: Path) -> None:
+    keep = f'shift 2; while [[ $1 != -c ]]; do shift; done; cat "$2" >>{tmp_path}/bounds'
+    machine.run(STUB_PIP=keep)
+    bounds = (tmp_path / "bounds").read_text()
+    assert bounds == (REPOSITORY / "tests/constraints.txt").read_text()
+    (tmp_path / "bounds").unlink()
+    machine.run(STUB_PIP=keep, RESLORA_NEWEST="1")
+    assert (tmp_path / "bounds").read_text() == ""
+    (tmp_path / "bounds").unlink()
+    machine.run(STUB_PIP=keep, RESLORA_TORCH="torch==2.11.*")
+    bounds = (tmp_path / "bounds").read_text()
+    assert "transformers==" in bounds and "torch==" not in bounds
+
+
+def test_every_package_that_the_scripts_name_has_a_bound() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    wanted = [name for extra in extras.values() for name in extra]
+    lines = (REPOSITORY / "tests/constraints.txt").read_text().splitlines()
+    bounded = {line.split("==")[0] for line in lines if "==" in line}
+    names = {re.match(r"[\w.-]+", r)[0] for r in wanted + project["build-system"]["requires"]}
+    assert names - bounded == set()
+
+
+# ---- What a machine lacks
+
+
+def test_no_network_is_one_sentence_and_leaves_no_environment(machine: Machine) -> None:
+    """Of the real pip, whose index is a port that nobody listens on."""
+    real = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
+    machine.program("python3", real)
+    code, _, errors = machine.run(
+        PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="1", PIP_CONFIG_FILE="/dev/null"
+    )
+    assert code == 1
+    assert errors.splitlines()[-1] == (
+        "quickstart: pip could not reach its package index: a network is needed the first time; "
+        f"{machine.cache}/pip.log has its words; run it again to go on"
+    )
+    assert not environment_of(machine).exists()
+
+
+def test_what_pip_cannot_install_is_told_in_its_words(machine: Machine) -> None:
+    code, _, errors = machine.run(STUB_PIP="echo 'ERROR: [Errno 28] No space left'; exit 1")
+    assert code == 1
+    assert "ERROR: [Errno 28] No space left" in errors
+    assert errors.splitlines()[-1].startswith("quickstart: pip could not install the packages; ")
+    assert not environment_of(machine).exists()
+
+
+def test_no_space_is_said_before_anything_is_made(machine: Machine, tests_script: Path) -> None:
+    machine.program("df", "#!/bin/sh\necho Avail\necho 3100000\n")
+    code, _, errors = machine.run()
+    assert code == 1
+    assert errors == (
+        f"quickstart: 8 GB are needed in {machine.cache}, for torch and other packages; got 3 GB "
+        "free: free some, or name another folder with XDG_CACHE_HOME\n"
+    )
+    assert not list(machine.cache.iterdir()) and not machine.log.read_text()
+    code, _, errors = machine.run(tests_script)
+    assert code == 1
+    assert errors.startswith("run.sh: 8 GB are needed in ") and errors.endswith("RESLORA_VENV\n")
+
+
+def test_a_complete_environment_needs_no_space(machine: Machine) -> None:
+    machine.run()
+    machine.program("df", "#!/bin/sh\necho Avail\necho 100000\n")
+    assert machine.run()[0] == 0
+
+
+def test_missing_packages_are_named_where_nobody_may_install_them(
+    machine: Machine, tests_script: Path
+) -> None:
+    machine.program("id", "#!/bin/sh\necho 1000\n")
+    machine.program("apt-get", '#!/bin/sh\necho apt-get "$@" >>"$STUB_LOG"\n')
+    for name in ("c++", "g++"):
+        (machine.bin / name).unlink()
+    code, _, errors = machine.run()
+    assert code == 1
+    assert errors == (
+        "quickstart: these Debian packages are missing: g++; install them with 'sudo apt-get "
+        "install g++' and run this again\n"
+    )
+    code, _, errors = machine.run(tests_script)
+    assert code == 1
+    assert errors.startswith("run.sh: these Debian packages are missing: g++")
+    assert machine.asked("apt-get") == 0
+    assert not environment_of(machine).exists()
+
+
+def test_root_installs_missing_packages(machine: Machine) -> None:
+    machine.program("id", "#!/bin/sh\necho 0\n")
+    (machine.bin / "c++").rename(machine.bin / "found")
+    install = f'case "$*" in *install*) mv {machine.bin}/found {machine.bin}/c++ ;; esac'
+    machine.program("mv", f'#!/bin/sh\nexec {shutil.which("mv")} "$@"\n')
+    machine.program("apt-get", f'#!/bin/sh\necho apt-get "$@" >>"$STUB_LOG"\n{install}\n')
+    code, printed, errors = machine.run()
+    assert code == 0 and "ran " in printed
+    assert "quickstart: installing g++" in errors.splitlines()
+    assert machine.asked("apt-get install") == 1 and machine.asked("apt-get update") == 1
+
+
+def test_a_failing_apt_shows_its_words(machine: Machine) -> None:
+    machine.program("id", "#!/bin/sh\necho 0\n")
+    (machine.bin / "c++").unlink()
+    machine.program("apt-get", "#!/bin/sh\necho 'E: Unable to locate package g++' >&2\nexit 100\n")
+    code, _, errors = machine.run()
+    assert code == 1
+    assert "E: Unable to locate package g++" in errors
+    assert errors.splitlines()[-1].startswith("quickstart: these Debian packages are missing: g++")
+
+
+def test_an_old_python_is_named_with_its_version(machine: Machine, tests_script: Path) -> None:
+    old = '#!/bin/bash\ncase "$*" in *exit*) exit 1 ;; *) echo 3.10.12 ;; esac\n'
+    machine.program("python3", old)
+    machine.program("id", "#!/bin/sh\necho 1000\n")
+    for script, name in ((None, "quickstart"), (tests_script, "run.sh")):
+        code, _, errors = machine.run(script) if script else machine.run()
+        assert code == 1
+        assert errors.startswith(
+            f"{name}: Python 3.11 or newer is needed; got 3.10.12 as {machine.bin}/python3: "
+        )
+        assert errors.count("\n") == 1
+    assert not environment_of(machine).exists()
+
+
+@pytest.mark.parametrize("home", ["/proc/nowhere", "/dev/null/home"])
+def test_a_home_that_cannot_be_written_is_one_sentence(machine: Machine, home: str) -> None:
+    code, _, errors = machine.run(HOME=home)
+    assert code == 1
+    assert errors == (
+        f"quickstart: {home}/.cache/reslora cannot be written; name another folder with "
+        "XDG_CACHE_HOME\n"
+    )
+
+
+def test_the_tests_need_no_home(machine: Machine, tests_script: Path) -> None:
+    machine.program("ctest", "#!/bin/sh\necho ctest\n")
+    machine.program("git", "#!/bin/sh\n")
+    for name in ("ccache", "clang-format", "doxygen", "pkg-config"):
+        machine.program(name, "#!/bin/sh\n")
+    code, printed, errors = machine.run(tests_script, HOME="/proc/nowhere")
+    assert code == 0, errors
+    assert "tests/summary.py" in printed
+
+
+# ---- At once, and stopped
+
+
+def test_two_runs_at_once_wait_for_each_other(machine: Machine) -> None:
+    machine.cache.mkdir(parents=True)
+    with open(machine.cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = machine.start()
+        first_line = second.stderr.readline()
+        assert first_line == (
+            f"quickstart: waiting for another run that is at work in {machine.cache}\n"
+        )
+        assert second.poll() is None and not environment_of(machine).exists()
+    printed, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and "ran " in printed
+
+
+# Touches a file and waits, in one process, so that an interrupt finds nothing half-started.
+HANG = f"""exec {sys.executable} -c '
+import os, pathlib, signal, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+pathlib.Path(os.environ["HOME"], "hangs").touch()
+time.sleep(100)'"""
+
+
+@pytest.mark.parametrize("point", ["STUB_VENV", "STUB_PIP"])
+def test_an_interrupt_before_all_is_installed_leaves_no_environment(
+    machine: Machine, point: str
+) -> None:
+    code, errors = machine.interrupt(machine.start(**{point: HANG}), machine.home / "hangs")
+    assert code == 130
+    assert errors.splitlines()[-1] == "quickstart: interrupted; run it again to go on"
+    assert not environment_of(machine).exists()
+    assert machine.run()[0] == 0
+
+
+def test_an_interrupted_build_keeps_the_packages_and_builds_again(machine: Machine) -> None:
+    code, errors = machine.interrupt(machine.start(STUB_BUILD=HANG), machine.home / "hangs")
+    assert code == 130
+    assert errors.splitlines()[-1] == "quickstart: interrupted; run it again to go on"
+    assert machine.run()[0] == 0
+    assert machine.asked("-m pip install --progress-bar") == 1
+    assert machine.asked("--no-deps") == 2
+
+
+def test_an_interrupted_apt_ends_the_run(machine: Machine) -> None:
+    machine.program("id", "#!/bin/sh\necho 0\n")
+    (machine.bin / "c++").unlink()
+    machine.program("apt-get", f"#!/bin/sh\n{HANG}\n")
+    code, _ = machine.interrupt(machine.start(), machine.home / "hangs")
+    assert code == 130
+    assert not environment_of(machine).exists()
+
+
+def test_an_interrupted_upgrade_keeps_the_environment(machine: Machine) -> None:
+    machine.run()
+    started = machine.start(STUB_PIP=HANG, RESLORA_NEWEST="1")
+    assert machine.interrupt(started, machine.home / "hangs")[0] == 130
+    assert (environment_of(machine) / "bin/python").is_file()
+    wait_for(lambda: machine.run()[0] == 0)
+    assert machine.asked("-m pip install --progress-bar") == 3
+
+
+def test_a_failing_build_shows_the_compilers_words(machine: Machine) -> None:
+    code, _, errors = machine.run(STUB_BUILD=BUILD_FAILS)
+    assert code == 1
+    assert "chain.cpp:7:1: error: 'x' was not declared in this scope" in errors
+    assert errors.splitlines()[-1] == (
+        "quickstart: reslora could not be built; the words above say why, and "
+        f"{machine.cache}/build.log has the rest"
+    )
+    assert not (environment_of(machine) / "reslora-made-of.txt").exists()
+    assert machine.run()[0] == 0
