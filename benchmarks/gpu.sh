@@ -7,20 +7,27 @@
 # where nvcc is found; without it the op takes its ATen form, and the file says so.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python3}
-if ! ls /dev/nvidia[0-9]* >/dev/null 2>&1 && ! command -v nvidia-smi >/dev/null; then
-  echo "[gpu.sh] a GPU of NVIDIA must be there; got none (no nvidia-smi, no /dev/nvidia0)" >&2
-  exit 1
+program=gpu.sh logs=$PWD/build
+# shellcheck source=../tests/setup.sh
+source tests/setup.sh
+if ! ls /dev/nvidia[0-9]* >/dev/null 2>&1 && ! have nvidia-smi; then
+  die "a GPU of NVIDIA must be there; got none (no nvidia-smi, no /dev/nvidia0)"
 fi
+require_packages use
+mkdir -p "$logs"
+# The torch at hand, where it sees the GPU, is the one to measure: it is not replaced.
+python=$(find_python)
 if ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-  "$python" -m venv .venv-gpu
+  make_environment .venv-gpu example
   python=.venv-gpu/bin/python
-  "$python" -m pip install --quiet torch
+  "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
+    die "torch must see a GPU; got none"
+else
+  RESLORA_TORCH=torch bounds >"$logs/bounds.txt"
+  # shellcheck disable=SC2046  # a list of words
+  "$python" -m pip install --quiet -c "$logs/bounds.txt" $(requirements build example | tr -d ' ')
 fi
-"$python" -c 'import torch, sys
-sys.exit(None if torch.cuda.is_available() else "[gpu.sh] torch must see a GPU; got none")'
-"$python" -m pip install --quiet "scikit-build-core>=0.10" cmake ninja peft transformers tqdm matplotlib
-"$python" -m pip install --quiet --no-build-isolation .
+"$python" -m pip install --quiet --no-build-isolation --no-deps .
 if command -v compute-sanitizer >/dev/null; then
   compute-sanitizer --error-exitcode 9 --log-file benchmarks/results/sanitizer.txt \
     "$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import bench_gpu

@@ -30,6 +30,8 @@ echo "  chain.cpp:7:1: error: 'x' was not declared in this scope"
 exit 1
 """
 
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
@@ -228,6 +230,16 @@ def test_the_tests_need_no_home(machine: Machine, tests_script: Path) -> None:
     code, printed, errors = machine.run(tests_script, HOME="/proc/nowhere")
     assert code == 0, errors
     assert "tests/summary.py" in printed
+
+
+def test_readme_names_the_packages_that_a_bare_machine_lacks(machine: Machine) -> None:
+    machine.program("id", "#!/bin/sh\necho 1000\n")
+    for name in ("c++", "python3"):
+        (machine.bin / name).unlink()
+    _, _, errors = machine.run(PYTHON="nowhere")
+    said = re.search(r"'sudo apt-get install (.*)'", errors)
+    (line,) = re.findall(r"^sudo apt-get install (.*?) +#", README, re.M)
+    assert said and set(said[1].split()) | {"git"} == set(line.split())
 
 
 # ---- At once, and stopped
