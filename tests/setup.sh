@@ -148,16 +148,8 @@ bounds() {
   if [[ -n ${RESLORA_TORCH:-} ]]; then grep -v '^torch' "$constraints"; else cat "$constraints"; fi
 }
 
-# Prints large downloads and the installation out of pip's many lines; all of them go to file $1.
-show_pip() {
-  awk -v log_file="$1" -v program="$program" '
-    { print >log_file; fflush(log_file) }
-    /^ *Downloading .* \([0-9.]+ (MB|GB)\)/ {
-      if ($(NF - 1) ~ /\([0-9]{3,}|\([0-9.]+$/ && (/GB/ || substr($(NF - 1), 2) + 0 >= 50))
-        { sub(/^ */, ""); print program ": " tolower(substr($0, 1, 1)) substr($0, 2) >"/dev/stderr" }
-    }
-    /^Installing collected packages/ { print program ": installing " NF - 3 " packages" >"/dev/stderr" }'
-}
+# Shows people what pip does; $1: `install` or `build`, $2: the log that holds all of it.
+show_progress() { "$(find_python)" "$repository/tests/progress.py" "$1" "$program" "$logs/$2"; }
 
 # Installs requirements $2 in environment $1, within the bounds; the rest is for pip.
 install_requirements() {
@@ -166,7 +158,7 @@ install_requirements() {
   printf '%s\n' "$2" >"$venv/requirements.txt"
   shift 2
   "$venv/bin/python" -m pip install --progress-bar off --upgrade --upgrade-strategy only-if-needed \
-    -c "$venv/bounds.txt" -r "$venv/requirements.txt" "$@" 2>&1 | show_pip "$logs/pip.log" && return
+    -c "$venv/bounds.txt" -r "$venv/requirements.txt" "$@" 2>&1 | show_progress install pip.log && return
   if grep -qE 'connection broken by|NewConnectionError|NameResolutionError' "$logs/pip.log"; then
     die "pip could not reach its package index: a network is needed the first time; $logs/pip.log" \
       "has its words; run it again to go on"
@@ -202,30 +194,13 @@ make_environment() {
 
 # ---- Building
 
-# Prints the compiler's progress out of pip's lines, "12 of 62"; all of them go to file $1.
-show_build() {
-  local lines=10
-  if [[ -t 2 ]]; then lines=1; fi
-  awk -v log_file="$1" -v program="$program" -v every="$lines" '
-    { print >log_file; fflush(log_file) }
-    match($0, /\[[0-9]+\/[0-9]+\]/) {
-      split(substr($0, RSTART + 1, RLENGTH - 2), count, "/")
-      if (count[1] % every && count[1] != count[2]) next
-      printf "%s%s: compiling, %d of %d%s", every == 1 ? "\r" : "", program, count[1], count[2],
-        every == 1 && count[1] != count[2] ? "" : "\n" >"/dev/stderr"
-    }
-    match($0, /reslora: without CUDA kernels.*/) {
-      print program ": " substr($0, RSTART + 9) >"/dev/stderr"
-    }'
-}
-
 # Builds reslora with environment $1 and installs it there; the rest is for pip.
 build_reslora() {
   local venv=$1 log=$logs/build.log
   shift
   say "building reslora with $(compile_jobs) compile jobs (minutes, the first time)"
   CMAKE_BUILD_PARALLEL_LEVEL=$(compile_jobs) "$venv/bin/python" -m pip install -v \
-    --no-build-isolation --no-deps "$@" 2>&1 | show_build "$log" || {
+    --no-build-isolation --no-deps "$@" 2>&1 | show_progress build build.log || {
     # The compiler's words, or CMake's; else the end.
     awk '/FAILED:|CMake Error|[^a-z]error:/ {found = 1} found && shown++ < 60' "$log" >&2
     grep -qE 'FAILED:|CMake Error|[^a-z]error:' "$log" || tail -n 20 "$log" >&2

@@ -26,7 +26,7 @@ TOOLS = (
 PYTHON = f"""#!/bin/bash
 echo "$*" >>"$STUB_LOG"
 case "$1 $2" in
-  "-c "* | "- "*) exec {sys.executable} "$@" ;;
+  "-c "* | "- "* | */progress.py\\ *) exec {sys.executable} "$@" ;;
   "--version "*) echo "Python 3.11.2" ;;
   "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && eval "${{STUB_VENV:-:}}" ;;
   "-m pip")

@@ -43,7 +43,13 @@ def tests_script(tmp_path: Path) -> Path:
     """Return a copy of tests/run.sh with what it reads: the real one may be what runs this test."""
     folder = tmp_path / "checkout"
     (folder / "tests").mkdir(parents=True)
-    for name in ("tests/run.sh", "tests/setup.sh", "tests/constraints.txt", "pyproject.toml"):
+    for name in (
+        "tests/run.sh",
+        "tests/setup.sh",
+        "tests/progress.py",
+        "tests/constraints.txt",
+        "pyproject.toml",
+    ):
         shutil.copy(REPOSITORY / name, folder / name)
     return folder / "tests/run.sh"
 
