@@ -15,34 +15,34 @@ from torch import Tensor, nn
 from . import _C
 from .checkpoint import PathLike
 from .config import ResLoraConfig
+from .hub import local_folder
 
 STEMS = ("model", "diffusion_pytorch_model")
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5",
                 ".msgpack", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")  # fmt: skip
 
 
-def base_folder(base: PathLike) -> Path:
-    """Return a folder, or the local copy of a model of the Hub (downloaded where it is not)."""
-    path = Path(base)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", os.fspath(base)):
+def base_folder(base: PathLike, revision: str | None = None, recorded: str | None = None) -> Path:
+    """Return the folder of a base model, or the local copy of one of the Hub.
+
+    Args:
+        base: as in `hub.local_folder`.
+        revision: which one of the Hub is asked for.
+        recorded: the revision that an adapter's config names: taken where none is asked for. A
+            folder has none, and is taken as it is.
+    """
+    is_recorded = revision is None and recorded is not None and not Path(base).exists()
+    try:
+        folder = local_folder(base, "merge", "BASE", revision=recorded if is_recorded else revision)
+    except FileNotFoundError as error:
+        if not is_recorded:
+            raise
+        raise FileNotFoundError(
+            f"{error}; adapter_config.json names the revision: base_revision takes another"
+        ) from None
+    if not folder.is_dir():
         raise ValueError(f"[merge] BASE must be a folder or a name of the Hub; got {base}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(
-            f"[merge] BASE must be a folder; got {base} (for names of the Hub install "
-            "huggingface_hub)"
-        ) from None
-    try:
-        return Path(snapshot_download(os.fspath(base)))
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"[merge] BASE must be a folder or a name of the Hub that can be had; got {base} "
-            f"({first})"
-        ) from None
+    return folder
 
 
 def meta_model(base: PathLike) -> nn.Module:

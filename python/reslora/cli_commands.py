@@ -20,22 +20,31 @@ class Outcome:
     code: int = 0  # the exit code
 
 
+def _place(options: argparse.Namespace) -> dict[str, Any]:
+    """Return where an adapter lies, beside its folder or name."""
+    return {"revision": options.revision, "subfolder": options.subfolder}
+
+
 def run_merge(options: argparse.Namespace) -> Outcome:
     """`reslora merge`."""
+    from .base_files import base_folder
+    from .checkpoint import adapter_folder, read_config
     from .model_folder import merge_folder
     from .verifying import read_blocks, read_words, verify_folder
 
-    # Both before the work, so that a text that cannot serve costs nothing; the file before BASE,
-    # which may be a download.
+    # Both before the work, so that a text that cannot serve costs nothing; the file before ADAPTER
+    # and BASE, which may be downloads.
     words = None if options.verify is None else read_words(options.verify)
-    blocks = None if words is None else read_blocks(options.base, words)
+    adapter = adapter_folder(options.adapter, "merge", options.revision, options.subfolder)
+    base = base_folder(options.base, options.base_revision, read_config(adapter).revision)
+    blocks = None if words is None else read_blocks(base, words)
     report = merge_folder(
-        options.base, options.adapter, options.output, options.method, dtype=options.dtype,
+        base, adapter, options.output, options.method, dtype=options.dtype,
         shard_size=options.shard_size, device=options.device, progressbar=sys.stderr.isatty(),
     )  # fmt: skip
     if blocks is None:
         return Outcome(asdict(report), str(report))
-    comparison = verify_folder(options.base, options.adapter, options.output, blocks)
+    comparison = verify_folder(base, adapter, options.output, blocks)
     return Outcome(asdict(report) | {"verify": asdict(comparison)}, f"{report}\n{comparison}")
 
 
@@ -44,8 +53,9 @@ def run_export(options: argparse.Namespace) -> Outcome:
     from .exporting import export_folder
 
     rank, error = export_folder(
-        options.adapter, options.output, options.method, base=options.base, rank=options.rank
-    )
+        options.adapter, options.output, options.method, base=options.base, rank=options.rank,
+        base_revision=options.base_revision, **_place(options),
+    )  # fmt: skip
     lost = f", relative error of the reduction {error:.2g}" if options.rank else ""
     return Outcome(
         {"output": options.output, "rank": rank, "error": error},
@@ -57,7 +67,7 @@ def run_inspect(options: argparse.Namespace) -> Outcome:
     """`reslora inspect`."""
     from .inspecting import inspect
 
-    found = inspect(options.path)
+    found = inspect(options.path, **_place(options))
     return Outcome(found.to_dict(), str(found))
 
 
@@ -65,7 +75,7 @@ def run_check(options: argparse.Namespace) -> Outcome:
     """`reslora check-export`."""
     from .check_export import READERS, check_export
 
-    found = check_export(options.directory)
+    found = check_export(options.directory, **_place(options))
     lines = []
     for reader in READERS:
         own = [str(finding) for finding in found if finding.reader == reader]
@@ -82,8 +92,11 @@ def run_plot(options: argparse.Namespace) -> Outcome:
     kind, first, base = options.kind, options.source[0], options.base
     if kind != "losses" and len(options.source) > 1:
         raise ValueError(f"[plot] {kind} draws one adapter; got {options.source}")
-    if base is not None and kind not in ("alpha", "singular-values"):
+    place, revision = _place(options), options.base_revision
+    if (base or revision) is not None and kind not in ("alpha", "singular-values"):
         raise ValueError(f"[plot] --base is for alpha and singular-values; got it for {kind}")
+    if kind == "losses" and any(place.values()):
+        raise ValueError("[plot] --revision and --subfolder are of an adapter; got losses")
     if kind == "losses":
         runs = {}
         for path in options.source:
@@ -93,11 +106,15 @@ def run_plot(options: argparse.Namespace) -> Outcome:
             runs[path] = history
         figure = plots.loss_curves(runs, options.key)
     elif kind == "alpha":
-        figure = plots.alphas(first, options.method or "input", base=base)
+        figure = plots.alphas(
+            first, options.method or "input", base=base, base_revision=revision, **place
+        )
     elif kind == "singular-values":
-        figure = plots.singular_values(first, options.method, base=base)
+        figure = plots.singular_values(
+            first, options.method, base=base, base_revision=revision, **place
+        )
     else:
-        figure = plots.norm_windows(first)
+        figure = plots.norm_windows(first, **place)
     figure.savefig(options.output)
     return Outcome({"output": options.output}, options.output)
 

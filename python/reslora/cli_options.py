@@ -100,7 +100,19 @@ def _add_json(command: Parser, default: Any) -> None:
 
 
 def _add_adapter(command: Parser) -> None:
-    command.add_argument("adapter", metavar="ADAPTER", help="folder that save_pretrained wrote")
+    command.add_argument(
+        "adapter", metavar="ADAPTER", help="folder that save_pretrained wrote, or its Hub name"
+    )
+    _add_place(command)
+
+
+def _add_place(command: Parser) -> None:
+    command.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of an adapter of the Hub"
+    )
+    command.add_argument(
+        "--subfolder", metavar="SUB", help="where the adapter lies below its folder or name"
+    )
 
 
 def _add_output(command: Parser) -> None:
@@ -119,6 +131,15 @@ def _add_base(command: Parser) -> None:
         metavar="BASE",
         help="folder or Hub name of the base model, whose weights the rule 'weight' needs",
     )
+    _add_base_revision(command)
+
+
+def _add_base_revision(command: Parser) -> None:
+    command.add_argument(
+        "--base-revision",
+        metavar="REV",
+        help="branch, tag or commit of a BASE of the Hub (default: what the adapter names)",
+    )
 
 
 # ---- The commands -------------------------------------------------------------------------------
@@ -126,6 +147,7 @@ def _add_base(command: Parser) -> None:
 
 def _add_merge(command: Parser) -> None:
     command.add_argument("base", metavar="BASE", help="folder or Hub name of the base model")
+    _add_base_revision(command)
     _add_adapter(command)
     _add_output(command)
     _add_method(command)
@@ -160,12 +182,15 @@ def _add_export(command: Parser) -> None:
 
 def _add_inspect(command: Parser) -> None:
     command.add_argument(
-        "path", metavar="PATH", help="an adapter, a model, a safetensors or JSON file"
-    )
+        "path", metavar="PATH",
+        help="an adapter (or its Hub name), a model, a safetensors or JSON file",
+    )  # fmt: skip
+    _add_place(command)
 
 
 def _add_check(command: Parser) -> None:
-    command.add_argument("directory", metavar="DIR", help="folder of a plain LoRA")
+    command.add_argument("directory", metavar="DIR", help="folder of a plain LoRA, or Hub name")
+    _add_place(command)
 
 
 def _add_plot(command: Parser) -> None:
@@ -176,8 +201,9 @@ def _add_plot(command: Parser) -> None:
         "source",
         metavar="SOURCE",
         nargs="+",
-        help="an adapter's folder; for losses: files trainer_state.json",
+        help="an adapter's folder or Hub name; for losses: files trainer_state.json",
     )
+    _add_place(command)
     command.add_argument("output", metavar="OUT", help="picture to write (.png, .svg, .pdf)")
     command.add_argument(
         "--method", choices=MERGE_METHODS, help="merge rule of alpha and singular-values"

@@ -249,21 +249,30 @@ def export_folder(
     base: PathLike | None = None,
     rank: int | None = None,
     tolerance: float = TOLERANCE,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    base_revision: str | None = None,
 ) -> tuple[int, float]:
     """Write a saved adapter as a plain LoRA, from its files alone.
 
     Args:
-        adapter: folder that `save_pretrained` wrote.
+        adapter: folder that `save_pretrained` wrote, or its name on the Hub ("user/name").
         directory: the folder to write.
         merge_method: as in `merge`; `weight` needs `base`.
         base: folder or Hub name of the base model, of which the weights are read.
         rank: as in `export_lora`.
         tolerance: as in `export_lora`.
+        revision: of the adapter, as in `load`.
+        subfolder: of the adapter, as in `load`.
+        base_revision: of a `base` of the Hub; None: what the adapter's config names.
 
     Returns:
         The rank of the file and the largest relative error of the reduction.
     """
-    read, config, plan = plan_from_files(adapter, merge_method, base)
+    read, config, plan = plan_from_files(
+        adapter, merge_method, base,
+        revision=revision, subfolder=subfolder, base_revision=base_revision,
+    )  # fmt: skip
     layers, error = reduced(plan.layers, rank, tolerance)
     values = json.loads(read.config_json)
     transposed = set(values.get("fan_in_fan_out") or ())

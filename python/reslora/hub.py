@@ -60,6 +60,18 @@ def local_folder(
     form = r"[\w.-]+/[\w.-]+" if files is not None else r"([\w.-]+/)?[\w.-]+"  # bases: also "gpt2"
     if not isinstance(name, str) or not re.fullmatch(form, name):
         return Path(name) / below
+    return _fetched(name, op, what, revision, below, files)
+
+
+def _fetched(
+    name: str,
+    op: str,
+    what: str,
+    revision: str | None,
+    below: PurePosixPath,
+    files: Sequence[str] | None,
+) -> Path:
+    """Return the local copy of a folder of the Hub."""
     patterns = None if files is None else [str(below / file) for file in files]
     shown = name if revision is None else f"{name} at revision {revision!r}"
     try:
@@ -72,7 +84,7 @@ def local_folder(
     except Exception as error:
         _refuse(op, what, shown, _reason(error))
     if files is not None and not any((folder / file).is_file() for file in files):
-        place = f" in {below}" if subfolder else ", or only in a subfolder"
+        place = f" in {below}" if below.parts else ", or only in a subfolder"
         _refuse(op, what, shown, f"it holds no {files[0]}{place}")
     return folder
 

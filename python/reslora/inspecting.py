@@ -21,6 +21,7 @@ from .checkpoint import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     PathLike,
+    adapter_folder,
     read_adapter,
     read_statistics,
 )
@@ -86,18 +87,27 @@ class Inspection:
         return f"{self.path}: {self.kind}{values}, {self.bytes / 1e6:,.2f} MB"
 
 
-def inspect(path: PathLike) -> Inspection:
+def inspect(
+    path: PathLike, *, revision: str | None = None, subfolder: str | None = None
+) -> Inspection:
     """Look into a safetensors or JSON file, or the folder of an adapter, of several or of a model.
+
+    Args:
+        path: the file or folder, or the name of an adapter on the Hub ("user/name").
+        revision: of an adapter of the Hub, as in `load`.
+        subfolder: of a folder or a name, as in `load`.
 
     Raises:
         ValueError: for what is none of them, or damaged.
+        FileNotFoundError: for a name of the Hub that cannot be had.
     """
-    place = Path(path)
+    shown = str(Path(path, subfolder or ""))
+    place = adapter_folder(path, "inspect", revision, subfolder, DIFFUSERS_NAME)
     if not place.exists():
         raise ValueError(f"[inspect] PATH must exist; got {place}")
     if place.name == WEIGHTS_NAME and (place.parent / CONFIG_NAME).is_file():
         place = place.parent  # the file of an adapter
-    shown = str(place)
+        shown = str(place)
     if place.is_dir():
         return _inspect_folder(place, shown)
     if place.suffix == ".json":

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from . import _C
 from .base_files import (
+    AdaptedBase,
     base_folder,
     bias_keys,
     find_name,
     open_base,
 )
-from .checkpoint import PathLike, read_adapter, read_statistics
+from .checkpoint import PathLike, adapter_folder, read_adapter, read_statistics
 from .config import ResLoraConfig
 from .folder_writer import Layout, copy_rest, size_of_rest, unfinished
 from .json_files import read_object
@@ -70,42 +71,46 @@ def merge_folder(
     shard_size: int | None = None,
     device: str = "cpu",
     progressbar: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    base_revision: str | None = None,
 ) -> FolderReport:
     """Write a copy of a model folder with an adapter merged into its weights.
 
     Args:
         base: folder or Hub name of the base model.
-        adapter: folder that `save_pretrained` wrote.
+        adapter: folder that `save_pretrained` wrote, or its name on the Hub ("user/name").
         output: folder to make; it must not exist, or be empty.
         merge_method: as in `merge`; `lsq` needs fits that were saved with `statistics=True`.
         dtype: cast floating tensors to this ("bfloat16", ...).
         shard_size: largest size of a file in bytes; default: the files of the base.
         device: where B A is computed.
         progressbar: show a bar of bytes.
+        revision: of the adapter, as in `load`.
+        subfolder: of the adapter, as in `load`.
+        base_revision: of a base of the Hub; None: what the adapter's config names.
 
     Raises:
         ValueError: for an adapter of another model, quantised weights, a rule that cannot serve.
         OSError: where the disk is full or files cannot be read. Nothing is left then.
     """
-    source, target = base_folder(base), Path(output)
+    place = adapter_folder(adapter, "merge", revision, subfolder)
+    read, config = read_adapter(place)
+    source, target = base_folder(base, base_revision, config.revision), Path(output)
     _check_target(source, target)
     _check_device(device)
-    read, config = read_adapter(Path(adapter))
     opened = open_base(source, read, config)
-    files, biases = opened.files, bias_keys(opened.files.names, opened.keys)
-    tensors = {name: files.tensor(key) for name, key in biases.items()}
-    plan = plan_of(read, config, Path(adapter), merge_method, opened.weights, tensors)
-    edits = _edits(plan, opened.keys, biases, opened.transposed, device)
-    heads = _head_edits(source, files, read)
-    layout = Layout(files, opened.source, edits | heads, dtype=dtype, shard_size=shard_size)
+    biases = bias_keys(opened.files.names, opened.keys)
+    tensors = {name: opened.files.tensor(key) for name, key in biases.items()}
+    plan = plan_of(read, config, place, merge_method, opened.weights, tensors)
+    edits, heads = _edits(plan, opened, biases, device), _head_edits(source, opened.files, read)
+    layout = Layout(opened.files, opened.source, edits | heads, dtype=dtype, shard_size=shard_size)
     _check_space(target, layout.total + size_of_rest(source))
     with unfinished(target) as folder:
         copy_rest(source, folder, dtype)
         layout.write(folder, progressbar)
-    rules = {layer.name: layer.rule for layer in plan.layers}
-    return FolderReport(
-        os.fspath(target), rules, list(heads), layout.total, plan.fell_back_to_weight
-    )
+    rules, fell_back = {x.name: x.rule for x in plan.layers}, plan.fell_back_to_weight
+    return FolderReport(os.fspath(target), rules, list(heads), layout.total, fell_back)
 
 
 def _check_device(device: str) -> None:
@@ -170,18 +175,34 @@ def plan_of(
 
 
 def plan_from_files(
-    adapter: PathLike, merge_method: str | None, base: PathLike | None
+    adapter: PathLike,
+    merge_method: str | None,
+    base: PathLike | None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    base_revision: str | None = None,
 ) -> tuple[_C.AdapterFile, ResLoraConfig, _C.MergePlan]:
     """Return an adapter's file, its config and its plan, without building the model.
 
     Args:
-        adapter: folder that `save_pretrained` wrote.
+        adapter: as in `merge_folder`.
         merge_method: as in `merge`.
         base: folder or Hub name of the base model, for the rule `weight`; None: other rules.
+        revision: as in `merge_folder`.
+        subfolder: as in `merge_folder`.
+        base_revision: as in `merge_folder`.
     """
-    folder = Path(adapter)
+    if base is None and base_revision is not None:
+        raise ValueError(
+            f"[merge] a revision of the base needs a base; got {base_revision!r} alone"
+        )
+    folder = adapter_folder(adapter, "merge", revision, subfolder)
     read, config = read_adapter(folder)
-    weights = {} if base is None else open_base(base_folder(base), read, config).weights
+    weights: dict[str, Tensor] = {}
+    if base is not None:
+        source = base_folder(base, base_revision, config.revision)
+        weights = open_base(source, read, config).weights
     try:
         return read, config, plan_of(read, config, folder, merge_method, weights, {})
     except ValueError as error:
@@ -200,16 +221,13 @@ def heads_of(adapter: _C.AdapterFile) -> dict[str, Tensor]:
 
 
 def _edits(
-    plan: _C.MergePlan,
-    keys: dict[str, str],
-    biases: dict[str, str],
-    transposed: set[str],
-    device: str,
+    plan: _C.MergePlan, base: AdaptedBase, biases: dict[str, str], device: str
 ) -> dict[str, _C.TensorEdit]:
     edits = {}
     for layer in plan.layers:
         moved = _C.moved(layer, device) if device != "cpu" else layer
-        edits[keys[layer.name]] = _C.TensorEdit(moved, is_transposed=layer.name in transposed)
+        is_transposed = layer.name in base.transposed
+        edits[base.keys[layer.name]] = _C.TensorEdit(moved, is_transposed=is_transposed)
         if layer.bias is not None:
             edits[biases[layer.name]] = _C.TensorEdit(layer, is_bias=True)
     return edits

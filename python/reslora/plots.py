@@ -14,7 +14,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,18 +129,31 @@ def errors_by_rule(reports: Mapping[str, MergeReport]) -> Figure:
 # ---- Adapters: of a model, or of a folder that save_pretrained wrote ----------------------------
 
 
-def alphas(source: Source, merge_method: str = "input", *, base: PathLike | None = None) -> Figure:
+def alphas(
+    source: Source,
+    merge_method: str = "input",
+    *,
+    base: PathLike | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    base_revision: str | None = None,
+) -> Figure:
     """Return a heat map of alpha* of the nearest predecessor, layer index by target.
 
     Args:
-        source: an adapted model, or an adapter's folder with statistics.
+        source: an adapted model, or an adapter's folder with statistics or its name on the Hub.
         merge_method: a rule that has alpha*: "input", "weight" or "factored".
         base: of a folder: its base model (folder or Hub name), whose weights "weight" needs.
+        revision: of an adapter of the Hub, as in `load`.
+        subfolder: of a folder or a name, as in `load`.
+        base_revision: of a `base` of the Hub; None: what the adapter's config names.
 
     Raises:
         ValueError: where no layer has an alpha* by this rule.
     """
-    found = {layer.name: layer.alpha_star for layer in _planned(source, merge_method, base)}
+    place = {"revision": revision, "subfolder": subfolder, "base_revision": base_revision}
+    layers = _planned(source, merge_method, base, place)
+    found = {layer.name: layer.alpha_star for layer in layers}
     values = {name: own[0] for name, own in found.items() if len(own)}
     if not values:
         raise ValueError(f"[plots] a layer must have alpha*; got none by {merge_method!r}")
@@ -149,19 +161,29 @@ def alphas(source: Source, merge_method: str = "input", *, base: PathLike | None
 
 
 def singular_values(
-    source: Source, merge_method: str | None = None, *, base: PathLike | None = None
+    source: Source,
+    merge_method: str | None = None,
+    *,
+    base: PathLike | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    base_revision: str | None = None,
 ) -> Figure:
     """Return the singular values of W* - W of every layer, largest first, one line each.
 
     Args:
-        source: an adapted model, or an adapter's folder.
+        source: an adapted model, or an adapter's folder or name.
         merge_method: as in `merge`.
         base: as in `alphas`.
+        revision: as in `alphas`.
+        subfolder: as in `alphas`.
+        base_revision: as in `alphas`.
 
     Cost: an SVD of an R x R matrix for each layer.
     """
     lines = {}
-    for layer in _planned(source, merge_method, base):
+    place = {"revision": revision, "subfolder": subfolder, "base_revision": base_revision}
+    for layer in _planned(source, merge_method, base, place):
         small = torch.linalg.multi_dot(
             [torch.linalg.qr(layer.B.double())[1], torch.linalg.qr(layer.A.double().mT)[1].mT]
         )
@@ -169,19 +191,31 @@ def singular_values(
     return _lines(lines, xlabel="rank", ylabel="singular value of W* - W", yscale="log")
 
 
-def norm_windows(source: Source, which: str = "input") -> Figure:
+def norm_windows(
+    source: Source,
+    which: str = "input",
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Figure:
     """Return the norms of the last training forwards, one line for each layer.
 
     Args:
-        source: an adapted model, or an adapter's folder with statistics.
+        source: an adapted model, or an adapter's folder with statistics or its name on the Hub.
         which: "input": |x|; "product": |A x|.
+        revision: as in `alphas`.
+        subfolder: as in `alphas`.
 
     Raises:
         ValueError: where no norms are at hand.
     """
     if which not in ("input", "product"):
         raise ValueError(f"[plots] which must be 'input' or 'product'; got {which!r}")
-    found = {name: window for name, window in _windows(source).items() if window.shape[1]}
+    found = {
+        name: window
+        for name, window in _windows(source, revision, subfolder).items()
+        if window.shape[1]
+    }
     if not found:
         raise ValueError("[plots] norms of training forwards must be at hand; got none")
     row = 0 if which == "input" else 1
@@ -233,27 +267,31 @@ def loss_curves(runs: Mapping[str, Sequence[Any]], key: str = "loss") -> Figure:
 
 
 def _planned(
-    source: Source, merge_method: str | None, base: PathLike | None
+    source: Source,
+    merge_method: str | None,
+    base: PathLike | None,
+    place: dict[str, str | None],
 ) -> list[_C.LayerMerge]:
     if isinstance(source, nn.Module):
-        if base is not None:
-            raise ValueError(f"[plots] base is for an adapter's folder; got {base} with a model")
+        given = {key: value for key, value in {"base": base, **place}.items() if value is not None}
+        if given:
+            raise ValueError(f"[plots] {min(given)} is for an adapter's folder; got a model")
         return make_plan(injection_of(source, "plots"), merge_method, "plots").layers
     from .model_folder import plan_from_files
 
-    return plan_from_files(source, merge_method, base)[2].layers
+    return plan_from_files(source, merge_method, base, **place)[2].layers
 
 
-def _windows(source: Source) -> dict[str, Tensor]:
+def _windows(source: Source, revision: str | None, subfolder: str | None) -> dict[str, Tensor]:
     """Return norms [2, N] of every layer in the order of the forwards."""
     if isinstance(source, nn.Module):
         layers = injection_of(source, "plots").layers
         found = {layer.name: (layer.norms, layer.norm_count) for layer in layers}
     else:
-        from .checkpoint import read_adapter, read_statistics
+        from .checkpoint import adapter_folder, read_adapter, read_statistics
 
-        adapter, _ = read_adapter(Path(source))
-        stored = read_statistics(Path(source), adapter)
+        folder = adapter_folder(source, "plots", revision, subfolder)
+        stored = read_statistics(folder, read_adapter(folder)[0])
         found = {name: entry[:2] for name, entry in stored.items()}
     windows = {}
     for name, (norms, count) in found.items():

@@ -103,14 +103,19 @@ def init_from_lora(
     injection.calibrated = None
     start = Start(len(pairs), len(heads.keys() & tensors.keys()))
     if batches is not None:
-        with evaluating(model), torch.no_grad():
-            total, rows = 0.0, 0
-            for batch in as_batches(batches, "init_from_lora"):
-                plain = standing_in([(x, None) for x in injection.layers], _as_lora)
-                own, count, start.kind = distance(model, plain, batch, "init_from_lora")
-                total, rows = total + float(own), rows + count
-        start.distance = total / max(rows, 1)
+        _measure(start, model, injection.layers, batches)
     return start
+
+
+def _measure(start: Start, model: nn.Module, layers: list[ResLoraLinear], batches: Any) -> None:
+    """Fill in how far the model is from the LoRA on batches."""
+    with evaluating(model), torch.no_grad():
+        total, rows = 0.0, 0
+        for batch in as_batches(batches, "init_from_lora"):
+            plain = standing_in([(x, None) for x in layers], _as_lora)
+            own, count, start.kind = distance(model, plain, batch, "init_from_lora")
+            total, rows = total + float(own), rows + count
+    start.distance = total / max(rows, 1)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

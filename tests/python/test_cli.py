@@ -50,22 +50,6 @@ def test_merging_tells_rules_and_bytes_as_json(tmp_path, capsys):
     assert values["fell_back_to_weight"] is False and values["replaced"] == []
 
 
-def test_names_of_the_hub_are_downloaded(tmp_path, monkeypatch, capsys):
-    import huggingface_hub
-
-    make(tmp_path)
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name: asked.append(name) or tmp_path / "base"
-    )
-    adapter = tmp_path / "adapter"
-    assert run(capsys, "merge", "some/base", adapter, tmp_path / "out")[0] == 0
-    assert asked == ["some/base"]
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: 1 / 0)
-    code, _, err = run(capsys, "merge", "some/base", adapter, tmp_path / "other")
-    assert code == 1 and "that can be had; got some/base (division by zero)" in err
-
-
 def test_an_interrupted_merge_can_be_run_again(tmp_path, monkeypatch, capsys):
     model = make(tmp_path)
     seen = []

@@ -82,7 +82,7 @@ def inspect_by(monkeypatch, replacement):
 
 
 def test_an_interruption_is_a_document(monkeypatch, capsys):
-    def interrupted(_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     inspect_by(monkeypatch, interrupted)
@@ -91,7 +91,7 @@ def test_an_interruption_is_a_document(monkeypatch, capsys):
 
 
 def test_a_mistake_of_ours_is_a_document_beside_its_traceback(monkeypatch, capsys):
-    inspect_by(monkeypatch, lambda _: {}["missing"])
+    inspect_by(monkeypatch, lambda *_, **__: {}["missing"])
     with pytest.raises(KeyError):
         main(["inspect", "x", "--json"])
     assert error_of(capsys.readouterr().out) == "KeyError: 'missing'"
@@ -100,7 +100,7 @@ def test_a_mistake_of_ours_is_a_document_beside_its_traceback(monkeypatch, capsy
 def test_what_others_print_goes_to_stderr(tmp_path, monkeypatch, capsys):
     make(tmp_path)
     own = reslora.inspecting.inspect
-    inspect_by(monkeypatch, lambda path: print("by the way") or own(path))
+    inspect_by(monkeypatch, lambda path, **_: print("by the way") or own(path))
     code, out, err = run(capsys, "inspect", tmp_path / "adapter", "--json")
     assert code == 0 and json.loads(out)["kind"] == "ResLoRA adapter" and err == "by the way\n"
 
