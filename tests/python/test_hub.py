@@ -435,6 +435,21 @@ def test_a_named_revision_that_is_not_there_is_refused(cache, tmp_path):
     merge_folder(BASE, tmp_path / "adapter", tmp_path / "out")
 
 
+def test_a_base_may_have_no_user_and_must_be_had_or_a_folder(cache, tmp_path):
+    write_base(tmp_path / "base", 1)
+    lay(cache, "tiny", FIRST, tmp_path / "base", ["main"])
+    write_adapter(tmp_path / "adapter", 1)
+    merge_folder("tiny", tmp_path / "adapter", tmp_path / "out")
+    base = load(write_base(tmp_path / "base", 1), tmp_path / "adapter")
+    assert_merged(tmp_path / "out", merge_and_unload(base).state_dict())
+    with pytest.raises(
+        FileNotFoundError, match=r"BASE must be .*; got gpt \(it is not in the cache"
+    ):
+        merge_folder("gpt", tmp_path / "adapter", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"\[merge\] BASE must be a folder or a name of the Hub"):
+        merge_folder("a/b/c", tmp_path / "adapter", tmp_path / "other")
+
+
 # ---- The command line ---------------------------------------------------------------------------
 
 
