@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -59,6 +61,31 @@ def text_file(text: str) -> Path:
     if not (path := Path(text).expanduser()).is_file():
         raise argparse.ArgumentTypeError(f"must name a text file; got {text!r}")
     return path
+
+
+# What the system says where it has no more room for a file.
+_NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error's text; of a refusal of the system, path and reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def refused_by_system(error: Exception) -> str | None:
+    """Return a sentence for what the system refused in the middle; None for any other error.
+
+    Libraries that write files turn the system's error into one of their own, with its words.
+    """
+    reason = reason_of(error)
+    if any(words in str(error) for words in _NO_ROOM):
+        way_out = "make room, or choose another --output or --cache"
+        return f"there is no room for a file; got {reason!r} ({way_out})"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"the system refused a file; got {reason!r}"
+    return None
 
 
 def progress_bar(steps: Iterable[int], name: str) -> tqdm:

@@ -1,6 +1,6 @@
 """What leaves the training: merged models and plain LoRA files, each read back and compared.
 
-    rows = deliver(model, method, context, folder)
+    rows = deliver(model, method, context)
 
 For every merge rule: merge in place, measure, take the merge back, export a plain LoRA, load that
 with PEFT and compare its logits with our merged model's. Then the base model with the merge folded
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import peft
 import torch
-from training import Method, block_losses, logits_of
+from options import Method
+from training import block_losses, logits_of
 
 import reslora
 
@@ -26,7 +27,7 @@ RULES = {
     "is": ["lsq", "input", "weight"],
     "ms": ["lsq", "input", "weight", "factored"],
 }
-# Batches of training text that the rule `lsq` is fitted on.
+# Batches of training text that the fits of `lsq` are made on.
 CALIBRATION_BATCHES = 16
 # Largest relative difference of logits between two evaluations of the same fp32 weights.
 TOLERANCE = 1e-5
@@ -34,7 +35,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Context:
-    """What every method shares: where models come from and what they are measured on."""
+    """What every method shares: where models come from and go, what they are measured on."""
 
     load_model: Callable[[str], torch.nn.Module]
     base_name: str
@@ -43,6 +44,8 @@ class Context:
     held_out: torch.Tensor
     batch_size: int
     device: str
+    stage: Path  # where files are made
+    output: Path  # where they are once all of them are made
 
     def load_base(self) -> torch.nn.Module:
         """Return the base model, untouched."""
@@ -74,39 +77,49 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def deliver(
-    model: torch.nn.Module, method: Method, context: Context, folder: Path
-) -> list[dict[str, object]]:
+def save_adapter(model: torch.nn.Module, method: Method, context: Context) -> Path:
+    """Save the adapter with what a merge of its files needs; return where it will be.
+
+    Fits for the rule `lsq` are made first. They stay with the model too.
+    """
+    if "lsq" in RULES[method.res_mode]:
+        reslora.calibrate(model, context.calibration)
+    place = Path(method.folder, "adapter")
+    reslora.save_pretrained(model, context.stage / place, statistics=True)
+    return context.output / place
+
+
+def deliver(model: torch.nn.Module, method: Method, context: Context) -> list[dict[str, object]]:
     """Merge by each rule, export, reload, compare; return one row per rule. Unwraps the model."""
     rows, merged = [], None
     for rule in RULES[method.res_mode]:
-        row, logits = _merge_and_export(model, rule, context, folder / f"lora-{rule}")
+        row, logits = _merge_and_export(model, rule, context, Path(method.folder, f"lora-{rule}"))
         rows.append(row)
         merged = logits if merged is None else merged
-    first = RULES[method.res_mode][0]
-    base = reslora.merge_and_unload(model, first)  # lsq: the fits are at hand
-    base.save_pretrained(folder / "merged")
-    context.tokenizer.save_pretrained(folder / "merged")
-    reloaded = context.logits(context.load_model(str(folder / "merged")))
+    place = Path(method.folder, "merged")
+    folder = context.stage / place
+    reslora.merge_and_unload(model, RULES[method.res_mode][0]).save_pretrained(folder)
+    context.tokenizer.save_pretrained(folder)
+    reloaded = context.logits(context.load_model(str(folder)))
     rows[0]["transformers_difference"] = relative(reloaded, merged)
-    rows[0]["merged_folder"] = str(folder / "merged")
+    rows[0]["merged_folder"] = str(context.output / place)
     return rows
 
 
 def _merge_and_export(
-    model: torch.nn.Module, rule: str, context: Context, folder: Path
+    model: torch.nn.Module, rule: str, context: Context, place: Path
 ) -> tuple[dict[str, object], torch.Tensor]:
-    data = context.calibration if rule == "lsq" else None
-    report = reslora.merge(model, rule, data=data, verify={"input_ids": context.batch})
+    report = reslora.merge(model, rule, verify={"input_ids": context.batch})
     merged = context.logits(model)
     row: dict[str, object] = {
         "rule": rule,
         "loss_merged": context.losses(model).mean().item(),
         "merge_error": report.output_error,
         "layers": [asdict(layer) for layer in report.layers],
-        "lora_folder": str(folder),
+        "lora_folder": str(context.output / place),
     }
     reslora.unmerge(model)
+    folder = context.stage / place
     reslora.export_lora(
         model,
         folder,

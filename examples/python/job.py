@@ -1,8 +1,9 @@
 """The quickstart's main job: train each method, merge, export, read back, report.
 
-    exit_code = job.run(options.parse(["--res-mode", "is"]))
+    exit_code = job.run(options.parse(["--res-mode", "is"]), stage)
 
-`run_method` is where reslora is used.
+All files are made in `stage` and put in place together at the end. `run_method` is where reslora is
+used.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,22 +23,24 @@ import corpus
 import delivery
 import models
 import peft
+import places
 import pretrain
 import report
 import torch
 import training
 import transformers
 from console import UserError
+from options import Method, methods_for
 
 import reslora
 
 
-def make_context(options: argparse.Namespace) -> tuple[delivery.Context, torch.Tensor]:
-    """Return what every method shares, and the blocks to train on."""
+def make_context(options: argparse.Namespace, stage: Path) -> delivery.Context:
+    """Return what every method shares."""
     documents = corpus.text_file(options.data) if options.data else corpus.header_comments()
     name = options.model
     if name is None:
-        settings = pretrain.PretrainSettings(steps=options.pretrain_steps)
+        settings = places.PretrainSettings(steps=options.pretrain_steps)
         name = str(pretrain.small_llama(options.cache, settings))
     tokenizer = models.load_tokenizer(name)
     train, held_out = (corpus.blocks(part, tokenizer, options.seq_len) for part in documents)
@@ -52,11 +53,13 @@ def make_context(options: argparse.Namespace) -> tuple[delivery.Context, torch.T
         held_out=held_out,
         batch_size=options.batch_size,
         device=options.device,
+        stage=stage,
+        output=options.output,
     )
     print(f"model: {name}")
     print(f"text: {options.data or 'comments in the C++ headers of torch'}")
     print(f"tokens: {train.numel():,} to train on, {held_out.numel():,} held out to measure on")
-    return context, train
+    return context
 
 
 def _spread(blocks: torch.Tensor, count: int) -> torch.Tensor:
@@ -67,8 +70,14 @@ def _spread(blocks: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def measure_base(context: delivery.Context, options: argparse.Namespace) -> torch.Tensor:
-    """Return the base model's held-out losses, [blocks]; UserError where --seq-len is too long."""
+    """Return the base model's held-out losses, [blocks].
+
+    UserError where --seq-len is too long for it, or --output too small for what is made of it.
+    """
     model = context.load_base()
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    width = getattr(model.config, "hidden_size", None) or places.Size.width
+    places.require_room(options, places.Size(weights, width))
     longest = getattr(model.config, "max_position_embeddings", None) or options.seq_len
     if options.seq_len > longest:
         raise UserError(
@@ -78,9 +87,8 @@ def measure_base(context: delivery.Context, options: argparse.Namespace) -> torc
 
 
 def run_method(
-    method: training.Method,
+    method: Method,
     context: delivery.Context,
-    data: torch.Tensor,
     before: torch.Tensor,
     options: argparse.Namespace,
 ) -> dict[str, object]:
@@ -102,10 +110,9 @@ def run_method(
     settings = training.TrainSettings(
         options.steps, options.batch_size, options.lr, options.seed, options.device
     )
-    losses, seconds = training.train(model, data, settings, name=method.method)
+    losses, seconds = training.train(model, context.train, settings, name=method.method)
     trained = context.losses(model)
-    folder = options.output / f"{method.res_mode}-alpha{method.lora_alpha:g}"
-    reslora.save_pretrained(model, folder / "adapter")
+    adapter = delivery.save_adapter(model, method, context)
     return asdict(method) | {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": seconds,
@@ -113,12 +120,15 @@ def run_method(
         "loss_trained": trained.mean().item(),
         "block_losses": trained.tolist(),
         "train_losses": losses,
-        "merges": delivery.deliver(model, method, context, folder),
+        "adapter_folder": str(adapter),
+        "merges": delivery.deliver(model, method, context),
     }
 
 
-def write_results(options: argparse.Namespace, results: report.Results, seconds: float) -> None:
-    """Write results.json and loss.png; each appears complete or not at all."""
+def write_results(
+    options: argparse.Namespace, results: report.Results, seconds: float, stage: Path
+) -> None:
+    """Write results.json and loss.png."""
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()
@@ -132,18 +142,9 @@ def write_results(options: argparse.Namespace, results: report.Results, seconds:
         "seconds": seconds,
         "results": results,
     }
-    text = json.dumps(record, indent=1)
-    _replace(options.output / "results.json", lambda path: path.write_text(text))
+    (stage / "results.json").write_text(json.dumps(record, indent=1))
     figure = report.loss_curves(results, "ResLoRA and plain LoRA, same seed and batches")
-    _replace(options.output / "loss.png", lambda path: figure.savefig(path, dpi=150))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file elsewhere in its folder, then put it in place."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
-        unfinished = Path(folder) / path.name
-        write(unfinished)
-        os.replace(unfinished, path)
+    figure.savefig(stage / "loss.png", dpi=150)
 
 
 def _be_quiet() -> None:
@@ -153,27 +154,26 @@ def _be_quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, stage: Path) -> int:
     """Do the main job; return the exit code."""
     start = time.monotonic()
     _be_quiet()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU that torch can use; none was found")
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {str(options.output)!r}: {error.strerror}") from None
-    context, data = make_context(options)
+    context = make_context(options, stage)
     before = measure_base(context, options)
     print(f"held-out loss of the model as it is: {before.mean():.4f}", flush=True)
-    methods = training.methods_for(options.res_mode, options.lora_alpha)
-    results = [run_method(method, context, data, before, options) for method in methods]
+    methods = methods_for(options.res_mode, options.lora_alpha)
+    results = [run_method(method, context, before, options) for method in methods]
     seconds = time.monotonic() - start
-    write_results(options, results, seconds)
+    write_results(options, results, seconds, stage)
+    places.publish(stage, options.output)
     print(f"\n{report.table(results)}\n\n{report.conclusions(results, delivery.TOLERANCE)}\n")
     print(f"{seconds:.0f} seconds in all. In {options.output}: results.json, loss.png, and for")
     print("each method adapter/ (ResLoRA), lora-<rule>/ (plain LoRA), merged/ (the whole model).")
     failures = delivery.disagreements(results)
     for sentence in failures:
         print(f"FAILED: {sentence}", file=sys.stderr)
+    if not failures:
+        print(f"\n{report.next_steps(results, context.base_name, options.output)}")
     return 1 if failures else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from console import Parser, UserError, at_least, folder, positive, text_file
@@ -42,12 +43,40 @@ _OPTIONS = (
         "--output",
         Path("quickstart-results"),
         folder,
-        "for the results (default: %(default)s)",
+        "for the results, instead of earlier ones (default: %(default)s)",
     ),
     ("--cache", None, folder, "folder for the small model (default: ~/.cache/reslora)"),
     ("--pretrain-steps", 700, at_least(1), "of the small model (default: %(default)s)"),
     ("--device", "cpu", str, "cpu, or cuda, which is untested (default: %(default)s)"),
 )
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison."""
+
+    method: str
+    res_mode: str
+    lora_alpha: float
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in --output."""
+        return f"{self.res_mode}-alpha{self.lora_alpha:g}"
+
+
+def methods_for(res_mode: str, lora_alpha: float) -> list[Method]:
+    """Return plain LoRA at both scales, then the shortcuts that `res_mode` names."""
+    doubled = 2 * lora_alpha
+    controls = [
+        Method(f"LoRA (alpha {lora_alpha:g})", "none", lora_alpha),
+        Method(f"LoRA (alpha {doubled:g})", "none", doubled),
+    ]
+    modes = {"all": ["is", "bs", "ms"], "none": []}.get(res_mode, [res_mode])
+    names = [f"ResLoRA {mode} (alpha {lora_alpha:g})" for mode in modes]
+    return controls + [
+        Method(name, mode, lora_alpha) for name, mode in zip(names, modes, strict=True)
+    ]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -1,69 +1,44 @@
 """A small Llama-architecture model, pretrained on the spot and kept for the next run.
 
-    folder = pretrain.small_llama(cache, PretrainSettings())   # config, weights, tokenizer
+    folder = pretrain.small_llama(cache, PretrainSettings(steps=700))   # config, weights, tokenizer
 
-The text is the docstrings of Python's standard library. The folder's name is made from the settings
-and the Python version, and it appears under that name only when it is complete: a run that was
-interrupted leaves nothing that a later run could mistake for a model.
+The text is the docstrings of Python's standard library. The folder appears under its name only
+when it is complete: an interrupted run leaves nothing that a later one could mistake for a model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import platform
-import shutil
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import corpus
+import interrupts
 import tokenizers
 import torch
 from console import progress_bar
+from places import PretrainSettings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|end|>"
 
 
-@dataclass(frozen=True)
-class PretrainSettings:
-    """What decides the weights: a change of any makes another folder in the cache."""
-
-    steps: int
-    seconds: float = 100.0  # the schedule ends early on a slow machine
-    hidden_size: int = 128
-    layers: int = 6
-    heads: int = 4
-    vocabulary: int = 1024
-    seq_len: int = 128
-    batch_size: int = 8
-    lr: float = 3e-3
-    seed: int = 0
-
-
 def small_llama(cache: Path, settings: PretrainSettings) -> Path:
     """Return the folder of the pretrained model, making it first where the cache lacks it."""
-    made_of = json.dumps([asdict(settings), platform.python_version_tuple()[:2], "format 1"])
-    key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-    folder = cache / f"small-llama-{key}"
+    folder = settings.folder(cache)
     if folder.is_dir():
         print(f"small model: pretrained in an earlier run, {folder}")
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=cache))
-    try:
+    with interrupts.temporary(cache) as unfinished:
         _pretrain(unfinished, settings)
-        unfinished.chmod(0o755)
-        os.rename(unfinished, folder)
-    except OSError:
-        if not folder.is_dir():  # else another run was faster, and its model is as good
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if not folder.is_dir():  # else another run was faster, and its model is as good
+                raise
     return folder
 
 

@@ -1,6 +1,7 @@
-"""The table, the figure and the sentences that the quickstart ends with.
+"""The table, the figure, the sentences and the commands that the quickstart ends with.
 
     print(table(results)); print(conclusions(results)); loss_curves(results).savefig(path)
+    print(next_steps(results, base, output))
 
 `results` is the list that is also written to results.json, one entry per method.
 """
@@ -8,13 +9,20 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
+from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
-import matplotlib
+import interrupts
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+with interrupts.held():  # the first time it writes a list of fonts, and would leave a lock
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
 Results = list[dict[str, Any]]
 
@@ -95,6 +103,41 @@ def _comparisons(results: Results) -> list[str]:
             parts.append(f"{mean:+.4f} ± {error:.4f} against {control['method']}")
         lines.append(f"  {result['method']}: " + "; ".join(parts))
     return lines
+
+
+def next_steps(results: Results, base: str, output: Path) -> str:
+    """Return three commands on the files just made, to be pasted into a shell.
+
+    Args:
+        results: as above; the commands take the adapter of `is`, or the last where there is none.
+        base: folder or Hub name of the base model.
+        output: where the results are.
+    """
+    chosen = next((r for r in results if r["res_mode"] == "is"), results[-1])
+    adapter = Path(chosen["adapter_folder"]).absolute()
+    folder = Path(base).expanduser()
+    base = str(folder.absolute()) if folder.is_dir() else base
+    merged = _absent(output.absolute() / "merged-bfloat16")
+    lora = _absent(output.absolute() / "lora")
+    commands = (
+        ("what the adapter holds", ["inspect", adapter]),
+        (
+            "the base with the adapter merged into it, in half precision",
+            ["merge", base, adapter, merged, "--dtype", "bfloat16"],
+        ),
+        ("a plain LoRA, for PEFT and vLLM", ["export-lora", adapter, lora]),
+    )
+    lines = [f"To go on, with {chosen['method']}:"]
+    for what, words in commands:
+        command = [sys.executable, "-m", "reslora", *map(str, words)]
+        lines += [f"  # {what}", f"  {shlex.join(command)}"]
+    return "\n".join(lines)
+
+
+def _absent(folder: Path) -> Path:
+    """Return the folder, or where it is there, the first that is not with a number appended."""
+    numbered = (folder.with_name(f"{folder.name}-{n}") for n in count(2))
+    return next(place for place in chain([folder], numbered) if not place.exists())
 
 
 def loss_curves(results: Results, title: str) -> Figure:

@@ -1,8 +1,7 @@
 """Training of the adapters and the loss on held-out text.
 
-    method = Method("ResLoRA is", res_mode="is", lora_alpha=16)
-    losses, seconds = train(model, data, TrainSettings())   # after reslora.inject(model, ...)
-    per_block = block_losses(model, held_out)               # one mean loss per block
+    losses, seconds = train(model, data, TrainSettings(), name="is")   # after reslora.inject(...)
+    per_block = block_losses(model, held_out, 8, "cpu")                # one mean loss per block
 
 Every method gets the same seed, the same batches in the same order and the same learning rate.
 """
@@ -20,15 +19,6 @@ from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of the comparison."""
-
-    method: str
-    res_mode: str
-    lora_alpha: float
-
-
-@dataclass(frozen=True)
 class TrainSettings:
     """The same for every method."""
 
@@ -37,20 +27,6 @@ class TrainSettings:
     lr: float = 2e-3
     seed: int = 0
     device: str = "cpu"
-
-
-def methods_for(res_mode: str, lora_alpha: float) -> list[Method]:
-    """Return plain LoRA at both scales, then the shortcuts that `res_mode` names."""
-    doubled = 2 * lora_alpha
-    controls = [
-        Method(f"LoRA (alpha {lora_alpha:g})", "none", lora_alpha),
-        Method(f"LoRA (alpha {doubled:g})", "none", doubled),
-    ]
-    modes = {"all": ["is", "bs", "ms"], "none": []}.get(res_mode, [res_mode])
-    names = [f"ResLoRA {mode} (alpha {lora_alpha:g})" for mode in modes]
-    return controls + [
-        Method(name, mode, lora_alpha) for name, mode in zip(names, modes, strict=True)
-    ]
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

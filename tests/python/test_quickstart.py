@@ -1,19 +1,18 @@
 """The quickstart, end to end with tiny settings, and its refusals. No network is used."""
 
 import json
-import os
-import signal
+import re
+import shlex
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from quickstart_program import SCRIPT, TINY, environment, quickstart
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "examples" / "quickstart.sh"
 METHODS = ["none-alpha16", "none-alpha32", "is-alpha16", "bs-alpha16", "ms-alpha16"]
 RULES = {
     "none": ["exact"],
@@ -21,31 +20,7 @@ RULES = {
     "bs": ["exact"],
     "ms": ["lsq", "input", "weight", "factored"],
 }
-TINY = "--steps 4 --pretrain-steps 2 --eval-blocks 8 --seq-len 32 --batch-size 2".split()
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def environment(cache: Path) -> dict[str, str]:
-    """Return what the script runs in: this interpreter, one thread, and no way to a network."""
-    nowhere = "http://127.0.0.1:9"
-    return {
-        **os.environ,
-        "RESLORA_PYTHON": sys.executable,
-        "XDG_CACHE_HOME": str(cache),
-        "OMP_NUM_THREADS": "1",
-        "http_proxy": nowhere,
-        "https_proxy": nowhere,
-    }
-
-
-def quickstart(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(SCRIPT), *map(str, arguments)],
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +30,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_run(cache, tmp_path_factory):
-    output = tmp_path_factory.mktemp("output")
+    output = tmp_path_factory.mktemp("what it's put in")  # a shell needs quotes around it
     done = quickstart(*TINY, "--output", output, cache=cache)
     assert done.returncode == 0, done.stderr
     return output, done
@@ -158,30 +133,68 @@ def test_adapts_a_model_and_a_text_of_the_user(record, cache, tmp_path):
     assert {name.rsplit(".", 1)[1] for name in names} == {"q_proj", "v_proj"}
 
 
-def _wait_until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+def commands_of(stdout: str) -> list[str]:
+    """Return the commands that are printed at the end, as they are."""
+    lines = stdout[stdout.index("\nTo go on") :].splitlines()
+    return [line for line in lines if line.startswith("  ") and not line.startswith("  #")]
 
 
-def test_interrupted_pretraining_leaves_the_cache_sound(tmp_path):
-    command = ["bash", str(SCRIPT), *TINY, "--pretrain-steps", "100000"]
-    run = subprocess.Popen(
-        [*command, "--output", str(tmp_path / "out")],
-        env=environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+def run_as_printed(command: str, folder: Path, **variables: str) -> str:
+    """Run a command in a shell, somewhere else; return what it printed."""
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment(folder) | variables,
+        capture_output=True,
         text=True,
-        # A shell that runs the tests in the background lets its children ignore interrupts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        timeout=200,
     )
-    _wait_until(lambda: list((tmp_path / "reslora").glob(".unfinished-*")), 120)
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 130
-    assert "interrupted" in errors and "Traceback" not in errors
-    assert not list((tmp_path / "reslora").iterdir())
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr.lower()
+    return done.stdout
+
+
+def test_the_commands_printed_at_the_end_take_the_best_rule(first_run, tmp_path):
+    output, done = first_run
+    inspect, merge, export = commands_of(done.stdout)
+    adapter = str(output / "is-alpha16/adapter")
+    assert all(adapter in shlex.split(command) for command in (inspect, merge, export))
+    assert "fits of" in run_as_printed(inspect, tmp_path)
+    merged = run_as_printed(merge, tmp_path)
+    assert re.search(r"\d+ by lsq", merged)
+    assert "by weight" not in merged and "by input" not in merged
+    run_as_printed(export, tmp_path)
+    assert re.search(r"merged by [\w, ]*lsq\)", (output / "lora/README.md").read_text())
+    assert (output / "merged-bfloat16/model.safetensors").is_file()
+    # What was made by them is not what a later run names.
+    program = "import report, sys; print(report.next_steps(*eval(sys.argv[1])))"
+    results = [{"method": "none", "res_mode": "none", "adapter_folder": "a"}]
+    done = subprocess.run(
+        [sys.executable, "-c", f"from pathlib import *; {program}", repr((results, "b", output))],
+        env=environment(tmp_path) | {"PYTHONPATH": str(SCRIPT.parent / "python")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, merge, export = map(shlex.split, commands_of(f"\n{done.stdout}"))
+    assert merge[-3] == f"{output / 'merged-bfloat16-2'}" and export[-1] == f"{output / 'lora-2'}"
+
+
+def test_a_name_of_the_hub_is_printed_as_it_is(record, cache, tmp_path):
+    """The Hub's cache is laid out by hand, so that nothing is asked of a network."""
+    kept = tmp_path / "hub/models--someone--small"
+    snapshot = kept / "snapshots" / ("0" * 40)
+    shutil.copytree(record["results"][0]["merges"][0]["merged_folder"], snapshot)
+    (kept / "refs").mkdir()
+    (kept / "refs/main").write_text("0" * 40)
+    hub = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    arguments = ["--model", "someone/small", "--res-mode", "ms", "--output", tmp_path / "out"]
+    done = quickstart(*TINY, *arguments, cache=cache, **hub)
+    assert done.returncode == 0, done.stderr
+    _, merge, _ = commands_of(done.stdout)
+    assert shlex.split(merge)[4:6] == ["someone/small", f"{tmp_path / 'out/ms-alpha16/adapter'}"]
+    assert re.search(r"\d+ by lsq", run_as_printed(merge, tmp_path, **hub))
 
 
 BAD = {
@@ -220,13 +233,13 @@ BAD_INPUT = {
 }
 # One process for all of them, since importing torch and transformers takes seconds.
 EACH = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
 import finetune
 answers = []
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         code = finetune.main(arguments)
-    answers.append((code, errors.getvalue()))
+    answers.append((code, errors.getvalue(), os.path.exists("out")))
 print(json.dumps(answers))
 """
 
@@ -252,7 +265,8 @@ def answers(first_run, cache, tmp_path_factory):
 
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_is_one_sentence(name, answers):
-    code, errors = answers[name]
+    code, errors, is_output_there = answers[name]
+    assert not is_output_there
     assert code == 2
     assert BAD_INPUT[name][1] in errors
     # Before it, libraries that are imported may log a line of their own.
