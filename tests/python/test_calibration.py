@@ -1,6 +1,7 @@
 """calibrate: the fit against NumPy, padding, memory limits, refusals, what it leaves alone."""
 
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -32,6 +33,10 @@ from reslora import (
 from reslora.utils import injection_of
 
 DOUBLE = {"dtype": torch.float64}
+
+
+# Whether taps are moved is measured, and may go either way: test_tap_moves.py tests it.
+fit_layers = functools.partial(calibrate, move_taps=False)
 
 
 def rows(count=40, seed=0, width=6):
@@ -83,7 +88,7 @@ def solved(x, v, A, ridge, affine=False):
 def test_the_fit_is_the_solution_of_the_normal_equations(res_mode, pre_num, ridge):
     model = adapted(res_mode=res_mode, pre_num=pre_num)
     batches = [rows(seed=1), rows(seed=2)]
-    result = calibrate(model, batches, ridge=ridge)
+    result = fit_layers(model, batches, ridge=ridge)
     x, v = seen(model, batches)
     assert set(fits(model)) == set(result.residuals) == {f"layers.{n}.lin" for n in (1, 2, 3)}
     for n in (1, 2, 3):
@@ -100,7 +105,7 @@ def test_the_fit_is_the_solution_of_the_normal_equations(res_mode, pre_num, ridg
 def test_an_affine_fit_has_an_offset_where_there_is_a_bias():
     model = adapted(res_mode="is")
     batches = [rows() + 2]
-    calibrate(model, batches, ridge=1e-3, affine=True)
+    fit_layers(model, batches, ridge=1e-3, affine=True)
     x, v = seen(model, batches)
     fit = fits(model)["layers.2.lin"]
     layer = model.layers[2].lin
@@ -111,16 +116,18 @@ def test_an_affine_fit_has_an_offset_where_there_is_a_bias():
 
 
 def test_an_affine_merge_changes_the_bias_and_gives_it_back():
-    model = adapted(res_mode="is")
+    # Without a nonlinearity, the smaller residual is the smaller error of the output.
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    model = adapted(base, target_modules=r"\d", res_mode="is")
     batches = [rows() + 2]
     want = model(batches[0])
     state = copy.deepcopy(model.state_dict())
-    calibrate(model, batches, ridge=1e-6)
+    fit_layers(model, batches, ridge=1e-6)
     linear = merge_report(model, batches).output_error
-    calibrate(model, batches, ridge=1e-6, affine=True)
+    fit_layers(model, batches, ridge=1e-6, affine=True)
     report = merge(model, verify=batches)
     assert report.output_error < linear
-    assert not torch.equal(state["layers.2.lin.base_layer.bias"], model.layers[2].lin.bias)
+    assert not torch.equal(state["1.base_layer.bias"], model[1].bias)
     got = (model(batches[0]) - want).square().sum().sqrt() / want.square().sum().sqrt()
     assert report.output_error == pytest.approx(got.item(), rel=1e-6)
     unmerge(model)
@@ -148,10 +155,10 @@ def padded_llama():
 
 def test_padding_is_left_out_of_the_fit():
     model, ids, mask = padded_llama()
-    calibrate(model, [{"input_ids": ids, "attention_mask": mask}])
+    fit_layers(model, [{"input_ids": ids, "attention_mask": mask}])
     masked = fits(model)
     alone = [{"input_ids": ids[i : i + 1, : int(mask[i].sum())]} for i in range(3)]
-    calibrate(model, alone)
+    fit_layers(model, alone)
     for name, fit in fits(model).items():
         assert fit.rows == masked[name].rows == int(mask.sum())
         torch.testing.assert_close(fit.A, masked[name].A, rtol=1e-6, atol=1e-8)
@@ -166,11 +173,42 @@ def test_padding_without_a_mask_is_refused_and_earlier_fits_stay():
     assert fits(model) is before
 
 
-def test_padding_of_layers_with_other_rows_is_reported():
-    model = adapted(tiny_bert(), 0.2, target_modules=["query", "pooler.dense"], res_mode="is")
+def padded_batch():
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, 4:] = 0
-    calibrate(model, [{"input_ids": tokens(), "attention_mask": mask}])
+    return {"input_ids": tokens(), "attention_mask": mask}
+
+
+class Windows(nn.Module):
+    """Layers that see the tokens as they are, then layers that see one token more."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(40, 6)
+        self.near, self.far = Net(depth=3), Net(depth=3)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.near(self.embedding(input_ids))
+        return self.far(torch.cat([x, x[:, :1]], dim=1))
+
+
+def test_padding_of_layers_with_other_rows_is_reported():
+    model = adapted(Windows().double(), res_mode="is")
+    with pytest.warns(UserWarning, match=r"the rows of 2 layers have another shape.*\(far\."):
+        fit_layers(model, [padded_batch()])
+    assert {name: fit.rows for name, fit in fits(model).items()} == {
+        "near.layers.1.lin": 11,
+        "near.layers.2.lin": 11,
+        "far.layers.1.lin": 16,
+        "far.layers.2.lin": 16,
+    }
+
+
+def test_layers_with_other_rows_that_merge_exactly_are_left_alone():
+    model = adapted(tiny_bert(), 0.2, target_modules=["query", "pooler.dense"], res_mode="is")
+    with pytest.warns(UserWarning, match="fewer rows than they have features") as caught:
+        fit_layers(model, [padded_batch()])
+    assert len(caught) == 1
     assert {fit.rows for fit in fits(model).values()} == {11}
 
 
@@ -180,20 +218,20 @@ def test_padding_of_layers_with_other_rows_is_reported():
 def test_layers_above_the_limit_are_fitted_in_groups_over_passes():
     model = adapted(tiny_llama(4), 0.2, target_modules="all-linear", res_mode="ms", pre_num=2)
     batches = [{"input_ids": tokens()} for _ in range(3)]
-    at_once = calibrate(model, batches)
+    at_once = fit_layers(model, batches)
     want = fits(model)
-    in_groups = calibrate(model, batches, max_cov_bytes=at_once.peak_bytes // 3)
+    in_groups = fit_layers(model, batches, max_cov_bytes=at_once.peak_bytes // 3)
     assert in_groups.passes > 2 > at_once.passes
     assert in_groups.peak_bytes <= at_once.peak_bytes // 3
     for name, fit in fits(model).items():
         torch.testing.assert_close(fit.A, want[name].A)
     with pytest.raises(ValueError, match="data that can be read once"):
-        calibrate(model, iter(batches), max_cov_bytes=at_once.peak_bytes // 3)
+        fit_layers(model, iter(batches), max_cov_bytes=at_once.peak_bytes // 3)
 
 
 def test_layers_that_read_one_tensor_share_its_covariance():
     model = adapted(tiny_llama(2), 0.2, target_modules=["q_proj", "k_proj", "v_proj"])
-    shared = calibrate(model, [tokens()]).peak_bytes
+    shared = fit_layers(model, [tokens()]).peak_bytes
     # One layer of each kind is fitted: in = 16, r = 2.
     assert shared == 8 * (16 * 17 + 3 * 2 * 17)
 
@@ -201,9 +239,9 @@ def test_layers_that_read_one_tensor_share_its_covariance():
 def test_a_layer_alone_above_the_limit_is_fitted_from_rows_on_disk():
     model = adapted(res_mode="is")
     batches = [rows(200, seed) for seed in range(3)]
-    calibrate(model, batches)
+    fit_layers(model, batches)
     want = fits(model)
-    result = calibrate(model, batches, max_cov_bytes=200)
+    result = fit_layers(model, batches, max_cov_bytes=200)
     assert result.row_file_bytes == 3 * 600 * 6 * 4 and result.solver_steps > 0
     assert "temporary files" in str(result)
     for name, fit in fits(model).items():
@@ -213,14 +251,14 @@ def test_a_layer_alone_above_the_limit_is_fitted_from_rows_on_disk():
 
 def test_kept_covariances_are_solved_again_with_another_ridge():
     model = adapted(res_mode="is")
-    calibrate(model, [rows()], keep_covariances=True)
-    again = calibrate(model, ridge=0.5)
+    fit_layers(model, [rows()], keep_covariances=True)
+    again = fit_layers(model, ridge=0.5)
     got = fits(model)["layers.3.lin"].A
-    want = calibrate(model, [rows()], ridge=0.5)
+    want = fit_layers(model, [rows()], ridge=0.5)
     assert again.residuals == pytest.approx(want.residuals)
     torch.testing.assert_close(got, fits(model)["layers.3.lin"].A)
     with pytest.raises(ValueError, match="needs kept covariances"):
-        calibrate(model)
+        fit_layers(model)
 
 
 # ---- what is left alone and what is refused
@@ -366,7 +404,7 @@ def test_lsq_without_data_is_refused_by_name():
 
 def test_bf16_models_are_calibrated_in_fp32():
     model = adapted(Net().to(torch.bfloat16), res_mode="is")
-    calibrate(model, [rows().to(torch.bfloat16)])
+    fit_layers(model, [rows().to(torch.bfloat16)])
     assert {fit.A.dtype for fit in fits(model).values()} == {torch.float32}
     assert merge(model).layers[1].rule == "lsq" and trained(model)
 
@@ -394,10 +432,10 @@ def test_encoder_and_decoder_rows_are_told_apart_or_refused():
     ids = tokens()
     batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": tokens()}
     with pytest.raises(ValueError, match="must differ in length"):
-        calibrate(model, [batch])
+        fit_layers(model, [batch])
     with pytest.raises(ValueError, match="must differ in length"):
         merge_report(model, [batch], "weight")
-    calibrate(model, [batch | {"decoder_input_ids": 1 + tokens(2, 9) % 20}])
+    fit_layers(model, [batch | {"decoder_input_ids": 1 + tokens(2, 9) % 20}])
     found = {name.split(".")[0]: fit.rows for name, fit in fits(model).items()}
     assert found["encoder"] == 9 and found["decoder"] in (9, 18)
 
@@ -410,7 +448,7 @@ def test_padding_of_a_decoder_is_told_by_its_labels_or_refused():
     batch = {"input_ids": 1 + tokens() % 20, "labels": labels}
 
     def decoder_rows(batch):
-        calibrate(model, [batch])
+        fit_layers(model, [batch])
         own = {name: fit.rows for name, fit in fits(model).items() if "SelfAttention" in name}
         return {rows for name, rows in own.items() if name.startswith("decoder")}
 
@@ -420,7 +458,7 @@ def test_padding_of_a_decoder_is_told_by_its_labels_or_refused():
     assert decoder_rows(batch | {"decoder_attention_mask": mask}) == {9 + 5}
     padded = torch.where(labels == -100, model.config.pad_token_id, labels)
     with pytest.raises(ValueError, match="rows of decoder_input_ids"):
-        calibrate(model, [{"input_ids": batch["input_ids"], "decoder_input_ids": padded}])
+        fit_layers(model, [{"input_ids": batch["input_ids"], "decoder_input_ids": padded}])
 
 
 def test_a_mask_of_other_values_is_refused():
@@ -436,12 +474,12 @@ def test_a_limit_that_is_no_number_is_refused():
 
 def test_solving_again_leaves_refined_fits_behind():
     model = adapted(res_mode="is")
-    batches = [rows(seed=k) for k in range(5)]
-    calibrate(model, batches, keep_covariances=True)
+    batches = [rows()] * 5  # measured on what is trained on: small steps come nearer for certain
+    fit_layers(model, batches, keep_covariances=True)
     want = {name: fit.A for name, fit in fits(model).items()}
-    refine(model, batches, 3, lr=0.01)
+    refine(model, batches, 3, lr=1e-3)
     assert len(fits(model)) == 4
-    calibrate(model)
+    fit_layers(model)
     assert set(fits(model)) == set(want)
     assert all(torch.equal(fits(model)[name].A, A) for name, A in want.items())
 
