@@ -52,6 +52,9 @@ class Net(nn.Module):
         return x
 
 
+# The first tokens of every vocabulary here. Defaults are those of large vocabularies, and what a
+# model does with an id outside of its own differs between versions of transformers.
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NON_REENTRANT = {"use_reentrant": False}
 
 
@@ -122,12 +125,13 @@ def tiny_llama(layers: int = 3, **options) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    own = SPECIAL | {"pad_token_id": None} | sizes | options
     config = LlamaConfig(
         vocab_size=40,
         num_hidden_layers=layers,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        **sizes | options,
+        **own,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -135,7 +139,10 @@ def tiny_llama(layers: int = 3, **options) -> nn.Module:
 def tiny_gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2, n_positions=32)
+    config = GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=3, n_head=2, n_positions=32, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
 

@@ -2,10 +2,11 @@
 
 import copy
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
-from models import fit, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, tokens
+from models import SPECIAL, fit, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, tokens
 from torch import nn
 
 import reslora
@@ -23,7 +24,7 @@ SIZES = {
 
 def causal(name, **options):
     def make():
-        config = getattr(transformers, f"{name}Config")(**SIZES | {"pad_token_id": 0} | options)
+        config = getattr(transformers, f"{name}Config")(**SIZES | SPECIAL | options)
         return getattr(transformers, f"{name}ForCausalLM")(config)
 
     return make
@@ -31,8 +32,8 @@ def causal(name, **options):
 
 def encoder(name, **options):
     def make():
-        sizes = SIZES | {"max_position_embeddings": 40, "num_labels": 3, "pad_token_id": 0}
-        config = getattr(transformers, f"{name}Config")(**sizes | options)
+        sizes = SIZES | {"max_position_embeddings": 40, "num_labels": 3}
+        config = getattr(transformers, f"{name}Config")(**sizes | SPECIAL | options)
         return getattr(transformers, f"{name}ForSequenceClassification")(config)
 
     return make
@@ -41,17 +42,21 @@ def encoder(name, **options):
 def bart():
     config = transformers.BartConfig(
         vocab_size=40, d_model=16, encoder_layers=3, decoder_layers=3, encoder_ffn_dim=24,
-        decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0,
-        decoder_start_token_id=2, max_position_embeddings=40,
+        decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2,
+        decoder_start_token_id=2, forced_eos_token_id=2, max_position_embeddings=40, **SPECIAL,
     )  # fmt: skip
     return transformers.BartForConditionalGeneration(config)
+
+
+CLIP_END = 39  # pooled is what it gives; the id 2 stands for another rule, that of old files
 
 
 def clip():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
              "num_attention_heads": 2}  # fmt: skip
+    special = SPECIAL | {"eos_token_id": CLIP_END}
     config = transformers.CLIPConfig(
-        text_config=sizes | {"vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 1},
+        text_config=sizes | special | {"vocab_size": 40, "max_position_embeddings": 16},
         vision_config=sizes | {"image_size": 8, "patch_size": 4},
         projection_dim=8,
     )
@@ -90,7 +95,10 @@ def image_batch():
 
 
 def clip_batch():
-    return {"input_ids": tokens(4, 6), "pixel_values": torch.randn(4, 3, 8, 8), "return_loss": True}
+    ids = tokens(4, 6)
+    ids[ids == CLIP_END] = 3
+    ids[:, -1] = CLIP_END
+    return {"input_ids": ids, "pixel_values": torch.randn(4, 3, 8, 8), "return_loss": True}
 
 
 def unet_batch():
@@ -189,6 +197,17 @@ FAMILIES = {
     "unet": (unet, unet_batch, UNET),
     "dit": (dit, dit_batch, chains(*(f"transformer_blocks.*.attn1.{o}" for o in ("to_q", "to_v")))),
 }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_are_of_the_vocabulary(family):
+    """What a model does with an id outside of it is nobody's promise."""
+    config = FAMILIES[family][0]().config
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+        given = part if isinstance(part, Mapping) else part.to_dict()
+        ids = {name: value for name, value in given.items() if name.endswith("token_id")}
+        size = given.get("vocab_size", 0)
+        assert not {name: value for name, value in ids.items() if value and value >= size}, part
 
 
 def loss_of(model: nn.Module, batch):
