@@ -18,9 +18,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "examples/quickstart.sh"
 TOOLS = (
-    "awk", "bash", "cat", "chmod", "cp", "cut", "df", "dirname", "echo", "env", "find", "flock", "grep",
-    "id", "mkdir", "mktemp", "nproc", "rm", "sed", "sh", "sha256sum", "sleep", "sort", "tail",
-    "touch", "tr", "uname", "xargs", "c++", "g++", "gcc", "as", "ld",
+    "awk", "bash", "cat", "chmod", "cp", "cut", "df", "dirname", "echo", "env", "find", "flock",
+    "grep", "id", "mkdir", "mktemp", "nproc", "rm", "sed", "sh", "sha256sum", "sleep", "sort",
+    "tail", "touch", "tr", "uname", "xargs", "c++", "g++", "gcc", "as", "ld",
 )  # fmt: skip
 # Asked to install or to build, it does what the variable STUB_PIP holds.
 PYTHON = f"""#!/bin/bash
