@@ -19,12 +19,14 @@ BUILDS = REPOSITORY / "build"  # as deep as the package's own: ccache knows the 
 
 
 def environment() -> dict[str, str]:
-    """Return what programs run with: compile jobs, and one thread.
+    """Return what programs run with: compile jobs, one thread, and Ninja for CMake.
 
     Small programs gain nothing from threads, spin for long where others use the cores too, and give
-    the same bits for the same number of threads only.
+    the same bits for the same number of threads only. CMake's default generator needs `make`, which
+    no package of ours brings along; pip brings Ninja.
     """
-    return {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "OMP_NUM_THREADS": "1", **os.environ}
+    defaults = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "OMP_NUM_THREADS": "1"}
+    return {**defaults, **os.environ, "CMAKE_GENERATOR": "Ninja"}
 
 
 def run(*command: str | Path, cwd: Path = REPOSITORY) -> str:
@@ -45,7 +47,9 @@ def run(*command: str | Path, cwd: Path = REPOSITORY) -> str:
 def fails(*command: str | Path, cwd: Path) -> str:
     """Run a program that must fail; return what it printed on one line."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=cwd, env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     return " ".join((done.stdout + done.stderr).split())
 
@@ -53,7 +57,7 @@ def fails(*command: str | Path, cwd: Path) -> str:
 def build(source: Path, name: str, *options: str) -> Path:
     """Configure and build a project; return its build folder."""
     folder = BUILDS / f"cpp-{name}"
-    run("cmake", "-S", source, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *options)
+    run("cmake", "-S", source, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *options)
     run("cmake", "--build", folder)
     return folder
 

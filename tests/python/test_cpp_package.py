@@ -97,7 +97,7 @@ def test_pkg_config_gives_flags_that_compile_and_link(
     run(tmp_path / "small")
 
 
-CONFIGURE = ("cmake", "-S", ".", "-B", "build", "-G", "Ninja")
+CONFIGURE = ("cmake", "-S", ".", "-B", "build")
 
 
 def write_project(folder: Path, *lines: str) -> None:

@@ -72,4 +72,4 @@ def test_the_cmake_example_configures(tmp_path: Path) -> None:
         f"add_executable(program main.cpp)\n{example}"
     )
     options = (f"-DCMAKE_PREFIX_PATH={cmake_prefix_path}", f"-DRESLORA_TORCH_ROOT={TORCH}")
-    run("cmake", "-S", ".", "-B", "build", "-G", "Ninja", *options, cwd=tmp_path)
+    run("cmake", "-S", ".", "-B", "build", *options, cwd=tmp_path)
