@@ -87,7 +87,7 @@ missing_packages() {
 raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))' || echo "${python##*/}-dev"
   fi
   [[ $1 != use ]] || return 0
-  for tool in ccache clang-format doxygen git pkg-config; do have "$tool" || echo "$tool"; done
+  for tool in ccache clang-format doxygen pkg-config; do have "$tool" || echo "$tool"; done
   [[ -e /usr/include/gtest/gtest.h ]] || echo libgtest-dev
   [[ -e /usr/include/gmock/gmock.h ]] || echo libgmock-dev
   [[ $1 != full || -e /usr/include/benchmark/benchmark.h ]] || echo libbenchmark-dev
