@@ -1,8 +1,11 @@
 """Two steps under DeepSpeed on two processes (CPU, gloo), started by test_distributed.py.
 
-It prints the mean loss of both processes in the second step, and writes it to a file.
+`deepspeed_program.py <stage> <file> <res_mode>...` writes the mean loss of both processes in the
+second step of each shortcut. `deepspeed_program.py compile` ends where DeepSpeed has started, after
+compiling what it needs for that.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +15,6 @@ from models import tiny_llama
 
 import reslora
 
-os.environ["DS_ACCELERATOR"] = "cpu"
 CONFIG = {"train_micro_batch_size_per_gpu": 2, "zero_force_ds_cpu_optimizer": False}
 
 
@@ -28,10 +30,9 @@ def batches() -> torch.Tensor:
     return torch.randint(3, 40, (8, 8), generator=torch.Generator().manual_seed(1)).view(2, 4, 8)
 
 
-def main(stage: int, res_mode: str, file: Path) -> None:
+def trained_loss(stage: int, res_mode: str) -> float:
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="gloo")
     rank = torch.distributed.get_rank()
     model = adapted(res_mode)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -46,11 +47,23 @@ def main(stage: int, res_mode: str, file: Path) -> None:
         engine.step()
     mean = loss.detach().clone()
     torch.distributed.all_reduce(mean)
-    if rank == 0:
-        file.write_text(str(float(mean) / 2))
+    engine.destroy()
+    return float(mean) / 2
+
+
+def main(arguments: list[str]) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")  # compiles
+    if arguments != ["compile"]:
+        stage, file, *res_modes = arguments
+        losses = {res_mode: trained_loss(int(stage), res_mode) for res_mode in res_modes}
+        if torch.distributed.get_rank() == 0:
+            Path(file).write_text(json.dumps(losses))
     torch.distributed.barrier()  # else one process may end while the other still sends
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1:])

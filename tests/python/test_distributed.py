@@ -1,15 +1,24 @@
 """Two processes on gloo: DDP, FSDP2, statistics; each against one process on the whole batch."""
 
+import contextlib
+import importlib.util
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import warnings
+from importlib.metadata import version
+from pathlib import Path
 
+import deepspeed_program
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from cpp_programs import BUILDS
 from models import Net, adapted, fit, gradients, randomize, tiny_llama, tokens, trained
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -232,26 +241,70 @@ def test_fsdp2_of_shortcuts_that_read_other_layers_says_what_to_do():
     on_two_ranks(_fsdp_refused)
 
 
-@pytest.mark.parametrize("res_mode", ["none", "is", "bs", "ms"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_stages_equal_one_process(tmp_path, stage, res_mode):
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    from deepspeed_program import __file__ as program
-    from deepspeed_program import adapted as made
-    from deepspeed_program import batches
+# ---- DeepSpeed ----------------------------------------------------------------------------------
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(WORLD)]
-    command += ["--standalone", program, str(stage), res_mode, str(tmp_path / "loss")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ids = iter(batches())
+DEEPSPEED = Path(deepspeed_program.__file__)
+RES_MODES = ["none", "is", "bs", "ms"]
+
+
+def launch(*arguments, compiled, processes=WORLD, timeout=200):
+    """Run deepspeed_program.py. `compiled`: the folder for what DeepSpeed compiles at its start."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), DEEPSPEED, *map(str, arguments)]
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(compiled)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def keep(folder, place):
+    """Copy a folder to a place where it is seen whole or not at all, as runs end at any point."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as unfinished:
+        copy = shutil.copytree(folder, Path(unfinished) / "copy")
+        with contextlib.suppress(OSError):  # another run was faster
+            copy.rename(place)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Return what DeepSpeed compiles at its start, compiled or copied from an earlier run.
+
+    torch waits in such a folder for whoever left a lock there, so each run has one of its own.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    own = tmp_path_factory.mktemp("deepspeed") / "compiled"
+    names = [f"{name}-{version(name)}" for name in ("torch", "deepspeed")]
+    kept = BUILDS / "deepspeed" / "-".join([sys.implementation.cache_tag, *names])
+    if kept.exists():
+        shutil.copytree(kept, own)
+    else:
+        launch("compile", compiled=own, processes=1, timeout=900)
+        keep(own, kept)
+    return own
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda stage: f"stage {stage}")
+def losses(request, compiled, tmp_path_factory):
+    """Return the loss of every shortcut's second step in a stage of ZeRO."""
+    file = tmp_path_factory.mktemp("losses") / "losses.json"
+    launch(request.param, file, *RES_MODES, compiled=compiled)
+    return json.loads(file.read_text())
+
+
+@pytest.mark.timeout(func_only=True)  # launch has limits of its own
+@pytest.mark.parametrize("res_mode", RES_MODES)
+def test_zero_stages_equal_one_process(losses, res_mode):
+    ids = iter(deepspeed_program.batches())
 
     def loss_of(model):
         own = next(ids)
         return model(input_ids=own, labels=own).loss
 
-    loss = fit(made(res_mode), loss_of, steps=2)[-1]
-    assert float((tmp_path / "loss").read_text()) == pytest.approx(loss, rel=1e-6)
+    loss = fit(deepspeed_program.adapted(res_mode), loss_of, steps=2)[-1]
+    assert losses[res_mode] == pytest.approx(loss, rel=1e-6)
 
 
 def _save_wrapped(rank, folder):
