@@ -16,7 +16,9 @@ function(reslora_own_target name)
   endforeach()
 endfunction()
 
-# Lets the files of `name` that share a UNITY_GROUP be compiled as one; others stay alone.
+# Lets the files of `name` that share a UNITY_GROUP be compiled as one; others stay alone. Without
+# paths of this checkout in them, ccache knows the groups in another one (from CMake 4 on).
 function(reslora_compile_together name)
-  set_target_properties(${name} PROPERTIES UNITY_BUILD ${RESLORA_UNITY} UNITY_BUILD_MODE GROUP)
+  set_target_properties(${name} PROPERTIES
+    UNITY_BUILD ${RESLORA_UNITY} UNITY_BUILD_MODE GROUP UNITY_BUILD_RELOCATABLE ON)
 endfunction()
