@@ -1,9 +1,16 @@
-"""Reading JSON that others wrote: what is no JSON object is one sentence."""
+"""Text files: reading JSON that others wrote, and writing whole files or none.
+
+What cannot be read is one sentence.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -40,3 +47,30 @@ def _object(values: Any, source: str, op: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"[{op}] {source} must be a JSON object; got {type(values).__name__}")
     return values
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give a place to write files that belong together: all of them go to `folder`, or none."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".reslora-") as name:
+        yield Path(name)
+        for path in sorted(Path(name).iterdir()):
+            os.replace(path, folder / path.name)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically: a temporary name in the same folder, then a rename."""
+    path = os.fspath(path)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".reslora-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

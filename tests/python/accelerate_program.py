@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from models import tiny_llama
 
 import reslora
+from reslora.injection.adapted import find_layers
 
 
 def main(folder: Path) -> None:
@@ -24,7 +25,7 @@ def main(folder: Path) -> None:
         accelerator.backward(model(input_ids=batch, labels=batch).loss)
         optimizer.step()
         optimizer.zero_grad()
-    layers = reslora.utils.find_layers(model)
+    layers = find_layers(model)
     mine = torch.stack([layer.reslora_B.sum() for layer in layers])
     both = accelerator.gather(mine.detach()).view(2, -1)
     assert torch.equal(both[0], both[1])  # the processes hold one adapter

@@ -7,7 +7,7 @@ import torch
 from models import adapted, tiny_llama, tokens
 
 from reslora import calibrate, merge_and_unload, save_pretrained
-from reslora.cli import main
+from reslora.commands.cli import main
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from reslora.utils import cmake_prefix_path
+from reslora.commands.options import cmake_prefix_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from reslora import _C, ops
+from reslora import _C
+from reslora.nn import ops
 
 # (res_mode, pre_num): every shortcut, with m below, at and beyond what a chain of 4 can reach.
 SHORTCUTS = [

@@ -6,7 +6,7 @@ import pytest
 from models import adapted, tiny_llama
 
 from reslora import save_pretrained
-from reslora.model_folder import merge_folder
+from reslora.files.model_folder import merge_folder
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from reslora import (
     refine,
     unmerge,
 )
-from reslora.utils import injection_of
+from reslora.injection.adapted import injection_of
 
 DOUBLE = {"dtype": torch.float64}
 

@@ -9,8 +9,9 @@ import safetensors.torch
 import torch
 from models import SHORTCUTS, Net, adapted, randomize, tiny_bert, tiny_llama, tokens, trained
 
-from reslora import ResLoraConfig, checkpoint, inject, load, merge, save_pretrained
-from reslora.utils import find_layers, injection_of
+from reslora import ResLoraConfig, inject, load, merge, save_pretrained
+from reslora.files import checkpoint
+from reslora.injection.adapted import find_layers, injection_of
 
 DOUBLE = {"dtype": torch.float64}
 

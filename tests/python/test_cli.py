@@ -16,8 +16,10 @@ from cli_samples import LETTERS, assert_merged, lora_of, make, merge_in, run, wr
 from models import adapted, tiny_bert, tiny_gpt2, tiny_llama
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from reslora import export_diffusers, export_lora, folder_writer, merge_and_unload, verifying
-from reslora.cli_options import parse_size
+from reslora import export_diffusers, export_lora, merge_and_unload
+from reslora.commands import verify
+from reslora.commands.options import parse_size
+from reslora.files import folder_writer
 
 # ---- merge
 
@@ -148,7 +150,7 @@ UNREADABLE = {
 def test_the_text_is_read_before_the_base_is_asked_for(tmp_path, monkeypatch, capsys, case):
     prepare, words = UNREADABLE[case]
     prepare(tmp_path / "text")
-    monkeypatch.setattr(verifying, "base_folder", lambda *_: pytest.fail("BASE was asked for"))
+    monkeypatch.setattr(verify, "base_folder", lambda *_: pytest.fail("BASE was asked for"))
     arguments = ["some/base", tmp_path / "adapter", tmp_path / "out", "--verify", tmp_path / "text"]
     code, out, err = run(capsys, "merge", *arguments)
     assert (code, out, err.count("\n")) == (1, "", 1)
@@ -159,7 +161,7 @@ def test_the_text_is_read_before_the_base_is_asked_for(tmp_path, monkeypatch, ca
 def test_a_text_that_is_missing_is_told_before_anything_slow_is_imported(tmp_path):
     lines = (
         "import sys",
-        "from reslora.cli import main",
+        "from reslora.commands.cli import main",
         "code = main(['merge', 'some/base', 'adapter', 'out', '--verify', 'none'])",
         "print(code, *sorted({'transformers', 'huggingface_hub'} & set(sys.modules)))",
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 from cli_samples import LETTERS, make, run, write_tokenizer
 
-from reslora.cli import main
-from reslora.cli_options import COMMANDS, make_parser
+from reslora.commands.cli import main
+from reslora.commands.options import COMMANDS, make_parser
 
 NAMES = ["merge", "export-lora", "inspect", "check-export", "plot", "convert", "doctor"]
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 from cli_samples import LETTERS, make, merge_in, run, write_tokenizer
 
-import reslora.inspecting
-from reslora.cli import main
+import reslora.commands.inspect
+from reslora.commands.cli import main
 
 
 def error_of(out):
@@ -78,7 +78,7 @@ def test_errors_of_every_command_are_documents(tmp_path, monkeypatch, capsys, ar
 
 
 def inspect_by(monkeypatch, replacement):
-    monkeypatch.setattr(reslora.inspecting, "inspect", replacement)
+    monkeypatch.setattr(reslora.commands.inspect, "inspect", replacement)
 
 
 def test_an_interruption_is_a_document(monkeypatch, capsys):
@@ -99,7 +99,7 @@ def test_a_mistake_of_ours_is_a_document_beside_its_traceback(monkeypatch, capsy
 
 def test_what_others_print_goes_to_stderr(tmp_path, monkeypatch, capsys):
     make(tmp_path)
-    own = reslora.inspecting.inspect
+    own = reslora.commands.inspect.inspect
     inspect_by(monkeypatch, lambda path, **_: print("by the way") or own(path))
     code, out, err = run(capsys, "inspect", tmp_path / "adapter", "--json")
     assert code == 0 and json.loads(out)["kind"] == "ResLoRA adapter" and err == "by the way\n"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cpp_programs import REPOSITORY, TORCH, build, fails, run
 
-from reslora.utils import cmake_prefix_path
+from reslora.commands.options import cmake_prefix_path
 
 CONSUMER = REPOSITORY / "tests/consumer"
 NO_PYTHON = (

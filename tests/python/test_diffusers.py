@@ -9,7 +9,7 @@ import torch
 from models import adapted, tiny_gpt2, tiny_llama, tokens
 
 from reslora import calibrate, export_diffusers, export_lora, merge
-from reslora.utils import find_layers
+from reslora.injection.adapted import find_layers
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -10,8 +10,8 @@ from models import SPECIAL, fit, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny
 from torch import nn
 
 import reslora
-from reslora.batches import main_output
-from reslora.utils import find_layers, injection_of
+from reslora.injection.adapted import find_layers, injection_of
+from reslora.merging.batches import main_output
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")

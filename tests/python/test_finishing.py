@@ -20,7 +20,7 @@ from reslora import (
     refine,
     save_pretrained,
 )
-from reslora.utils import find_layers, injection_of
+from reslora.injection.adapted import find_layers, injection_of
 
 DOUBLE = {"dtype": torch.float64}
 SHORTCUTS = [("is", 1), ("ms", 1), ("ms", 2), ("ms", -1)]

@@ -19,8 +19,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from reslora import finish, merge, ops, print_links, unmerge
-from reslora.utils import find_layers, injection_of
+from reslora import finish, merge, print_links, unmerge
+from reslora.injection.adapted import find_layers, injection_of
+from reslora.nn import ops
+from reslora.nn.layer import ALONE
 
 F64 = {"dtype": torch.float64}
 
@@ -79,7 +81,7 @@ def apart(model):
     """Return a copy whose layers are evaluated one by one."""
     model = copy.deepcopy(model)
     for layer in find_layers(model):
-        layer.group = None
+        layer.group = ALONE
     return model
 
 

@@ -13,7 +13,7 @@ from test_readme import adapted, small_llama, train
 from test_training_tools import tokenizer
 
 import reslora
-from reslora.cli import main
+from reslora.commands.cli import main
 
 GUIDES = sorted((REPOSITORY / "examples/guides").glob("*.md"))
 

@@ -17,11 +17,12 @@ from cli_samples import LETTERS, run, write_tokenizer
 from models import adapted, randomize, tiny_llama, tokens
 
 import reslora
-from reslora import ResLoraConfig, hub, inject, load, merge_and_unload, plots, save_pretrained
-from reslora.check_export import check_export
-from reslora.exporting import export_folder
-from reslora.inspecting import inspect
-from reslora.model_folder import merge_folder
+from reslora import ResLoraConfig, inject, load, merge_and_unload, plots, save_pretrained
+from reslora.commands.check_export import check_export
+from reslora.commands.inspect import inspect
+from reslora.files import hub
+from reslora.files.exporting import export_folder
+from reslora.files.model_folder import merge_folder
 
 NAME, BASE = "user/adapter", "user/base"
 FIRST, SECOND = "1" * 40, "2" * 40  # commits

@@ -16,7 +16,7 @@ from reslora import (
     print_trainable_parameters,
     unload,
 )
-from reslora.utils import find_layers, injection_of
+from reslora.injection.adapted import find_layers, injection_of
 
 
 def names(model):
@@ -207,7 +207,7 @@ def test_a_config_made_bad_after_its_check_is_refused():
 
 
 def test_a_failure_half_way_restores_the_model(monkeypatch):
-    from reslora import injection
+    from reslora.injection import inject as injection
 
     model = Net()
     model.layers[1].lin.weight.requires_grad_(False)
@@ -217,7 +217,7 @@ def test_a_failure_half_way_restores_the_model(monkeypatch):
         raise MemoryError("planted")
 
     monkeypatch.setattr(injection, "warn_without_links", lambda _: None)
-    monkeypatch.setattr(injection, "_saved_parameters", fail)
+    monkeypatch.setattr(injection, "saved_parameters", fail)
     with pytest.raises(MemoryError, match="planted"):
         inject(model, ResLoraConfig(target_modules=["lin"]))
     assert snapshot(model) == before

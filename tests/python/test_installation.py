@@ -21,7 +21,9 @@ from reslora import _C, _build_info, _loading
 
 MINOR = ".".join(torch.__version__.split(".")[:2])
 AGAIN = "build reslora again with `pip install --no-build-isolation .`"
-SCRIPT = "import sys\nfrom reslora.cli import main\nsys.exit(main())\n"  # as pip writes `reslora`
+SCRIPT = (  # as pip writes `reslora`
+    "import sys\nfrom reslora.commands.cli import main\nsys.exit(main())\n"
+)
 
 
 # ---- Builds and torches that do not fit

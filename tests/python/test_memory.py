@@ -9,8 +9,10 @@ from models import Net, adapted, tiny_llama, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from reslora import ops
-from reslora.utils import find_layers
+from reslora.injection.adapted import find_layers
+from reslora.nn import ops
+from reslora.nn.grouping import Group
+from reslora.nn.layer import ALONE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from memory import allocations, changes_of, peak_bytes, saved_bytes
@@ -119,9 +121,9 @@ def test_layers_together_save_one_mask(dropout):
     known = list(model.parameters())
     together = saved_bytes(lambda: model(ids).logits, known)
     for layer in find_layers(model):
-        layer.group = None
+        layer.group = ALONE
     alone = saved_bytes(lambda: model(ids).logits, known)
-    assert all(group is not None for group in apart)
+    assert all(isinstance(group, Group) for group in apart)
     width = model.config.hidden_size
     assert alone - together == (2 * 2 * 32 * (-(-width // 8)) if dropout else 0)
 

@@ -27,11 +27,11 @@ from reslora import (
     inject,
     merge,
     merge_and_unload,
-    merging,
     unload,
     unmerge,
 )
-from reslora.utils import find_layers, injection_of
+from reslora.injection.adapted import find_layers, injection_of
+from reslora.merging import merge as merging
 
 DOUBLE = {"dtype": torch.float64}
 RULES = [

@@ -12,9 +12,10 @@ import torch
 from models import Net, adapted, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 
-from reslora import _C, calibrate, load, merge_and_unload, model_folder, refine, save_pretrained
-from reslora.cli import main
-from reslora.model_folder import merge_folder
+from reslora import _C, calibrate, load, merge_and_unload, refine, save_pretrained
+from reslora.commands.cli import main
+from reslora.files import model_folder
+from reslora.files.model_folder import merge_folder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RULES = [

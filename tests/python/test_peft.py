@@ -10,8 +10,8 @@ from models import LINKED, SHORTCUTS, fit, randomize, tiny_bert, tiny_gpt2, tiny
 from torch import nn
 
 import reslora
-from reslora.model_folder import merge_folder
-from reslora.utils import find_layers
+from reslora.files.model_folder import merge_folder
+from reslora.injection.adapted import find_layers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 from huggingface_hub import ModelCard  # noqa: E402
@@ -163,7 +163,7 @@ def test_reslora_and_peft_read_each_others_folders(base, ids, tmp_path):
 
 
 def test_the_command_reads_what_peft_wrote(base, ids, tmp_path, capsys):
-    from reslora.cli import main
+    from reslora.commands.cli import main
 
     base.save_pretrained(tmp_path / "base")
     model = wrapped(copy.deepcopy(base), res_mode="bs", pre_num=2)

@@ -17,7 +17,7 @@ from reslora import (
     merge_report,
     save_pretrained,
 )
-from reslora.utils import find_layers
+from reslora.injection.adapted import find_layers
 
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 

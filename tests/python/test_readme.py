@@ -14,7 +14,7 @@ from cpp_programs import REPOSITORY, TORCH, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reslora
-from reslora.utils import cmake_prefix_path
+from reslora.commands.options import cmake_prefix_path
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}

@@ -7,7 +7,7 @@ import torch
 from models import Net, adapted, tiny_bert, tiny_llama, tokens
 
 from reslora import calibrate, export_lora, merge, merge_and_unload, merge_report, refine
-from reslora.utils import find_layers, injection_of
+from reslora.injection.adapted import find_layers, injection_of
 
 DOUBLE = {"dtype": torch.float64}
 

@@ -9,7 +9,7 @@ from models import LINKED, Net, adapted, tiny_bert, tiny_gpt2, tiny_llama, token
 from torch import nn
 
 from reslora import MergeReport, calibrate, merge, merge_and_unload, merge_report, plots
-from reslora.utils import find_layers
+from reslora.injection.adapted import find_layers
 
 DOUBLE = {"dtype": torch.float64}
 

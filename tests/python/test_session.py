@@ -22,8 +22,10 @@ from models import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from reslora import print_links, session
-from reslora.utils import find_layers, injection_of, mixed_links
+from reslora import print_links
+from reslora.injection.adapted import find_layers, injection_of
+from reslora.injection.links import mixed_links
+from reslora.nn import session
 
 DOUBLE = {"dtype": torch.float64}
 

@@ -8,7 +8,7 @@ import torch
 from models import SHORTCUTS, randomize, tiny_bert, tiny_llama, tokens
 
 import reslora
-from reslora.utils import find_layers
+from reslora.injection.adapted import find_layers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 OPTIONS = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}

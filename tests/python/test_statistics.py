@@ -10,8 +10,8 @@ import torch
 from models import Net, adapted, randomize, tiny_llama, tokens
 
 from reslora import calibrate, load, merge, refine, save_pretrained
-from reslora.checkpoint import STATISTICS_NAME
-from reslora.utils import find_layers, injection_of
+from reslora.files.folders import STATISTICS_NAME
+from reslora.injection.adapted import find_layers, injection_of
 
 DOUBLE = {"dtype": torch.float64}
 FIT = ("A", "B", "affine_A", "offset", "alpha_star", "residual", "affine_residual", "rows",

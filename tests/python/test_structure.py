@@ -76,7 +76,7 @@ PLANTED = [
     ("python_has_no_formulas", "python/reslora/a.py", "y = torch.einsum('ij', x)\n", "'einsum'"),
     (
         "ops_are_named_once",
-        "python/reslora/layer.py",
+        "python/reslora/nn/layer.py",
         "f = torch.ops.reslora.adapt\n",
         "layer.py:1",
     ),
@@ -100,7 +100,7 @@ CLEAN = {
     "src/ops/adapt.cpp": "// Op.\n#include <ATen/ATen.h>\n",
     "src/short.py": LONG_PYTHON.replace("    a += 1\n", "", 1),
     "python/reslora/__init__.py": '"""Norms, written x @ w, are not computed here."""\n',
-    "python/reslora/ops.py": '"""Ops."""\n\nimport torch\n\nadapt = torch.ops.reslora.adapt\n',
+    "python/reslora/nn/ops.py": '"""Ops."""\n\nimport torch\n\nadapt = torch.ops.reslora.adapt\n',
     "README.md": "See https://arxiv.org/abs/2402.18039, ../shared/data and {root}/work/x.\n",
     "build/a.cpp": "not ours\n" * 1000,
     ".venv/a.py": "x @ w\n",

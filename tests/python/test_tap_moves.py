@@ -17,7 +17,7 @@ from reslora import (
     save_pretrained,
     unmerge,
 )
-from reslora.utils import injection_of
+from reslora.injection.adapted import injection_of
 
 F64 = {"dtype": torch.float64}
 

@@ -10,8 +10,8 @@ from models import adapted, randomize, tiny_llama, tokens
 
 import reslora
 from reslora import _build_info, plots
-from reslora.cli import main
-from reslora.utils import find_layers
+from reslora.commands.cli import main
+from reslora.injection.adapted import find_layers
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 TARGETS = ["q_proj", "v_proj"]

@@ -8,7 +8,7 @@ import torch
 from models import randomize, tiny_llama, tokens
 
 import reslora
-from reslora.utils import find_layers
+from reslora.injection.adapted import find_layers
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")

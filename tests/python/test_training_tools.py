@@ -10,7 +10,7 @@ import torch
 from models import tiny_llama, tokens
 
 import reslora
-from reslora.utils import find_layers
+from reslora.injection.adapted import find_layers
 
 pytest.importorskip("peft", reason="peft is not installed")
 from reslora.peft import ResLoraConfig

@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _C
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder
-from .exporting import DIFFUSERS_NAME
-from .json_files import read_object
+from .._C import load_tensors
+from ..files.exporting import DIFFUSERS_NAME
+from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder
+from ..text_files import read_object
 
 READERS = ("PEFT", "vLLM", "llama.cpp", "diffusers")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
@@ -57,7 +57,7 @@ def check_export(
     """
     folder = adapter_folder(directory, "check-export", revision, subfolder, DIFFUSERS_NAME)
     if (folder / DIFFUSERS_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file():
-        return _check_diffusers(_C.load_tensors(folder / DIFFUSERS_NAME)[0])
+        return _check_diffusers(load_tensors(folder / DIFFUSERS_NAME)[0])
     config_path, path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not (config_path.is_file() and path.is_file()):
         raise ValueError(
@@ -71,7 +71,7 @@ def check_export(
         return [Finding(reader, sentence) for reader in READERS]
     if kind != "LORA":
         raise ValueError(f"[check-export] peft_type must be LORA; got {kind!r} in {config_path}")
-    tensors, _ = _C.load_tensors(path)
+    tensors, _ = load_tensors(path)
     return _check_peft_folder(config, tensors)
 
 

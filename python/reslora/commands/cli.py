@@ -13,7 +13,7 @@ Exit codes: 0 done, 1 an error (one sentence on stderr) or, of check-export, a r
 misread, 2 arguments that cannot be understood, 130 interrupted. With --json stdout holds one JSON
 document: what was found, or {"error": the sentence}. Warnings go to stderr in either form.
 
-The options are in cli_options.py, what the commands do in cli_commands.py.
+The options are in options.py, what the commands do in run.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
-from .cli_commands import Outcome
-from .cli_options import UsageError, make_parser, overview
+from .options import UsageError, make_parser, overview
+from .run import Outcome
 
 logger = logging.getLogger("reslora")
 

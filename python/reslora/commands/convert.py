@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C
-from .base_files import meta_model
-from .checkpoint import CONFIG_NAME, WEIGHTS_NAME, PathLike, make_folder, transposed_chains
-from .config import ResLoraConfig
-from .injection import Injection, inject
-from .json_files import read_object
-from .planning import factor_names
-from .utils import injection_of, staged, write_text
+from .._C import save_adapter
+from ..config import ResLoraConfig
+from ..files.base_files import meta_model
+from ..files.checkpoint import transposed_chains
+from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, make_folder
+from ..injection.adapted import Injection, injection_of
+from ..injection.inject import inject
+from ..nn.factors import factor_names
+from ..text_files import read_object, staged, write_text
 
 THEIR_WEIGHTS, THEIR_CONFIG = "pytorch_model_lora.bin", "reslora_config.json"
 RES_MODES = {0: "none", 1: "is", 2: "bs", 3: "ms"}
@@ -68,7 +69,7 @@ def convert_folder(source: PathLike, directory: PathLike, base: str | nn.Module)
         fan_in_fan_out=transposed_chains(injection),
     )
     with staged(make_folder(directory)) as stage:
-        _C.save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)
+        save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)
         write_text(stage / CONFIG_NAME, text)
     return injection
 

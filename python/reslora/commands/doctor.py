@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from . import _build_info, ops  # type: ignore[attr-defined]
-from ._loading import cuda_of, missing_kernels
-from .base_files import meta_model
-from .config import ResLoraConfig
-from .injection import inject
-from .utils import print_links
+from .._loading import cuda_of, missing_kernels
+from ..config import ResLoraConfig
+from ..files.base_files import meta_model
+from ..injection.inject import inject
+from ..injection.links import print_links
+from ..nn import ops
 
 PACKAGES = (
     "torch", "peft", "transformers", "accelerate", "trl", "diffusers", "safetensors", "matplotlib",
@@ -67,11 +67,12 @@ def doctor(base: str | None = None, config: ResLoraConfig | None = None) -> Diag
         base: folder or Hub name; only its config is read, no weights.
         config: which layers to adapt; None: the defaults.
     """
-    cuda = f"CUDA kernels for {_build_info.CUDA_ARCHITECTURES}"
+    from .._build_info import CUDA_ARCHITECTURES, TORCH_CUDA, TORCH_VERSION, VERSION, WITH_CUDA
+
+    cuda = f"CUDA kernels for {CUDA_ARCHITECTURES}" if WITH_CUDA else "no CUDA kernels"
     found = Diagnosis(
-        reslora=_build_info.VERSION,
-        built_with=f"torch {_build_info.TORCH_VERSION} {cuda_of(_build_info.TORCH_CUDA)}, "
-        + (cuda if _build_info.WITH_CUDA else "no CUDA kernels"),
+        reslora=VERSION,
+        built_with=f"torch {TORCH_VERSION} {cuda_of(TORCH_CUDA)}, {cuda}",
         python=platform.python_version(),
         system=platform.platform(),
         packages={name: _version(name) for name in PACKAGES},
@@ -106,7 +107,9 @@ def _kernels() -> dict[str, str]:
 
 
 def _gpu_kernels(device: int, dtype: torch.dtype, policy: str) -> str:
-    if not _build_info.WITH_CUDA:
+    from .._build_info import WITH_CUDA
+
+    if not WITH_CUDA:
         return "ATen's form (this build has no CUDA kernels)"
     if policy == "aten":
         return "ATen's form (RESLORA_KERNELS=aten)"

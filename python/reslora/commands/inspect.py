@@ -15,18 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _C
-from .base_files import weight_files
-from .checkpoint import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    PathLike,
-    adapter_folder,
-    read_adapter,
-    read_statistics,
-)
-from .exporting import DIFFUSERS_NAME
-from .json_files import read_object, read_value
+from .._C import ModelFiles
+from ..files.base_files import weight_files
+from ..files.checkpoint import read_adapter
+from ..files.exporting import DIFFUSERS_NAME
+from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder
+from ..files.statistics import read_statistics
+from ..text_files import read_object, read_value
 from .json_kinds import TELLING_NAMES, describe
 
 # Where several adapters lie: in PEFT's folders by name and in checkpoints one folder below, in the
@@ -195,7 +190,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _inspect_files(paths: list[Path], shown: str) -> Inspection:
-    files = _C.ModelFiles([str(path) for path in paths])
+    files = ModelFiles([str(path) for path in paths])
     found = Inspection(shown, "tensors" if len(paths) == 1 else f"tensors in {len(paths)} files")
     _count(found, {name: files.tensor(name) for name in files.names})
     return found

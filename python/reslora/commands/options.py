@@ -6,19 +6,26 @@ Options that several commands share have a function each (`_add_adapter`, `_add_
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
-from . import cli_commands as commands
-from .config import MERGE_METHODS
+from .._build_info import VERSION
+from .._C import __file__ as library
+from ..config import MERGE_METHODS
+from . import run as commands
 
 WIDTH = 78  # of a help text, whatever the terminal has
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 ABOUT = "ResLoRA adapters: merge, export, inspect."
 Parser = argparse.ArgumentParser
+
+cmake_prefix_path = os.fspath(Path(library).parent / "share/cmake")
+"""What a C++ program gives CMake as CMAKE_PREFIX_PATH to find the reslora of this installation."""
 
 
 class UsageError(Exception):
@@ -44,22 +51,14 @@ class _CMakePrefix(argparse.Action):
     """Prints the folder of the CMake package."""
 
     def __call__(self, parser: Parser, *_: Any) -> None:
-        from .utils import cmake_prefix_path
-
         print(cmake_prefix_path)
         parser.exit()
-
-
-def _version() -> str:
-    from . import __version__
-
-    return f"reslora {__version__}"
 
 
 def make_parser() -> Parser:
     """Return the parser of all commands; it raises UsageError."""
     parser = _Parser(prog="reslora", description=ABOUT)
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"reslora {VERSION}")
     parser.add_argument(
         "--cmake-prefix",
         action=_CMakePrefix,

@@ -27,10 +27,11 @@ def _place(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_merge(options: argparse.Namespace) -> Outcome:
     """`reslora merge`."""
-    from .base_files import base_folder
-    from .checkpoint import adapter_folder, read_config
-    from .model_folder import merge_folder
-    from .verifying import read_blocks, read_words, verify_folder
+    from ..files.base_files import base_folder
+    from ..files.checkpoint import read_config
+    from ..files.folders import adapter_folder
+    from ..files.model_folder import merge_folder
+    from .verify import read_blocks, read_words, verify_folder
 
     # Both before the work, so that a text that cannot serve costs nothing; the file before ADAPTER
     # and BASE, which may be downloads.
@@ -50,7 +51,7 @@ def run_merge(options: argparse.Namespace) -> Outcome:
 
 def run_export(options: argparse.Namespace) -> Outcome:
     """`reslora export-lora`."""
-    from .exporting import export_folder
+    from ..files.exporting import export_folder
 
     rank, error = export_folder(
         options.adapter, options.output, options.method, base=options.base, rank=options.rank,
@@ -65,7 +66,7 @@ def run_export(options: argparse.Namespace) -> Outcome:
 
 def run_inspect(options: argparse.Namespace) -> Outcome:
     """`reslora inspect`."""
-    from .inspecting import inspect
+    from .inspect import inspect
 
     found = inspect(options.path, **_place(options))
     return Outcome(found.to_dict(), str(found))
@@ -86,8 +87,8 @@ def run_check(options: argparse.Namespace) -> Outcome:
 
 def run_plot(options: argparse.Namespace) -> Outcome:
     """`reslora plot`."""
-    from . import plots
-    from .json_files import read_object
+    from .. import plots
+    from ..text_files import read_object
 
     kind, first, base = options.kind, options.source[0], options.base
     if kind != "losses" and len(options.source) > 1:
@@ -121,7 +122,7 @@ def run_plot(options: argparse.Namespace) -> Outcome:
 
 def run_convert(options: argparse.Namespace) -> Outcome:
     """`reslora convert`."""
-    from .converting import convert_folder
+    from .convert import convert_folder
 
     config = convert_folder(options.source, options.output, options.base).config
     values = {
@@ -134,7 +135,7 @@ def run_convert(options: argparse.Namespace) -> Outcome:
 
 def run_doctor(options: argparse.Namespace) -> Outcome:
     """`reslora doctor`."""
-    from .config import ResLoraConfig
+    from ..config import ResLoraConfig
     from .doctor import doctor
 
     config = ResLoraConfig(

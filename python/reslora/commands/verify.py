@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .base_files import base_folder
-from .checkpoint import PathLike, load
-from .reporting import kl_sum
+from ..files.base_files import base_folder
+from ..files.checkpoint import load
+from ..files.folders import PathLike
+from ..merging.distance import kl_sum
 
 BLOCK, BLOCKS = 256, 32
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C
-from .checkpoint import PathLike
-from .config import ResLoraConfig
+from .._C import AdapterFile, ModelFiles
+from ..config import ResLoraConfig
+from .folders import PathLike
 from .hub import local_folder
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -104,7 +104,7 @@ def _indexed(index: Path) -> list[Path]:
     return paths
 
 
-def check_index(files: _C.ModelFiles, source: WeightFiles) -> None:
+def check_index(files: ModelFiles, source: WeightFiles) -> None:
     """Refuse an index that names a tensor which its shards lack."""
     if source.index is None:
         return
@@ -121,13 +121,13 @@ class AdaptedBase:
     """The safetensors files of a base, mapped, and what an adapter changes in them."""
 
     source: WeightFiles
-    files: _C.ModelFiles
+    files: ModelFiles
     keys: dict[str, str]  # by layer: the file's name for its weight
     transposed: set[str]  # layers whose file holds W^T
     weights: dict[str, Tensor]  # by layer: views [out, in]
 
 
-def open_base(folder: Path, adapter: _C.AdapterFile, config: ResLoraConfig) -> AdaptedBase:
+def open_base(folder: Path, adapter: AdapterFile, config: ResLoraConfig) -> AdaptedBase:
     """Map the files of a base and find the layers of an adapter in them; no model is built.
 
     Raises:
@@ -135,7 +135,7 @@ def open_base(folder: Path, adapter: _C.AdapterFile, config: ResLoraConfig) -> A
             adapter.
     """
     source = weight_files(folder)
-    files = _C.ModelFiles([os.fspath(path) for path in source.paths])
+    files = ModelFiles([os.fspath(path) for path in source.paths])
     check_index(files, source)
     check_chains(files.names, adapter, config)
     keys, transposed = file_keys(files.names, adapter), transposed_layers(adapter)
@@ -151,7 +151,7 @@ def find_name(names: list[str], wanted: str) -> str | None:
     return near[0] if len(near) == 1 else None
 
 
-def file_keys(names: list[str], adapter: _C.AdapterFile) -> dict[str, str]:
+def file_keys(names: list[str], adapter: AdapterFile) -> dict[str, str]:
     """Return the file's name for the weight of every adapted layer."""
     by_suffix: dict[str, str] = {}
     for _, layers in adapter.chains:
@@ -180,7 +180,7 @@ def bias_keys(names: list[str], keys: dict[str, str]) -> dict[str, str]:
     return {name: key for name, key in found.items() if key in known}
 
 
-def check_chains(names: list[str], adapter: _C.AdapterFile, config: ResLoraConfig) -> None:
+def check_chains(names: list[str], adapter: AdapterFile, config: ResLoraConfig) -> None:
     """Refuse a base with more layers of a kind than the adapter has, where it should have all."""
     if config.layers_to_transform is not None or config.exclude_modules is not None:
         return
@@ -197,14 +197,14 @@ def check_chains(names: list[str], adapter: _C.AdapterFile, config: ResLoraConfi
             )
 
 
-def transposed_layers(adapter: _C.AdapterFile) -> set[str]:
+def transposed_layers(adapter: AdapterFile) -> set[str]:
     """Return the layers whose file holds W^T."""
     chains = set(json.loads(adapter.config_json).get("fan_in_fan_out") or ())
     return {name for key, layers in adapter.chains if key in chains for name, *_ in layers}
 
 
 def weight_views(
-    files: _C.ModelFiles, keys: dict[str, str], adapter: _C.AdapterFile, transposed: set[str]
+    files: ModelFiles, keys: dict[str, str], adapter: AdapterFile, transposed: set[str]
 ) -> dict[str, Tensor]:
     """Return views of the base weights [out, in]; shapes are checked against the adapter."""
     weights = {}

@@ -14,33 +14,34 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _C
-from .config import ResLoraConfig
-from .hub import local_folder
-from .injection import Injection, inject, saved_module, saved_names
-from .layer import is_conv1d
-from .merging import unload
-from .planning import Calibrated, adapter_sum, factors_of, is_factor
-from .sharding import is_sharded, whole, writes
-from .targets import matches_names
-from .utils import find_layers, injection_of, plain_model, staged, write_text
+from .._C import AdapterFile, load_adapter, save_adapter, save_statistics
+from ..config import ResLoraConfig
+from ..injection.adapted import Injection, factors_of, find_layers, injection_of, plain_model
+from ..injection.heads import saved_module, saved_names
+from ..injection.inject import inject
+from ..injection.targets import matches_names
+from ..merging.merge import unload
+from ..nn.base_layers import is_conv1d
+from ..nn.sharding import is_sharded, whole, writes
+from ..text_files import staged, write_text
+from .folders import (
+    CONFIG_NAME,
+    STATISTICS_NAME,
+    WEIGHTS_NAME,
+    PathLike,
+    adapter_folder,
+    base_line,
+    base_name,
+    make_folder,
+)
+from .statistics import give_statistics, read_statistics, statistics_of, sum_of_factors
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-MODEL_PREFIX = "base_model.model."  # where PEFT has the model
-STATISTICS_NAME = "adapter_statistics.safetensors"
-ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, STATISTICS_NAME)
 # Options that change what an adapter computes, beside the ranks and scalings of its chains.
 FORMULA_OPTIONS = ("res_mode", "pre_num", "first_block")
-
-PathLike = str | os.PathLike[str]
-# By layer: norms [2, N], their count [1], fit, and what it was solved from.
-Statistics = dict[str, "tuple[Tensor | None, Tensor | None, _C.Fit | None, _C.FitSums | None]"]
 
 
 def save_pretrained(
@@ -71,16 +72,16 @@ def save_pretrained(
     text = _saved_config(model, injection).to_json(
         base_model_name_or_path=base, fan_in_fan_out=transposed_chains(injection)
     )
-    layers = _statistics_of(injection, statistics == "covariances") if statistics else {}
+    layers = statistics_of(injection, statistics == "covariances") if statistics else {}
     own = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
     tensors = {key: whole(tensor) for key, tensor in own.items()}
     if not writes(own):
         return
     folder = make_folder(directory)
     with staged(folder) as stage:
-        _C.save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)
+        save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)
         if layers:
-            _C.save_statistics(stage / STATISTICS_NAME, _sum_of_factors(tensors), layers)
+            save_statistics(stage / STATISTICS_NAME, sum_of_factors(tensors), layers)
         write_text(stage / CONFIG_NAME, text)
         write_text(stage / "README.md", _card(injection, base))
     if not layers:
@@ -99,54 +100,6 @@ def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:
 def transposed_chains(injection: Injection) -> list[str]:
     """Return the chains whose base files hold W^T, for merges on files."""
     return [c.key for c in injection.chains if any(is_conv1d(x.base_layer) for x in c.layers)]
-
-
-def write_statistics(injection: Injection, folder: Path) -> None:
-    """Write the norm windows beside an adapter that was saved as it is."""
-    layers: Statistics = {
-        layer.name: (layer.norms, layer.norm_count, None, None)
-        for layer in injection.layers
-        if layer.norms is not None and bool(layer.norm_count)
-    }
-    if layers:
-        _C.save_statistics(folder / STATISTICS_NAME, adapter_sum(injection), layers)
-
-
-def read_norms(injection: Injection, folder: Path) -> None:
-    """Take up the norm windows beside an adapter that was loaded; without any, go on without."""
-    path = folder / STATISTICS_NAME
-    if not path.is_file():
-        return
-    stored = _C.load_statistics(path, adapter_sum(injection))
-    for layer in injection.layers:
-        norms, count = stored.get(layer.name, (None, None, None, None))[:2]
-        if norms is not None and count is not None and layer.chain.keeps_norms:
-            device = layer.reslora_A.device
-            layer.norms, layer.norm_count = norms.to(device), count.to(device)
-
-
-def _statistics_of(injection: Injection, covariances: bool) -> dict[str, Any]:
-    calibrated = injection.calibrated
-    if calibrated is not None and calibrated.adapter_sum != adapter_sum(injection):
-        raise ValueError(
-            "[save] statistics must be of the adapter as it is; got fits made before it changed: "
-            "calibrate again, or save without statistics"
-        )
-    if covariances and (calibrated is None or not calibrated.sums):
-        raise ValueError(
-            "[save] statistics='covariances' needs kept covariances; got none: "
-            "calibrate(model, data, keep_covariances=True)"
-        )
-    fits = {} if calibrated is None else calibrated.fits
-    sums = calibrated.sums if calibrated is not None and covariances else {}
-    found = {}
-    for layer in injection.layers:
-        has_norms = layer.norms is not None and bool(layer.norm_count)
-        norms = (layer.norms, layer.norm_count) if has_norms else (None, None)
-        own = (*norms, fits.get(layer.name), sums.get(layer.name))
-        if any(part is not None for part in own):
-            found[layer.name] = own
-    return found
 
 
 def load(
@@ -181,39 +134,11 @@ def load(
         except BaseException:
             unload(model)
             raise
-    _give_statistics(injection_of(model, "load"), statistics)
+    give_statistics(injection_of(model, "load"), statistics)
     return model
 
 
-def _give_statistics(injection: Injection, statistics: Statistics) -> None:
-    """Give norm windows and fits of a file to an adapter that was just loaded."""
-    injection.calibrated = None
-    fits: dict[str, _C.Fit] = {}
-    sums: dict[str, _C.FitSums] = {}
-    for layer in injection.layers:
-        norms, count, fit, own_sums = statistics.get(layer.name, (None, None, None, None))
-        device = layer.reslora_A.device
-        layer.norms = None if norms is None else norms.to(device)
-        layer.norm_count = None if count is None else count.to(device)
-        if fit is not None:
-            fits[layer.name] = fit
-        if own_sums is not None:
-            sums[layer.name] = own_sums
-    if fits:
-        injection.calibrated = Calibrated(fits, adapter_sum(injection), sums)
-
-
 # ---- Reading ----------------------------------------------------------------------------------
-
-
-def adapter_folder(
-    name: PathLike, op: str, revision: str | None, subfolder: str | None, *others: str
-) -> Path:
-    """Return an adapter's folder as `local_folder` does; `others` are files to fetch beside."""
-    files = [*ADAPTER_FILES, *others]
-    return local_folder(
-        name, op, "the adapter", revision=revision, subfolder=subfolder, files=files
-    )
 
 
 def read_config(folder: Path) -> ResLoraConfig:
@@ -224,10 +149,10 @@ def read_config(folder: Path) -> ResLoraConfig:
     return ResLoraConfig.load(folder / CONFIG_NAME)
 
 
-def read_adapter(folder: Path) -> tuple[_C.AdapterFile, ResLoraConfig]:
+def read_adapter(folder: Path) -> tuple[AdapterFile, ResLoraConfig]:
     """Read an adapter's folder; its two files must agree."""
     beside, path = read_config(folder), folder / WEIGHTS_NAME
-    adapter = _C.load_adapter(path)
+    adapter = load_adapter(path)
     config = ResLoraConfig.from_json(adapter.config_json, os.fspath(path))
     other = beside.to_dict()
     for name, value in config.to_dict().items():
@@ -239,41 +164,8 @@ def read_adapter(folder: Path) -> tuple[_C.AdapterFile, ResLoraConfig]:
     return adapter, config
 
 
-def _sum_of_factors(tensors: dict[str, Tensor]) -> str:
-    """Return what `adapter_sum` does, of an adapter's tensors with those of its heads."""
-    return _C.tensors_sum({key: tensor for key, tensor in tensors.items() if is_factor(key)})
-
-
-def read_statistics(folder: Path, adapter: _C.AdapterFile) -> Statistics:
-    """Read the statistics beside an adapter's file, by layer; empty where there are none."""
-    path = folder / STATISTICS_NAME
-    if not path.is_file():
-        return {}
-    statistics = _C.load_statistics(path, _sum_of_factors(adapter.tensors))
-    shapes = {name: [r, i] for _, layers in adapter.chains for name, i, _, r, _ in layers}
-    for name, (_, _, fit, _) in statistics.items():
-        if name not in shapes:
-            raise ValueError(f"[load] statistics must be of layers of the adapter; got {name}")
-        if fit is None:
-            continue
-        r, inputs = shapes[name]
-        wanted = [r if fit.B is None else len(fit.A), inputs]  # with a B of its own: any rank
-        if list(fit.A.shape) != wanted:
-            raise ValueError(
-                f"[load] a fit must have the shape of A, {wanted}; got {list(fit.A.shape)} "
-                f"for {name}"
-            )
-    return statistics
-
-
-def load_tensors_of(path: PathLike) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's file that PEFT wrote, under the names of the model."""
-    tensors, _ = _C.load_tensors(path)
-    return {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in tensors.items()}
-
-
 def _copy_adapter(
-    model: nn.Module, injection: Injection, adapter: _C.AdapterFile, config: ResLoraConfig
+    model: nn.Module, injection: Injection, adapter: AdapterFile, config: ResLoraConfig
 ) -> None:
     """Check everything, then copy the values."""
     if injection.applied is not None:
@@ -292,7 +184,7 @@ def _copy_adapter(
             tensor.copy_(adapter.tensors[key])
 
 
-def _check_chains(injection: Injection, adapter: _C.AdapterFile) -> None:
+def _check_chains(injection: Injection, adapter: AdapterFile) -> None:
     stored = dict(adapter.chains)
     own = {chain.key: chain.links.layers for chain in injection.chains}
     for key in [*own, *stored]:
@@ -356,28 +248,6 @@ def _own_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
     return factors_of(injection) | saved_tensors(model, injection)
 
 
-def make_folder(directory: PathLike) -> Path:
-    """Return a folder, made where there was none."""
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"[save] the place to write must be a folder; got the file {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except NotADirectoryError:
-        raise ValueError(
-            f"[save] the place to write must be a folder; got {folder}, below a file"
-        ) from None
-    return folder
-
-
-def base_name(model: nn.Module, given: str | None) -> str | None:
-    """Return the name of a model's base as it is known to transformers, unless one is given."""
-    if given is not None:
-        return given
-    config = getattr(model, "config", None)
-    return getattr(config, "_name_or_path", None) or None
-
-
 def _card(injection: Injection, base: str | None) -> str:
     config = injection.config
     head = f"---\nlibrary_name: reslora\n{base_line(base)}tags: [reslora, lora]\n---\n"
@@ -386,8 +256,3 @@ def _card(injection: Injection, base: str | None) -> str:
         f"r {config.r}, {len(injection.layers)} layers. Not a plain LoRA: load it with\n\n"
         "```python\nimport reslora\n\nmodel = reslora.load(base_model, folder)\n```\n"
     )
-
-
-def base_line(base: str | None) -> str:
-    """Return the line of a model card that names the base."""
-    return f"base_model: {base}\n" if base else ""

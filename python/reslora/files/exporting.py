@@ -18,23 +18,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import _C
-from .calibration import earlier_fits_after_errors
-from .checkpoint import (
-    PathLike,
-    base_line,
-    base_name,
-    make_folder,
-    saved_tensors,
+from .._C import (
+    LayerMerge,
+    MergePlan,
+    padded_factors,
+    reduced_factors,
+    save_plain_lora,
+    save_tensors,
 )
-from .config import ResLoraConfig
-from .injection import Injection, refuse_tied, saved_names
-from .layer import is_conv1d
-from .merging import prepare
+from ..config import ResLoraConfig
+from ..injection.adapted import Injection, earlier_fits_after_errors, injection_of, plain_model
+from ..injection.heads import refuse_tied, saved_names
+from ..injection.targets import matches_names
+from ..merging.merge import prepare
+from ..merging.planning import make_plan, warn_unfinished
+from ..nn.base_layers import is_conv1d
+from ..text_files import write_text
+from .checkpoint import saved_tensors
+from .folders import PathLike, base_line, base_name, make_folder
 from .model_folder import heads_of, plan_from_files
-from .planning import make_plan, warn_unfinished
-from .targets import matches_names
-from .utils import injection_of, plain_model, write_text
 
 logger = logging.getLogger("reslora")
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -139,19 +141,19 @@ def export_diffusers(
     for name, (A, B) in padded(layers).items():
         tensors[f"{component}.{name}.lora_A.weight"] = A
         tensors[f"{component}.{name}.lora_B.weight"] = B
-    _C.save_tensors(make_folder(directory) / DIFFUSERS_NAME, tensors, {"format": "pt"})
+    save_tensors(make_folder(directory) / DIFFUSERS_NAME, tensors, {"format": "pt"})
     return error
 
 
 def reduced(
-    layers: list[_C.LayerMerge], rank: int | None, tolerance: float
-) -> tuple[list[_C.LayerMerge], float]:
+    layers: list[LayerMerge], rank: int | None, tolerance: float
+) -> tuple[list[LayerMerge], float]:
     """Reduce planned pairs to at most `rank`; return them and the largest relative error."""
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ValueError(f"[export] rank must be at least 1, and whole; got {rank!r}")
     if rank is None:
         return layers, 0.0
-    found = [_C.reduced_factors(layer, rank, tolerance) for layer in layers]
+    found = [reduced_factors(layer, rank, tolerance) for layer in layers]
     worst = max(error for _, error in found)
     if worst > tolerance:
         logger.warning(
@@ -164,15 +166,15 @@ def reduced(
     return [layer for layer, _ in found], worst
 
 
-def padded(layers: list[_C.LayerMerge]) -> dict[str, tuple[Tensor, Tensor]]:
+def padded(layers: list[LayerMerge]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return every layer's pair padded to the largest rank, by name."""
     R = max(int(layer.A.shape[0]) for layer in layers)
-    return {layer.name: _C.padded_factors(layer, R) for layer in layers}
+    return {layer.name: padded_factors(layer, R) for layer in layers}
 
 
 def _write_lora(
     directory: PathLike,
-    layers: list[_C.LayerMerge],
+    layers: list[LayerMerge],
     heads: dict[str, Tensor],
     targets: list[str],
     config: ResLoraConfig,
@@ -183,7 +185,7 @@ def _write_lora(
     """Write a folder in PEFT's format and return the rank of its pairs."""
     folder = make_folder(directory)
     saved = config.modules_to_save or []
-    R = _C.save_plain_lora(
+    R = save_plain_lora(
         folder, layers, heads, targets, saved, fan_in_fan_out, base or "", task_type or ""
     )
     write_text(folder / "README.md", _card(config.res_mode, layers, base))
@@ -198,7 +200,7 @@ def _planned(
     data: Any,
     refine_steps: int,
     progressbar: bool,
-) -> _C.MergePlan:
+) -> MergePlan:
     applied = injection.applied
     if applied is None:
         with earlier_fits_after_errors(injection):
@@ -231,7 +233,7 @@ def _short_targets(model: nn.Module, names: list[str]) -> list[str]:
     return short if meant == set(names) else sorted(names)
 
 
-def _card(res_mode: str, layers: list[_C.LayerMerge], base: str | None) -> str:
+def _card(res_mode: str, layers: list[LayerMerge], base: str | None) -> str:
     """Return the README of an exported folder."""
     rules = ", ".join(sorted({layer.rule for layer in layers}))
     head = f"---\nlibrary_name: peft\n{base_line(base)}tags: [lora, reslora]\n---\n"

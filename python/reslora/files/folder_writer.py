@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from . import _C
+from .._C import ModelFiles, TensorEdit
+from ..progress import bar
+from ..text_files import read_object
 from .base_files import WEIGHT_FILES, WeightFiles
-from .console import bar
-from .json_files import read_object
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,9 +39,9 @@ class Layout:
 
     def __init__(
         self,
-        files: _C.ModelFiles,
+        files: ModelFiles,
         source: WeightFiles,
-        edits: dict[str, _C.TensorEdit],
+        edits: dict[str, TensorEdit],
         *,
         dtype: str | None,
         shard_size: int | None,

@@ -22,19 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import _C
-from .base_files import (
-    AdaptedBase,
-    base_folder,
-    bias_keys,
-    find_name,
-    open_base,
-)
-from .checkpoint import PathLike, adapter_folder, read_adapter, read_statistics
-from .config import ResLoraConfig
+from .._C import AdapterFile, Chain, MergePlan, ModelFiles, TensorEdit, moved
+from ..config import ResLoraConfig
+from ..merging.planning import View
+from ..nn.factors import factor_names, is_factor
+from ..text_files import read_object
+from .base_files import AdaptedBase, base_folder, bias_keys, find_name, open_base
+from .checkpoint import read_adapter
 from .folder_writer import Layout, copy_rest, size_of_rest, unfinished
-from .json_files import read_object
-from .planning import View, factor_names, is_factor
+from .folders import PathLike, adapter_folder
+from .statistics import read_statistics
 
 # Embeddings that transformers ties to a head that the files do not hold.
 EMBEDDINGS = re.compile(r"(embed_tokens|wte|word_embeddings|shared|embed_in)\.weight$")
@@ -141,13 +138,13 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 def plan_of(
-    adapter: _C.AdapterFile,
+    adapter: AdapterFile,
     config: ResLoraConfig,
     folder: Path,
     merge_method: str | None,
     weights: dict[str, Tensor],
     biases: dict[str, Tensor],
-) -> _C.MergePlan:
+) -> MergePlan:
     """Return the plan of an adapter's files, with the statistics that lie beside them."""
     statistics = read_statistics(folder, adapter)
     chains = []
@@ -157,9 +154,9 @@ def plan_of(
             norms, count, fit, _ = statistics.get(name, (None, None, None, None))
             A, B = (adapter.tensors[key] for key in factor_names(name))
             views.append((weights.get(name), A, B, norms, count, biases.get(name), fit))
-        chains.append((_C.Chain(config.core(), layers), views))
+        chains.append((Chain(config.core(), layers), views))
     method = merge_method if merge_method is not None else config.merge_method or ""
-    plan = _C.MergePlan(chains, method)
+    plan = MergePlan(chains, method)
     for layer in plan.layers:
         if not (layer.A.isfinite().all() and layer.B.isfinite().all()):
             raise ValueError(
@@ -182,7 +179,7 @@ def plan_from_files(
     revision: str | None = None,
     subfolder: str | None = None,
     base_revision: str | None = None,
-) -> tuple[_C.AdapterFile, ResLoraConfig, _C.MergePlan]:
+) -> tuple[AdapterFile, ResLoraConfig, MergePlan]:
     """Return an adapter's file, its config and its plan, without building the model.
 
     Args:
@@ -215,27 +212,25 @@ def plan_from_files(
         raise
 
 
-def heads_of(adapter: _C.AdapterFile) -> dict[str, Tensor]:
+def heads_of(adapter: AdapterFile) -> dict[str, Tensor]:
     """Return what modules_to_save hold."""
     return {key: t for key, t in adapter.tensors.items() if not is_factor(key)}
 
 
 def _edits(
-    plan: _C.MergePlan, base: AdaptedBase, biases: dict[str, str], device: str
-) -> dict[str, _C.TensorEdit]:
+    plan: MergePlan, base: AdaptedBase, biases: dict[str, str], device: str
+) -> dict[str, TensorEdit]:
     edits = {}
     for layer in plan.layers:
-        moved = _C.moved(layer, device) if device != "cpu" else layer
+        placed = moved(layer, device) if device != "cpu" else layer
         is_transposed = layer.name in base.transposed
-        edits[base.keys[layer.name]] = _C.TensorEdit(moved, is_transposed=is_transposed)
+        edits[base.keys[layer.name]] = TensorEdit(placed, is_transposed=is_transposed)
         if layer.bias is not None:
-            edits[biases[layer.name]] = _C.TensorEdit(layer, is_bias=True)
+            edits[biases[layer.name]] = TensorEdit(layer, is_bias=True)
     return edits
 
 
-def _head_edits(
-    source: Path, files: _C.ModelFiles, adapter: _C.AdapterFile
-) -> dict[str, _C.TensorEdit]:
+def _head_edits(source: Path, files: ModelFiles, adapter: AdapterFile) -> dict[str, TensorEdit]:
     """Return the tensors of modules_to_save under the names of the files, in their dtype."""
     edits = {}
     floating = [t.dtype for t in map(files.tensor, files.names) if t.is_floating_point()]
@@ -260,7 +255,7 @@ def _head_edits(
                 stacklevel=4,
             )
         dtype = common if old is None else old.dtype
-        edits[key] = _C.TensorEdit(
+        edits[key] = TensorEdit(
             replacement=tensor.to(dtype) if tensor.is_floating_point() else tensor
         )
     return edits
@@ -272,7 +267,7 @@ def _ties_embeddings(source: Path) -> bool:
 
 
 def _refuse_tied(
-    files: _C.ModelFiles, name: str, found: str | None, tensor: Tensor, is_tied: bool
+    files: ModelFiles, name: str, found: str | None, tensor: Tensor, is_tied: bool
 ) -> None:
     """Refuse a trained embedding or head of a base that holds one tensor for both."""
     if found is None:

@@ -19,22 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C
-from .batches import as_batches, evaluating
-from .checkpoint import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    PathLike,
-    adapter_folder,
-    load_tensors_of,
-    saved_tensors,
-)
-from .distance import distance
-from .json_files import read_object
-from .layer import ResLoraLinear
-from .reporting import plain_lora, standing_in
-from .targets import pattern_value
-from .utils import injection_of, plain_model
+from .._C import scaling_of
+from ..injection.adapted import injection_of, plain_model
+from ..injection.chains import pattern_value
+from ..merging.batches import as_batches, evaluating
+from ..merging.distance import distance
+from ..merging.stand_ins import plain_lora, standing_in
+from ..nn.layer import ResLoraLinear
+from ..text_files import read_object
+from .checkpoint import saved_tensors
+from .folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder, load_tensors_of
 
 # What changes what a LoRA computes, beside its factors and scale.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the base is as it was
@@ -169,7 +163,7 @@ def _pair_of(
         )
     r = pattern_value(config.get("rank_pattern") or {}, layer.name, config["r"])
     alpha = pattern_value(config.get("alpha_pattern") or {}, layer.name, config["lora_alpha"])
-    scaling = _C.scaling_of(float(alpha), int(r), bool(config.get("use_rslora")))
+    scaling = scaling_of(float(alpha), int(r), bool(config.get("use_rslora")))
     wide = layer.reslora_B.dtype
     return A.to(wide), B.to(wide) * (scaling / _scaling(layer))
 

@@ -1,4 +1,4 @@
-"""Looking at an adapted model: its layers, links and parameters; and switching adapters off.
+"""Looking at an adapted model: its links and parameters; and switching adapters off.
 
 Example::
 
@@ -9,56 +9,13 @@ Example::
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-from . import _C
-from .layer import LayerChain, ResLoraLinear
-
-if TYPE_CHECKING:
-    from .injection import Injection
-
-
-cmake_prefix_path = os.fspath(Path(_C.__file__).parent / "share/cmake")
-"""What a C++ program gives CMake as CMAKE_PREFIX_PATH to find the reslora of this installation."""
-
-
-def find_layers(model: nn.Module) -> list[ResLoraLinear]:
-    """Return the adapted layers of a model in registration order, of the adapter in use."""
-    layers = [module for module in model.modules() if isinstance(module, ResLoraLinear)]
-    return [layer for layer in layers if layer.is_in_use]
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """Return the model that was adapted: what wrappers of torch and PEFT hold.
-
-    Names of layers and of saved tensors are those of this model.
-    """
-    while True:
-        inner = getattr(model, "_orig_mod", None)  # torch.compile
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()  # type: ignore[operator]
-        if inner is None or inner is model:
-            return model
-        model = inner
-
-
-def injection_of(model: nn.Module, op: str) -> Injection:
-    """Return what `inject` did to `model`; `op` names the caller in the error."""
-    layers = find_layers(model)
-    if not layers or layers[0].chain.injection is None:
-        raise ValueError(
-            f"[{op}] model must be adapted; got a plain {type(model).__name__} (call inject first)"
-        )
-    return layers[0].chain.injection
+from ..nn.layer import LayerChain, ResLoraLinear
+from .adapted import find_layers, injection_of
 
 
 def print_links(model: nn.Module) -> str:
@@ -71,7 +28,7 @@ def print_links(model: nn.Module) -> str:
     injection = injection_of(model, "print_links")
     for chain in injection.chains:
         lines += _chain_lines(chain)
-    groups = {id(layer.group): layer.group for layer in injection.layers if layer.group is not None}
+    groups = {id(layer.group): layer.group for layer in injection.layers}
     lines += [
         f"evaluated together: {', '.join(group.names)}"
         for group in groups.values()
@@ -155,30 +112,3 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, was_disabled in zip(layers, before, strict=True):
             layer.is_disabled = was_disabled
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Give a place to write files that belong together: all of them go to `folder`, or none."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".reslora-") as name:
-        yield Path(name)
-        for path in sorted(Path(name).iterdir()):
-            os.replace(path, folder / path.name)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file atomically: a temporary name in the same folder, then a rename."""
-    path = os.fspath(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".reslora-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -14,12 +14,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
-from .config import ResLoraConfig
-from .layer import is_conv1d
+from ..config import ResLoraConfig
+from ..nn.base_layers import features_of, is_bypassed, is_conv1d
 
 ALL_LINEAR = "all-linear"
 # What a model of transformers or diffusers calls its queries and values (or all in one): the
@@ -156,13 +155,6 @@ def _is_unused(modules: dict[str, nn.Module], key: str) -> bool:
     return is_bypassed(modules.get(parent), name)
 
 
-def is_bypassed(parent: nn.Module | None, name: str) -> bool:
-    """Tell whether a child's weight is read without a call: by attention of torch, and by Mamba."""
-    if isinstance(parent, nn.MultiheadAttention):
-        return True
-    return "Mamba" in type(parent).__name__ and name in ("dt_proj", "out_proj")
-
-
 def _filtered(found: dict[str, nn.Module], config: ResLoraConfig) -> dict[str, nn.Module]:
     excluded = config.exclude_modules
     if excluded and not any(_matches(excluded, key) for key in found):
@@ -182,16 +174,6 @@ def _filtered(found: dict[str, nn.Module], config: ResLoraConfig) -> dict[str, n
     return {key: m for key, m in kept.items() if indices[key] in wanted}
 
 
-def features_of(module: Any) -> tuple[int, int] | None:
-    """Return (in, out) of a layer that can be adapted, else None."""
-    if is_conv1d(module):
-        return module.weight.shape[0], module.weight.shape[1]
-    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(inputs, int) and isinstance(outputs, int) and inputs > 0 and outputs > 0:
-        return inputs, outputs
-    return None
-
-
 def _check_supported(modules: dict[str, nn.Module], found: dict[str, nn.Module]) -> None:
     bad = [
         f"{key} ({type(module).__name__})"
@@ -206,14 +188,6 @@ def _check_supported(modules: dict[str, nn.Module], found: dict[str, nn.Module])
         )
 
 
-def pattern_value(pattern: dict[str, Any], key: str, default: Any) -> Any:
-    """Return the value of the first key of a pattern that matches, as PEFT does."""
-    for expression, value in pattern.items():
-        if re.match(rf"(.*\.)?({expression})$", key):
-            return value
-    return default
-
-
 def _check_rank_patterns(config: ResLoraConfig, found: dict[str, nn.Module]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for expression in getattr(config, name):
@@ -222,14 +196,3 @@ def _check_rank_patterns(config: ResLoraConfig, found: dict[str, nn.Module]) -> 
                     f"[inject] {name} must match adapted layers; got {expression!r}, which matches "
                     f"none of {', '.join(list(found)[:3])}, ..."
                 )
-
-
-def find_saved(model: nn.Module, config: ResLoraConfig) -> list[str]:
-    """Return the paths of modules_to_save."""
-    found = []
-    for name in config.modules_to_save or ():
-        keys = [key for key, _ in model.named_modules() if matches_names([name], key)]
-        if not keys:
-            raise ValueError(f"[inject] modules_to_save must match modules; got {name!r}")
-        found += keys
-    return list(dict.fromkeys(found))

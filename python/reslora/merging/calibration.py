@@ -21,16 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C
+from .._C import Fit, FitCollector, FitSums, solve_fit
+from ..injection.adapted import (
+    Calibrated,
+    Injection,
+    adapter_sum,
+    check_enabled,
+    earlier_fits_after_errors,
+    injection_of,
+)
+from ..nn.layer import ResLoraLinear
+from ..progress import progress
 from .batches import as_batches, call, evaluating, masks_of, moved, row_mask
-from .console import progress
-from .injection import Injection
-from .layer import ResLoraLinear
-from .planning import Calibrated, adapter_sum, chain_views, needs_fit
-from .reporting import check_enabled
+from .planning import chain_views, needs_fit
 from .tap_moves import move_taps as choose_moves
 from .tap_moves import moved_fits
-from .utils import injection_of
 
 RIDGE = 1e-4
 MEASURED = 2  # batches on which moved taps are tried
@@ -129,17 +134,6 @@ def calibrate(
     return _warn_few_rows(injection, result)
 
 
-@contextmanager
-def earlier_fits_after_errors(injection: Injection) -> Iterator[None]:
-    """Give the fits at hand back if what is tried fails."""
-    earlier = injection.calibrated
-    try:
-        yield
-    except BaseException:
-        injection.calibrated = earlier
-        raise
-
-
 def _move_taps(
     model: nn.Module, injection: Injection, batches: list[Any], result: Calibration
 ) -> None:
@@ -193,13 +187,13 @@ def _collect(
     options: tuple[float, bool, int, bool],
     progressbar: bool,
 ) -> Calibration:
-    collector = _C.FitCollector(chain_views(injection, fits=False), *options)
+    collector = FitCollector(chain_views(injection, fits=False), *options)
     places = list(_places(injection))
     unmasked: set[str] = set()
     if places:
         _run_passes(model, injection, collector, batches, unmasked, progressbar)
-    fits: dict[str, _C.Fit] = {}
-    sums: dict[str, _C.FitSums] = {}
+    fits: dict[str, Fit] = {}
+    sums: dict[str, FitSums] = {}
     for c, n, layer in places:
         fit, kept = collector.fit(c, n), collector.sums(c, n)
         assert fit is not None  # finish_pass refuses layers without rows
@@ -220,7 +214,7 @@ def _collect(
     return result
 
 
-def _result_of(fits: dict[str, _C.Fit]) -> Calibration:
+def _result_of(fits: dict[str, Fit]) -> Calibration:
     rows = min((fit.rows for fit in fits.values()), default=0)
     residuals = {
         name: fit.residual if fit.offset is None else fit.affine_residual
@@ -232,7 +226,7 @@ def _result_of(fits: dict[str, _C.Fit]) -> Calibration:
 def _run_passes(
     model: nn.Module,
     injection: Injection,
-    collector: _C.FitCollector,
+    collector: FitCollector,
     batches: Iterable[Any],
     unmasked: set[str],
     progressbar: bool,
@@ -320,7 +314,7 @@ def solve_again(injection: Injection, ridge: float, affine: bool, moved: list[st
         layer = layers[name]
         has_bias = getattr(layer.base_layer, "bias", None) is not None
         A = layer.reslora_A.detach()
-        fits[name] = _C.solve_fit(sums, A, ridge, affine and has_bias, name)
+        fits[name] = solve_fit(sums, A, ridge, affine and has_bias, name)
     injection.calibrated = Calibrated(fits, calibrated.adapter_sum, calibrated.sums)
     result = _result_of(fits)
     _move_again(injection, moved, result)

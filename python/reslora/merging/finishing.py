@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _C
+from .._C import Chain, Fit, MergePlan
+from ..config import ResLoraConfig
+from ..injection.adapted import Injection, earlier_fits_after_errors, injection_of
+from ..injection.chains import scaling_of
+from ..nn.grouping import Group
 from .batches import as_batches
-from .calibration import RIDGE, Calibration, calibrate, earlier_fits_after_errors
-from .config import ResLoraConfig
-from .injection import Injection, scaling_of
+from .calibration import RIDGE, Calibration, calibrate
 from .planning import make_plan
-from .utils import injection_of
 
 # Bounds of the factor c that keeps a layer's step size, for fits that are far from a multiple of A.
 LEAST, MOST = 0.5, 8.0
@@ -87,7 +88,7 @@ def finish(
     return result
 
 
-def _check_ranks(injection: Injection, plan: _C.MergePlan) -> None:
+def _check_ranks(injection: Injection, plan: MergePlan) -> None:
     for layer, planned in zip(injection.layers, plan.layers, strict=True):
         if len(planned.A) != layer.r:
             raise ValueError(
@@ -97,7 +98,7 @@ def _check_ranks(injection: Injection, plan: _C.MergePlan) -> None:
             )
 
 
-def _convert(injection: Injection, plan: _C.MergePlan, step: int | None) -> None:
+def _convert(injection: Injection, plan: MergePlan, step: int | None) -> None:
     planned = {entry.name: entry for entry in plan.layers}
     config = copy.deepcopy(injection.config)
     config.finished_from, config.finished_step = config.res_mode, step
@@ -132,7 +133,7 @@ def adopt(injection: Injection, config: ResLoraConfig) -> None:
     injection.calibrated = None
     for chain in injection.chains:
         shapes = [(*shape[:4], scaling_of(config, shape[0])) for shape in chain.links.layers]
-        chain.links = _C.Chain(config.core(), shapes)
+        chain.links = Chain(config.core(), shapes)
         chain.merges_exactly, chain.keeps_norms = True, False
         for n, layer in enumerate(chain.layers):
             layer.wiring = chain.wiring(n)
@@ -143,7 +144,8 @@ def adopt(injection: Injection, config: ResLoraConfig) -> None:
 
 def _end_passes(injection: Injection) -> None:
     """Remove the hooks that only taps needed; layers that are evaluated together keep theirs."""
-    kept = {id(layer.group.session) for layer in injection.layers if layer.group is not None}
+    groups = [layer.group for layer in injection.layers]
+    kept = {id(group.session) for group in groups if isinstance(group, Group)}
     for session in injection.sessions:
         if id(session) not in kept:
             session.detach()
@@ -153,7 +155,7 @@ def _end_passes(injection: Injection) -> None:
             chain.session = None
 
 
-def _factor(links: _C.Chain, n: int, fit: _C.Fit | None) -> float:
+def _factor(links: Chain, n: int, fit: Fit | None) -> float:
     """Return c of a layer: how many times A x what enters B is."""
     if links.wiring(n).is_doubled:
         return 2.0

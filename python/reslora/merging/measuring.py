@@ -17,83 +17,21 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
-from . import _C, ops
+from .._C import MergePlan, layer_errors, merged_forward
+from ..injection.adapted import Injection, check_enabled, injection_of
+from ..nn.base_layers import base_weight
+from ..nn.layer import ResLoraLinear
+from ..progress import progress
 from .batches import as_batches, call, evaluating, main_output, masks_of, moved, row_mask
-from .console import progress
-from .injection import Injection
-from .layer import ResLoraLinear, base_weight
 from .planning import make_plan
-from .utils import injection_of
-
-
-@dataclass
-class LayerReport:
-    """How one layer is merged. Errors are relative to |y|, for the input of the unmerged model."""
-
-    name: str
-    rule: str
-    alpha_star: list[float]  # nearest layer first; empty where the rule has none
-    residual: float | None = None  # of the regression, on its calibration rows
-    method_error: float | None = None  # |W x + B A x - y| / |y|: what the rule gives away
-    rounding_error: float | None = None  # what the dtype of the merged weight gives away
-    output_error: float | None = None  # both together
-
-
-@dataclass
-class MergeReport:
-    """How a model is merged. `str(report)` is a table."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-    rule: str = ""  # of the layers that do not merge exactly
-    fell_back_to_weight: bool = False
-    method_error: float | None = None  # |output of the rule - output| / |output|
-    rounding_error: float | None = None  # |merged output - output of the rule| / |output|
-    output_error: float | None = None  # |merged output - output| / |output|
-    kl: float | None = None  # mean KL(unmerged || merged) in nats, where there are logits
-    top1_agreement: float | None = None  # share of rows with the same largest logit
-    rows: int = 0  # that kl and top1_agreement were taken on
-
-    def add_rows(self, wanted: Tensor, merged: Tensor) -> None:
-        """Take more logits [rows, classes] into `kl` and `top1_agreement`."""
-        same = float((wanted.argmax(-1) == merged.argmax(-1)).sum())
-        before, self.rows = self.rows, self.rows + len(wanted)
-        if self.rows:
-            self.kl = ((self.kl or 0.0) * before + float(kl_sum(wanted, merged))) / self.rows
-            self.top1_agreement = ((self.top1_agreement or 0.0) * before + same) / self.rows
-
-    def __str__(self) -> str:
-        """Return a table with a line for each layer, and the model's figures."""
-        width = max([len(layer.name) for layer in self.layers], default=5)
-        head = (
-            f"{'layer':<{width}}  {'rule':<8}  {'method':<8}  {'rounding':<8}  {'both':<8}  alpha*"
-        )
-        lines = [head]
-        for layer in self.layers:
-            alphas = ", ".join(f"{a:.4f}" for a in layer.alpha_star) or "-"
-            errors = (layer.method_error, layer.rounding_error, layer.output_error)
-            shown = "  ".join(f"{_shown(error):<8}" for error in errors)
-            lines.append(f"{layer.name:<{width}}  {layer.rule:<8}  {shown}  {alphas}")
-        errors = (self.method_error, self.rounding_error, self.output_error)
-        shown = "  ".join(f"{_shown(error):<8}" for error in errors)
-        lines.append(f"{'model':<{width}}  {self.rule:<8}  {shown}")
-        if self.kl is not None and self.top1_agreement is not None:
-            lines.append(
-                f"KL(unmerged || merged) {self.kl:.3e} nats, same largest logit in "
-                f"{100 * self.top1_agreement:.2f} % of {self.rows:,} rows"
-            )
-        return "\n".join(line.rstrip() for line in lines)
-
-
-def _shown(error: float | None) -> str:
-    return "-" if error is None else f"{error:.2e}"
+from .report import LayerReport, MergeReport
+from .stand_ins import Planned, plain_lora, standing_in
 
 
 def merge_report(
@@ -125,14 +63,7 @@ def merge_report(
     return report
 
 
-def check_enabled(injection: Injection, op: str) -> None:
-    """Refuse an adapter that is switched off: there would be nothing to see."""
-    off = [layer.name for layer in injection.layers if layer.is_disabled]
-    if off:
-        raise ValueError(f"[{op}] adapters must be enabled; got {off[0]} disabled")
-
-
-def describe(plan: _C.MergePlan) -> MergeReport:
+def describe(plan: MergePlan) -> MergeReport:
     """Return a plan's decisions as a report without measurements."""
     layers = [LayerReport(p.name, p.rule, list(p.alpha_star), p.residual) for p in plan.layers]
     rules = sorted({layer.rule for layer in layers} - {"exact"})
@@ -167,7 +98,7 @@ class Squares:
 def measure(
     model: nn.Module,
     injection: Injection,
-    plan: _C.MergePlan,
+    plan: MergePlan,
     report: MergeReport,
     batches: Any,
     progressbar: bool,
@@ -214,45 +145,8 @@ def _rows(output: Any, masks: list[Tensor]) -> tuple[Tensor, bool]:
     return (rows if rows.dtype == torch.float64 else rows.float()), is_logits
 
 
-def kl_sum(reference: Tensor, other: Tensor) -> Tensor:
-    """Return the sum over rows of KL(reference || other), of logits [rows, classes]."""
-    p, q = log_softmax(reference, -1), log_softmax(other, -1)
-    return (p.exp() * (p - q)).sum()
-
-
-# ---- Layers that stand in ---------------------------------------------------------------------
-
-Planned = list[tuple[ResLoraLinear, Any]]  # with an entry of a plan
-
-
-@contextmanager
-def standing_in(
-    planned: Planned, make: Callable[[ResLoraLinear, Any], Callable[[Tensor], Tensor]]
-) -> Iterator[None]:
-    """Let every layer be stood in for by what `make` makes of its plan."""
-    try:
-        for layer, entry in planned:
-            layer.stand_in = make(layer, entry)
-        yield
-    finally:
-        for layer, _ in planned:
-            layer.stand_in = None
-
-
 def _pair_stand_in(layer: ResLoraLinear, planned: Any) -> Callable[[Tensor], Tensor]:
     return plain_lora(layer, planned.A, planned.B, 1.0, planned.bias)
-
-
-def plain_lora(
-    layer: ResLoraLinear, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None
-) -> Callable[[Tensor], Tensor]:
-    """Return the layer as the plain LoRA W x + scaling B A x, without shortcut."""
-
-    def run(x: Tensor) -> Tensor:
-        y = ops.adapt(x, [ops.member(*layer.evaluate_base(x), [A], [B], [scaling])])[0]
-        return y if bias is None else y + bias.to(y.dtype)
-
-    return run
 
 
 def _merged_stand_in(
@@ -263,7 +157,7 @@ def _merged_stand_in(
         weight = base_weight(base)
         assert weight is not None  # measure() looks before
         bias: Tensor | None = getattr(base, "bias", None)
-        return _C.merged_forward(planned, x, weight, bias)
+        return merged_forward(planned, x, weight, bias)
 
     return run
 
@@ -278,7 +172,7 @@ def _comparing(
         wiring = layer.wiring
         B = [layer.chain.layers[j].reslora_B for j in wiring.b]
         weight, mask = base_weight(bases[layer.name]), row_mask(masks, x.shape[:-1])
-        squares[layer.name].add(_C.layer_errors(entry, x, s, y, B, wiring.scaling, weight, mask))
+        squares[layer.name].add(layer_errors(entry, x, s, y, B, wiring.scaling, weight, mask))
 
     try:
         for layer, entry in planned:

@@ -21,33 +21,27 @@ from typing import Any
 
 from torch import nn
 
-from . import _C
+from .._C import MergePlan
+from ..injection.adapted import (
+    Applied,
+    Injection,
+    earlier_fits_after_errors,
+    injection_of,
+    plain_model,
+)
+from ..injection.links import mixed_links
+from ..nn.base_layers import base_weight
+from ..nn.sharding import is_sharded
+from ..progress import bar
 from .batches import as_batches
-from .calibration import calibrate, earlier_fits_after_errors
-from .console import bar
-from .injection import Injection
-from .layer import base_weight
+from .calibration import calibrate
+from .measuring import describe, measure
 from .planning import chosen_method, make_plan, warn_unfinished
 from .quantized import dense_layers, note_dense
 from .refinement import refine
-from .reporting import MergeReport, describe, measure
-from .sharding import is_sharded
-from .utils import injection_of, mixed_links, plain_model
+from .report import MergeReport
 
 logger = logging.getLogger("reslora")
-
-
-class Applied:
-    """A merge that is in the weights: its plan (with the originals) and its report."""
-
-    def __init__(self, plan: _C.MergePlan, merge_method: str, report: MergeReport) -> None:
-        self.plan: _C.MergePlan | None = plan
-        self.merge_method = merge_method
-        self.report = report
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the plan out: a copy of a merged model cannot be unmerged."""
-        return {**self.__dict__, "plan": None}
 
 
 def _check_weights(
@@ -80,9 +74,6 @@ def _check_weights(
 
 def _is_same_module(model: nn.Module, a: str, b: str) -> bool:
     return model.get_submodule(a.rpartition(".")[0]) is model.get_submodule(b.rpartition(".")[0])
-
-
-# ---- Merging ----------------------------------------------------------------------------------
 
 
 def merge(
@@ -143,7 +134,7 @@ def merge_and_unload(
     merged weights. No originals are kept: where `max_error` or a rule refuses, the model is as it
     was, adapters and all. With `dequantize`, quantised base layers become dense `nn.Linear`s: the
     adapter is merged into the dequantised weights (not those of the original files; see
-    `reslora.quantized`).
+    quantized.py).
     """
     injection = injection_of(model, "merge_and_unload")
     applied = injection.applied
@@ -221,7 +212,7 @@ def _merge(
         interrupt = _apply(plan, keep_originals, safe_merge, progressbar, len(report.layers))
     for layer in injection.layers:
         layer.is_merged = True
-    injection.applied = Applied(plan, chosen_method(injection, merge_method), report)
+    injection.applied = Applied(plan, chosen_method(injection, merge_method))
     if interrupt is not None:
         raise interrupt
     logger.info("[%s] merged\n%s", op, report)
@@ -229,7 +220,7 @@ def _merge(
 
 
 def _apply(
-    plan: _C.MergePlan, keep_originals: bool, safe_merge: bool, progressbar: bool, count: int
+    plan: MergePlan, keep_originals: bool, safe_merge: bool, progressbar: bool, count: int
 ) -> BaseException | None:
     """Write every W*. Without originals nothing could be put back: an interrupt then waits."""
     waiting: list[BaseException] = []

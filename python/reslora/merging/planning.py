@@ -7,63 +7,23 @@ rule where none is named is there too (`choose_rule` in src/internal/merge_rules
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from . import _C
-from .config import MERGE_METHODS
-from .injection import Injection
-from .layer import LayerChain, ResLoraLinear, base_weight
-from .sharding import whole
+from .._C import Chain, Fit, MergePlan
+from ..config import MERGE_METHODS
+from ..injection.adapted import Calibrated, Injection, adapter_sum
+from ..nn.base_layers import base_weight
+from ..nn.layer import LayerChain, ResLoraLinear
 
 View = tuple[
-    Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, "_C.Fit | None"
+    Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, "Fit | None"
 ]
-
-
-@dataclass
-class Calibrated:
-    """Fits at hand for an adapted model, and the adapter they were made for."""
-
-    fits: dict[str, _C.Fit]  # by layer
-    adapter_sum: str
-    sums: dict[str, _C.FitSums] = field(default_factory=dict)  # by layer, where they were kept
-    plain: dict[str, _C.Fit] | None = None  # the fits before taps were moved
-
-
-def adapter_sum(injection: Injection) -> str:
-    """Return the checksum of all A and B: a fit serves these values only."""
-    return _C.tensors_sum(adapter_tensors(injection))
-
-
-def adapter_tensors(injection: Injection) -> dict[str, Tensor]:
-    """Return the values of A and B of every layer, whole, under the names that files use."""
-    return {key: whole(p.detach()) for key, p in factors_of(injection).items()}
-
-
-def factors_of(injection: Injection) -> dict[str, Tensor]:
-    """Return A and B of every layer themselves, under the names that files use."""
-    found: dict[str, Tensor] = {}
-    for layer in injection.layers:
-        pair = (layer.reslora_A, layer.reslora_B)
-        found |= zip(factor_names(layer.name), pair, strict=True)
-    return found
-
-
-def factor_names(layer: str) -> tuple[str, str]:
-    """Return how files name A and B of a layer."""
-    return f"{layer}.reslora_A.weight", f"{layer}.reslora_B.weight"
-
-
-def is_factor(key: str) -> bool:
-    """Tell whether a tensor of an adapter's file is an A or B; others belong to heads."""
-    return key.endswith(factor_names(""))
 
 
 def chain_views(
     injection: Injection, weights: dict[str, Tensor] | None = None, fits: bool = True
-) -> list[tuple[_C.Chain, list[View]]]:
+) -> list[tuple[Chain, list[View]]]:
     """Return the tensors of every chain as the C++ library takes them.
 
     Args:
@@ -133,11 +93,11 @@ def make_plan(
     *,
     use_affine: bool = True,
     weights: dict[str, Tensor] | None = None,
-) -> _C.MergePlan:
+) -> MergePlan:
     """Decide all factors without touching a weight; warn where the rule is a stopgap."""
     method = chosen_method(injection, merge_method)
     views = chain_views(injection, weights, fits=method in ("", "lsq"))
-    plan = _C.MergePlan(views, method, use_affine)
+    plan = MergePlan(views, method, use_affine)
     if plan.fell_back_to_weight:
         warnings.warn(
             f"[{op}] neither calibration data nor norms of training forwards are at hand, so the "

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C
+from .._C import Fit
+from ..injection.adapted import Calibrated, Injection, adapter_sum, check_enabled, injection_of
+from ..progress import bar
 from .batches import as_batches, evaluating
-from .console import bar
 from .distance import distance
-from .injection import Injection
-from .planning import Calibrated, adapter_sum, make_plan
-from .reporting import check_enabled, plain_lora, standing_in
-from .utils import injection_of
+from .planning import make_plan
+from .stand_ins import plain_lora, standing_in
 
 LR = 5e-4
 WARM_UP = 0.1  # share of the steps: the first ones of Adam are as large as any
@@ -215,7 +214,7 @@ class _Student:
             before = fits.get(layer.name)
             if steps == 0 and before is None:
                 continue
-            fits[layer.name] = _C.Fit(
+            fits[layer.name] = Fit(
                 A.detach(),
                 B=B.detach(),
                 alpha_star=0.0 if before is None else before.alpha_star,

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _C
+from .._C import Chain, Fit
+from .._C import move_taps as core_move_taps
+from ..injection.adapted import Calibrated, Injection
+from ..nn.layer import LayerChain
 from .distance import distance
-from .injection import Injection
-from .layer import LayerChain
-from .planning import Calibrated, View, chain_views, make_plan
-from .reporting import plain_lora, standing_in
+from .planning import View, chain_views, make_plan
+from .stand_ins import plain_lora, standing_in
 
 SHARE = 0.5
 
@@ -38,7 +39,7 @@ def move_taps(
     plain = injection.calibrated
     assert plain is not None
 
-    def measured(fits: dict[str, _C.Fit]) -> float:
+    def measured(fits: dict[str, Fit]) -> float:
         injection.calibrated = Calibrated(fits, plain.adapter_sum, plain.sums)
         plan = make_plan(injection, "lsq", "calibrate", use_affine=False)
         planned = list(zip(injection.layers, plan.layers, strict=True))
@@ -75,6 +76,6 @@ def move_taps(
     return list(moved), start, least
 
 
-def moved_fits(chain: LayerChain, view: tuple[_C.Chain, list[View]]) -> dict[str, _C.Fit]:
+def moved_fits(chain: LayerChain, view: tuple[Chain, list[View]]) -> dict[str, Fit]:
     """Return the fits of a chain with half of what its taps bring moved."""
-    return dict(zip(chain.names, _C.move_taps(view, SHARE), strict=True))
+    return dict(zip(chain.names, core_move_taps(view, SHARE), strict=True))

@@ -9,16 +9,13 @@ same tensor. A layer that is called with another one leaves its group for good.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .session import NO_GRAPH_TASK, drop, graph_task
-
-if TYPE_CHECKING:
-    from .layer import ResLoraLinear
-    from .session import ForwardPass, Session
+from .layer import Base, Outputs, ResLoraLinear, Together
+from .session import NO_GRAPH_TASK, ForwardPass, Session, graph_task
 
 # Names of projections that read one tensor, in transformers and diffusers.
 NAMES = (
@@ -32,8 +29,6 @@ NAMES = (
     ("w1", "w3"),
 )
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # y, s, tap, norms
-
 
 class Ahead(NamedTuple):
     """Results that wait for their layers, of one group."""
@@ -44,8 +39,12 @@ class Ahead(NamedTuple):
     results: dict[str, Outputs]
     taps: dict[str, list[Tensor]]  # what was added to each layer's product
 
+    def drop(self) -> None:
+        """Note that nobody took the results: these layers are not computed ahead again."""
+        self.group.left.update(self.results)
 
-class Group:
+
+class Group(Together):
     """Layers of one parent that may be evaluated together; the first that is called computes."""
 
     def __init__(self, layers: list[ResLoraLinear], session: Session) -> None:
@@ -60,12 +59,20 @@ class Group:
 
     def outputs(
         self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], current: ForwardPass | None
+    ) -> Outputs:
+        """Return what `layer` makes of x and its taps, computed with the others where it can be."""
+        found = self._shared(layer, x, taps, current)
+        return super().outputs(layer, x, taps, current) if found is None else found
+
+    def _shared(
+        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], current: ForwardPass | None
     ) -> Outputs | None:
-        """Return what `layer` makes of x and its taps, None where it is to compute that alone."""
+        """Return what was, or now is, computed together; None where `layer` is to do it alone."""
         task = _task_of(layer, x, current)
         if task is None:
             return None
-        slot, state = self.session.open.ahead, _state_of(x, task)
+        slot: list[Any] = self.session.open.ahead  # of Ahead
+        state = _state_of(x, task)
         if slot and slot[0].group is self and layer.name in slot[0].results:
             ahead = slot[0]
             if ahead.x is x:
@@ -77,7 +84,7 @@ class Group:
             if task == NO_GRAPH_TASK:
                 self._split(set(ahead.results))
             slot.clear()
-        drop(slot, is_finished=task == NO_GRAPH_TASK)
+        self.session.drop_ahead(is_finished=task == NO_GRAPH_TASK)
         layers = self._together(layer, current, task)
         results = _evaluate(layer, layers, x, self.session, current) if layers else None
         if results is None:
@@ -146,7 +153,8 @@ def _evaluate(
     current: ForwardPass | None,
 ) -> tuple[dict[str, Outputs], dict[str, list[Tensor]]] | None:
     """Return every layer's results and taps by name, None where it cannot be done together."""
-    like, members, taps = None, [], {}
+    like: tuple[torch.dtype, torch.device] | None = None
+    bases: list[Base] = []
     for layer in layers:
         base = layer.plain_base()
         if base is None or not layer.is_active() or not _is_alike(layer, first):
@@ -155,15 +163,11 @@ def _evaluate(
         like = kind if like is None else like
         if kind != like:
             return None
-        taps[layer.name] = session.peek(layer, x, current)
-        members.append(layer.member(x, *base, None, taps[layer.name]))
-    wants_norms = any(layer.wants_norms(x) for layer in layers)
-    out = first.adapt(x, members, wants_norms)
-    results = {}
-    for g, layer in enumerate(layers):
-        norms = out[-1].narrow(0, 2 * g, 2) if wants_norms else out[-1]
-        results[layer.name] = (out[3 * g], out[3 * g + 1], out[3 * g + 2], norms)
-    return results, taps
+        bases.append((*base, None))
+    taps = [session.peek(layer, x, current) for layer in layers]
+    names = [layer.name for layer in layers]
+    results = first.evaluate(layers, bases, taps, x)
+    return dict(zip(names, results, strict=True)), dict(zip(names, taps, strict=True))
 
 
 def _is_alike(layer: ResLoraLinear, first: ResLoraLinear) -> bool:

@@ -1,6 +1,6 @@
 """The adapted linear layer and the chain that it belongs to.
 
-    y = W x + bias + sum over k of scaling_k B_k (A_k x + taps)      (one op: reslora.ops.adapt)
+    y = W x + bias + sum over k of scaling_k B_k (A_k x + taps)      (one op: ops.adapt)
 
 A layer owns its A [r, in] and B [out, r]; which blocks of other layers it reads, and which taps, is
 the wiring of its chain, made by the C++ library. The module that was there before stays inside as
@@ -11,44 +11,31 @@ black box and the low-rank term is added to its output.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._C import Chain
+from ..config import ResLoraConfig
 from . import ops
-from .session import Session, is_recomputing
+from .base_layers import base_weight, is_conv1d, typical_tensor
+from .factors import empty_factors
+from .session import ForwardPass, Session, Wiring, is_recomputing
 from .sharding import is_sharded
-
-if TYPE_CHECKING:
-    from . import _C
-    from .config import ResLoraConfig
-    from .grouping import Group
-    from .injection import Injection
-
-
-class Wiring(NamedTuple):
-    """What one layer reads and hands on; integers are positions in its chain."""
-
-    a: list[int]
-    b: list[int]
-    scaling: list[float]
-    taps: list[int]
-    handed: str  # "nothing", "tap" or "s"
-    keep_tap: bool
 
 
 class LayerChain:
     """The adapted layers of one kind in execution order. A plain object that its layers share."""
 
-    def __init__(self, key: str, config: ResLoraConfig, links: _C.Chain, names: list[str]) -> None:
+    def __init__(self, key: str, config: ResLoraConfig, links: Chain, names: list[str]) -> None:
         self.key = key
         self.config = config
         self.links = links
         self.names = names
         self.layers: list[ResLoraLinear] = []
         self.session: Session | None = None
-        self.injection: Injection | None = None
+        self.injection: Any = None  # reslora.injection.adapted.Injection, which lies above
         exact = all(links.merges_exactly(n) for n in range(len(names)))
         self.merges_exactly = exact
         self.keeps_norms = config.norm_window > 0 and not exact
@@ -65,22 +52,6 @@ class LayerChain:
         return any(self.links.wiring(n).taps for n in range(len(self.names)))
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether a module is transformers' Conv1D, a linear layer with weight [in, out]."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers"
-
-
-def base_weight(base: nn.Module) -> Tensor | None:
-    """Return W [out, in] of a base layer as a view, None where it is no plain floating tensor."""
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
-        return None
-    if weight.dim() != 2 or not weight.is_floating_point():
-        return None
-    return weight.t() if is_conv1d(base) else weight
-
-
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
@@ -91,31 +62,26 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def typical_tensor(base: nn.Module) -> Tensor:
-    """Return a parameter whose device, and precision if floating, the adapter takes."""
-    parameters = list(base.parameters())
-    floating = [parameter for parameter in parameters if parameter.is_floating_point()]
-    return next(iter([*floating, *parameters]), torch.empty(0))
+Base = tuple[Tensor | None, Tensor | None, Tensor | None]  # weight and bias, or the base's output
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # y, s (what entered B), tap, norms
 
 
-def empty_factors(base: nn.Module, inputs: int, outputs: int, r: int) -> tuple[Tensor, Tensor]:
-    """Return A [r, in] and B [out, r] for a base layer, not filled: fp64 beside fp64, else fp32."""
-    like = typical_tensor(base)
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "device": like.device}
-    return torch.empty(r, inputs, **options), torch.empty(outputs, r, **options)
+class Together:
+    """Layers that are evaluated by one call of the op: this one a layer alone, `Group` several."""
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that are evaluated together."""
+        return []
+
+    def outputs(
+        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], current: ForwardPass | None
+    ) -> Outputs:
+        """Return what `layer` makes of x [..., in] and its taps."""
+        return layer.evaluate([layer], [layer.evaluate_base(x)], [taps], x)[0]
 
 
-def fill_factors(A: Tensor, B: Tensor, how: bool | str) -> None:
-    """Fill A and B in place as `init_lora_weights` says."""
-    if how == "gaussian":
-        nn.init.normal_(A, std=1 / A.shape[0])
-    else:
-        nn.init.kaiming_uniform_(A, a=5**0.5)
-    if how is False:
-        nn.init.kaiming_uniform_(B, a=5**0.5)
-    else:
-        nn.init.zeros_(B)
+ALONE = Together()
 
 
 class ResLoraLinear(nn.Module):
@@ -135,7 +101,7 @@ class ResLoraLinear(nn.Module):
         self.name = chain.names[position]
         self.wiring = chain.wiring(position)
         self.lora_dropout = float(chain.config.lora_dropout)
-        self.group: Group | None = None  # layers that read the same x
+        self.group: Together = ALONE  # the layers that read the same x
         self.is_disabled = False
         self.is_merged = False
         # Set for the time of a measurement: see calls (x, what entered B, y) or take their place.
@@ -171,6 +137,10 @@ class ResLoraLinear(nn.Module):
         """Leave out what holds for a moment only: a copy is enabled and unobserved."""
         return {**self.__dict__, "is_disabled": False, "observer": None, "stand_in": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a file holds: where it is of an older version, a layer alone has no group."""
+        super().__setstate__({**state, "group": state["group"] or ALONE})
+
     @property
     def weight(self) -> Any:
         """The base layer's weight, for code that looks at its dtype or device."""
@@ -194,14 +164,8 @@ class ResLoraLinear(nn.Module):
             current = session.current(torch.compiler.is_compiling())
             if self.wiring.taps:
                 taps = session.read(self, x, current)
-        wants_norms = self.wants_norms(x)
-        found = None if self.group is None else self.group.outputs(self, x, taps, current)
-        if found is None:
-            member = self.member(x, *self.evaluate_base(x), taps)
-            y, s, tap, _, norms = self.adapt(x, [member], wants_norms)
-        else:
-            y, s, tap, norms = found
-        if wants_norms:
+        y, s, tap, norms = self.group.outputs(self, x, taps, current)
+        if self.wants_norms(x):
             self._record_norms(x, norms)
         if session is not None and current is not None:
             session.write(self, s if self.wiring.handed == "s" else tap, y, current)
@@ -224,19 +188,12 @@ class ResLoraLinear(nn.Module):
             return None
         return weight, bias  # type: ignore[return-value]
 
-    def evaluate_base(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def evaluate_base(self, x: Tensor) -> Base:
         """Return (weight, bias, None) of a plain base layer, else (None, None, its output)."""
         base = self.plain_base()
         return (None, None, self.base_layer(x)) if base is None else (*base, None)
 
-    def member(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        base_out: Tensor | None,
-        taps: list[Tensor],
-    ) -> ops.Member:
+    def member(self, x: Tensor, base: Base, taps: list[Tensor]) -> ops.Member:
         """Return this layer as the op takes it."""
         a, b, scaling, _, _, keep_tap = self.wiring
         layers = self.chain.layers
@@ -244,7 +201,21 @@ class ResLoraLinear(nn.Module):
         B = [layers[j].reslora_B for j in b]
         if len(a) + len(b) > 2:
             self._check_present(x, A, B)
-        return ops.member(weight, bias, base_out, A, B, scaling, taps, keep_tap)
+        return ops.member(*base, A, B, scaling, taps, keep_tap)
+
+    def evaluate(
+        self, layers: list[ResLoraLinear], bases: list[Base], taps: list[list[Tensor]], x: Tensor
+    ) -> list[Outputs]:
+        """Return what layers, this one among them, make of one x [..., in], bases and taps."""
+        members = [
+            layer.member(x, base, own) for layer, base, own in zip(layers, bases, taps, strict=True)
+        ]
+        wants_norms = any(layer.wants_norms(x) for layer in layers)
+        out = self.adapt(x, members, wants_norms)
+        norms = [out[-1]] * len(layers)
+        if wants_norms and len(layers) > 1:
+            norms = [out[-1].narrow(0, 2 * g, 2) for g in range(len(layers))]
+        return [(out[3 * g], out[3 * g + 1], out[3 * g + 2], own) for g, own in enumerate(norms)]
 
     def adapt(self, x: Tensor, members: list[ops.Member], want_norms: bool) -> list[Tensor]:
         """Call the op; its errors get this layer's name."""

@@ -22,14 +22,12 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .grouping import Ahead
-    from .layer import ResLoraLinear
+from ..config import ResLoraConfig
 
 NOT_CALLED = "the root was not called"
 NO_GRAPH_TASK = -1
@@ -49,6 +47,52 @@ def graph_task() -> int:
 def is_recomputing() -> bool:
     """Tell whether a layer is called by a running backward (so it must record no statistic)."""
     return not torch.compiler.is_compiling() and graph_task() != NO_GRAPH_TASK
+
+
+class Wiring(NamedTuple):
+    """What one layer reads and hands on; integers are positions in its chain."""
+
+    a: list[int]
+    b: list[int]
+    scaling: list[float]
+    taps: list[int]
+    handed: str  # "nothing", "tap" or "s"
+    keep_tap: bool
+
+
+class _Chain(Protocol):
+    """What a session reads of a `LayerChain`."""
+
+    key: str
+    config: ResLoraConfig
+    names: list[str]
+
+
+class Linked(Protocol):
+    """What a session reads of an adapted layer."""
+
+    name: str
+    position: int
+    wiring: Wiring
+    training: bool
+
+    @property
+    def chain(self) -> _Chain:
+        """The chain that the layer belongs to."""
+
+    @property
+    def reslora_A(self) -> Tensor:  # noqa: N802
+        """A [r, in]."""
+
+    def count_link(self, j: int, reason: str | None) -> None:
+        """Note that the tap of layer `j` was used, or why not."""
+
+
+class Waiting(Protocol):
+    """Results that were computed ahead for layers that are called later."""
+
+    def drop(self) -> None:
+        """Note that nobody took them: these layers are not computed ahead again."""
 
 
 class Record:
@@ -89,17 +133,10 @@ class ForwardPass:
         self.record = record
         self.taps: dict[tuple[str, int], Tensor] = {}
 
-    def taps_of(self, layer: ResLoraLinear) -> list[Tensor | None]:
+    def taps_of(self, layer: Linked) -> list[Tensor | None]:
         """Return what the layers that `layer` reads have handed on so far."""
         key = layer.chain.key
         return [self.taps.get((key, j)) for j in layer.wiring.taps]
-
-
-def drop(ahead: list[Ahead], is_finished: bool) -> None:
-    """Empty the slot; layers whose results nobody took are not computed ahead again."""
-    if ahead and is_finished:
-        ahead[0].group.left.update(ahead[0].results)
-    ahead.clear()
 
 
 class _PerThread(threading.local):
@@ -108,7 +145,7 @@ class _PerThread(threading.local):
     def __init__(self) -> None:
         self.thread = object()  # threading.get_ident() may name a later thread too
         self.passes: list[ForwardPass] = []
-        self.ahead: list[Ahead] = []  # what a group of layers computed ahead: one or none
+        self.ahead: list[Waiting] = []  # what a group of layers computed ahead: one or none
 
 
 class Session:
@@ -169,13 +206,20 @@ class Session:
 
     def finish(self, root: nn.Module, args: Any, output: Any) -> None:
         """Close the newest pass (forward hook of the root, also called after an exception)."""
-        drop(self.open.ahead, is_finished=output is not None)  # None: an exception was raised
+        self.drop_ahead(is_finished=output is not None)  # None: an exception was raised
         passes = self.open.passes
         if not passes:
             return
         record = passes.pop().record
         if record is not None:
             record.end = _next_sequence_nr()
+
+    def drop_ahead(self, is_finished: bool) -> None:
+        """Forget what was computed ahead; in a forward that is finished nobody will take it."""
+        ahead = self.open.ahead
+        if ahead and is_finished:
+            ahead[0].drop()
+        ahead.clear()
 
     def current(self, is_compiling: bool) -> ForwardPass | None:
         """Return the pass that this thread has open for the running graph task, if any."""
@@ -185,7 +229,7 @@ class Session:
         newest = passes[-1]
         return newest if is_compiling or newest.task == graph_task() else None
 
-    def read(self, layer: ResLoraLinear, x: Tensor, current: ForwardPass | None) -> list[Tensor]:
+    def read(self, layer: Linked, x: Tensor, current: ForwardPass | None) -> list[Tensor]:
         """Return the taps that `layer` adds: those it is wired to that fit x [..., in]."""
         is_compiling = torch.compiler.is_compiling()
         if current is None:
@@ -200,7 +244,7 @@ class Session:
             current.record.add((layer.chain.key, layer.position), found)
         return taps
 
-    def peek(self, layer: ResLoraLinear, x: Tensor, current: ForwardPass | None) -> list[Tensor]:
+    def peek(self, layer: Linked, x: Tensor, current: ForwardPass | None) -> list[Tensor]:
         """Return what `read` will, without a trace of it."""
         if not layer.wiring.taps:
             return []
@@ -211,7 +255,7 @@ class Session:
         reads = None if record is None else record.reads.get(place)
         return [] if reads is None else self._fitting(layer, reads, x, False)
 
-    def write(self, layer: ResLoraLinear, tap: Tensor, y: Tensor, current: ForwardPass) -> None:
+    def write(self, layer: Linked, tap: Tensor, y: Tensor, current: ForwardPass) -> None:
         """Keep what `layer` hands on for the rest of the pass; the record lives as long as y."""
         if layer.wiring.handed != "nothing":
             current.taps[(layer.chain.key, layer.position)] = (
@@ -223,7 +267,7 @@ class Session:
         node.metadata["reslora"] = current.record
 
     def _fitting(
-        self, layer: ResLoraLinear, found: list[Tensor | None], x: Tensor, is_forward: bool
+        self, layer: Linked, found: list[Tensor | None], x: Tensor, is_forward: bool
     ) -> list[Tensor]:
         taps, rows = [], x.shape[:-1]
         for j, tap in zip(layer.wiring.taps, found, strict=True):
@@ -238,7 +282,7 @@ class Session:
                 layer.count_link(j, reason)
         return taps
 
-    def _read_outside(self, layer: ResLoraLinear) -> list[Tensor | None] | None:
+    def _read_outside(self, layer: Linked) -> list[Tensor | None] | None:
         """Serve a layer that was called while no pass is open here."""
         if graph_task() != NO_GRAPH_TASK:
             return self._recorded(layer)
@@ -267,7 +311,7 @@ class Session:
         record = _newest(self._records_of_recompute())
         return () if record is None else record.together.get(name, ())
 
-    def _recorded(self, layer: ResLoraLinear) -> list[Tensor | None]:
+    def _recorded(self, layer: Linked) -> list[Tensor | None]:
         """Return what `layer` read in the forward that is now recomputed."""
         records = self._records_of_recompute()
         if len({r.thread for r in records}) > 1:
@@ -291,7 +335,7 @@ class Session:
             )
         return record.reads[place]
 
-    def _refuse_reentrant(self, layer: ResLoraLinear, current: ForwardPass) -> None:
+    def _refuse_reentrant(self, layer: Linked, current: ForwardPass) -> None:
         if not (current.is_grad_enabled and layer.training):
             return
         if layer.reslora_A.requires_grad:
@@ -302,7 +346,7 @@ class Session:
             )
 
 
-def _read_outside(session: Session, layer: ResLoraLinear) -> list[Tensor | None] | None:
+def _read_outside(session: Session, layer: Linked) -> list[Tensor | None] | None:
     return session._read_outside(layer)
 
 

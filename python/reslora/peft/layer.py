@@ -13,18 +13,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from . import _C, merging
-from .injection import Injection
-from .layer import (
-    LayerChain,
-    ResLoraLinear,
-    empty_factors,
-    fill_factors,
-    is_conv1d,
-    typical_tensor,
-)
-from .planning import make_plan
-from .targets import features_of
+from .._C import MergePlan
+from ..injection.adapted import Injection
+from ..merging.merge import unmerge_adapters
+from ..merging.planning import make_plan
+from ..nn.base_layers import features_of, is_conv1d, typical_tensor
+from ..nn.factors import empty_factors, fill_factors
+from ..nn.layer import LayerChain, ResLoraLinear
 
 
 class Adapter(ResLoraLinear):
@@ -175,7 +170,7 @@ class PeftLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Take the adapter out of the weights again, in every layer."""
         for name in self.merged_adapters:
-            merging.unmerge_adapters(self._injection(name))
+            unmerge_adapters(self._injection(name))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W* - W, in the layout of the base weight, by the best rule for what is at hand."""
@@ -205,10 +200,10 @@ class PeftLinear(nn.Module, BaseTunerLayer):
 
 
 # By adapter: the values that a plan was made for, and the plan. A copy of a model has none.
-_plans: WeakKeyDictionary[Injection, tuple[Any, _C.MergePlan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Injection, tuple[Any, MergePlan]] = WeakKeyDictionary()
 
 
-def delta_plan(injection: Injection) -> _C.MergePlan:
+def delta_plan(injection: Injection) -> MergePlan:
     """Return the plan of a merge, made once for the adapter's values as they are."""
     key = tuple((id(p), p._version) for x in injection.layers for p in (x.reslora_A, x.reslora_B))
     kept = _plans.get(injection)

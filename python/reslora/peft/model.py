@@ -1,109 +1,28 @@
-"""ResLoRA as a method of PEFT: `get_peft_model`, Trainer, TRL and what else knows PEFT models.
-
-Example::
-
-    from peft import get_peft_model
-    from reslora.peft import ResLoraConfig  # importing this registers the method
-
-    config = ResLoraConfig(r=8, target_modules=["q_proj", "v_proj"], res_mode="is")
-    model = get_peft_model(model, config)
-    ...  # train, save_pretrained, PeftModel.from_pretrained, as with LoRA
-    model = model.merge_and_unload()
-
-PEFT finds the layers, wraps them and writes the files. What a layer computes, how layers are
-linked and how they are merged is the package's own: every function of `reslora` (print_links,
-calibrate, merge_report, merge, export_lora, finish, ...) takes a PEFT model as it takes an
-injected one. One adapter is active at a time. Needs peft 0.18 or newer.
-"""
+"""What `get_peft_model` makes of a model, and how PEFT knows the method."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftType
+from peft import PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-from torch import Tensor, nn
+from torch import nn
 
-from . import _C, __version__, merging
-from .checkpoint import (
-    CONFIG_NAME,
-    STATISTICS_NAME,
-    WEIGHTS_NAME,
-    load_tensors_of,
-    transposed_chains,
-)
-from .config import PEFT_TYPE
-from .config import ResLoraConfig as CoreConfig
-from .injection import Injection, make_chains, open_sessions, shape_of, warn_without_links
-from .layer import LayerChain, ResLoraLinear
-from .peft_layer import Adapter, PeftLinear
-from .targets import default_targets, features_of, is_bypassed
-
-NAME = "reslora"
-CARD = (
-    "\n## How to load this adapter\n\nIt is a ResLoRA adapter: PEFT knows the method once "
-    "`reslora` is imported.\n\n```python\nimport reslora.peft\nfrom peft import PeftModel\n\n"
-    "model = PeftModel.from_pretrained(base_model, folder)\n```\n"
-)
-
-
-@dataclass
-class ResLoraConfig(CoreConfig, PeftConfig):
-    """The options of `reslora.ResLoraConfig` and those of every PEFT config (`task_type`, ...)."""
-
-    fan_in_fan_out: bool | list[str] = field(
-        default=False,
-        metadata={
-            "help": "Taken from the layers: the chains whose layers hold W^T (transformers' Conv1D)"
-        },
-    )
-    reslora_version: str | None = field(
-        default=None, metadata={"help": "Version of reslora, leave empty to auto-fill."}
-    )
-
-    def __post_init__(self) -> None:
-        """Check every option."""
-        PeftConfig.__post_init__(self)
-        self.peft_type = PeftType[PEFT_TYPE]
-        self.reslora_version = self.reslora_version or __version__
-        self.validate()
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json; a weights file beside it gets the header that reslora reads.
-
-        PEFT calls this after it has written the tensors.
-        """
-        PeftConfig.save_pretrained(self, save_directory, **kwargs)
-        folder = Path(save_directory)
-        chains = getattr(self, "chains", None)  # set where a model was adapted
-        if chains is None or not (folder / WEIGHTS_NAME).is_file():
-            return
-        (folder / STATISTICS_NAME).unlink(missing_ok=True)  # of another adapter
-        tensors = load_tensors_of(folder / WEIGHTS_NAME)
-        values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        # PEFT lists what a head may be called; files of ours name what is there.
-        own = [name for name in self.modules_to_save or () if _is_saved(name, tensors)]
-        text = json.dumps({**values, "modules_to_save": own or None}, indent=2, sort_keys=True)
-        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-        _C.save_adapter(folder / WEIGHTS_NAME, text, chains, tensors)
-        if (folder / "README.md").is_file():
-            card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
-            if CARD.strip() not in card.text:
-                card.text = card.text.rstrip("\n") + "\n" + CARD
-            card.data.tags = sorted({*(card.data.tags or ()), NAME})
-            card.save(folder / "README.md")
-
-
-def _is_saved(module: str, tensors: dict[str, Tensor]) -> bool:
-    return any(f".{module}." in f".{key}" for key in tensors)
+from ..config import PEFT_TYPE
+from ..files.checkpoint import transposed_chains
+from ..injection.adapted import Injection
+from ..injection.chains import make_chains, shape_of
+from ..injection.inject import open_sessions, warn_without_links
+from ..injection.targets import default_targets
+from ..merging.merge import merge, merge_for_good
+from ..nn.base_layers import features_of, is_bypassed
+from ..nn.layer import LayerChain, ResLoraLinear
+from .config import NAME, ResLoraConfig
+from .layer import Adapter, PeftLinear
 
 
 class ResLoraModel(BaseTuner):
@@ -205,7 +124,7 @@ class ResLoraModel(BaseTuner):
         if any(isinstance(x, PeftLinear) and x.merged for x in self.model.modules()):
             warnings.warn("[reslora.peft] already merged, nothing to do", stacklevel=2)
             return
-        merging.merge(self.model, safe_merge=safe_merge)
+        merge(self.model, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
@@ -219,7 +138,7 @@ class ResLoraModel(BaseTuner):
             self._check_active(adapter_names)
             self._check_merge_allowed()
             if not any(layer.merged for layer in layers):
-                merging.merge_for_good(
+                merge_for_good(
                     self.model, "merge_and_unload", safe_merge=safe_merge, progressbar=progressbar
                 )
         else:
