@@ -90,6 +90,19 @@ PLANTED = [
     ("ruff_lint", "python/reslora/a.py", "import os\n", "F401"),
     ("ruff_format", "python/reslora/a.py", "x = {  'a':1 }\n", "a.py"),
     ("types", "python/reslora/__init__.py", "x: int = 'a'\n", "__init__.py:1: error"),
+    (
+        "python_imports",
+        "python/reslora/nn/upward.py",
+        "import typing\n\nif typing.TYPE_CHECKING:\n    from ..injection import inject\n",
+        "reslora.nn.upward -> reslora.injection.inject (l.4)",
+    ),
+    (
+        "python_imports",
+        "python/reslora/nn/session.py",
+        "from .layer import ResLoraLinear\n",
+        "- .session -> .layer (1 import)",
+    ),
+    ("python_imports", "python/reslora/stray.py", '"""Stray."""\n', "reslora.stray"),
     ("clang_format", "src/a.cpp", "int   f( ) {return 1;}\n", "src/a.cpp:1"),
 ]
 
@@ -114,6 +127,11 @@ def plant(tree: Path, path: str, text: str) -> None:
     (tree / path).write_text(text)
 
 
+def copy_package(tree: Path) -> None:
+    for source in (TESTS.parent / "python/reslora").rglob("*.py"):
+        plant(tree, str(source.relative_to(TESTS.parent)), source.read_text())
+
+
 @pytest.mark.parametrize(("check", "path", "text", "expected"), PLANTED)
 def test_a_planted_violation_is_reported(
     tmp_path: Path, check: str, path: str, text: str, expected: str
@@ -123,6 +141,9 @@ def test_a_planted_violation_is_reported(
             style.check_clang_format(tmp_path)
         return
     shutil.copy(TESTS.parent / ".clang-format", tmp_path)
+    if check == "python_imports":
+        copy_package(tmp_path)
+        assert style.check_python_imports(tmp_path) == []
     plant(tmp_path, path, text)
     found = "\n".join(getattr(style, f"check_{check}")(tmp_path))
     assert expected in found
