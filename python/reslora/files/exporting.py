@@ -30,7 +30,7 @@ from ..config import ResLoraConfig
 from ..injection.adapted import Injection, earlier_fits_after_errors, injection_of, plain_model
 from ..injection.heads import refuse_tied, saved_names
 from ..injection.targets import matches_names
-from ..merging.merge import prepare
+from ..merging.merge import MergeRequest, prepare
 from ..merging.planning import make_plan, warn_unfinished
 from ..nn.base_layers import is_conv1d
 from ..text_files import write_text
@@ -76,19 +76,22 @@ def export_lora(
     """
     model = plain_model(model)
     injection = injection_of(model, "export_lora")
-    plan = _planned(model, injection, merge_method, "export_lora", data, refine_steps, progressbar)
+    request = MergeRequest(
+        "export_lora", merge_method, data=data, refine_steps=refine_steps, progressbar=progressbar
+    )
+    plan = _planned(model, injection, request)
     refuse_tied(model, saved_names(model, injection), "export_lora")
     layers, error = reduced(plan.layers, rank, tolerance)
     base = base_name(model, base_model_name_or_path)
     _write_lora(
         directory,
         layers,
-        {key: tensor.detach() for key, tensor in saved_tensors(model, injection).items()},
-        _short_targets(model, [layer.name for layer in layers]),
-        injection.config,
-        all(is_conv1d(layer.base_layer) for layer in injection.layers),
-        base,
-        task_type,
+        heads={k: tensor.detach() for k, tensor in saved_tensors(model, injection).items()},
+        targets=_short_targets(model, [layer.name for layer in layers]),
+        config=injection.config,
+        fan_in_fan_out=all(is_conv1d(layer.base_layer) for layer in injection.layers),
+        base=base,
+        task_type=task_type,
     )
     return error
 
@@ -133,9 +136,11 @@ def export_diffusers(
             f"[export_diffusers] such files hold LoRA alone; got modules_to_save {heads} "
             "(merge_and_unload keeps them)"
         )
-    plan = _planned(
-        model, injection, merge_method, "export_diffusers", data, refine_steps, progressbar
-    )
+    request = MergeRequest(
+        "export_diffusers", merge_method, data=data, refine_steps=refine_steps,
+        progressbar=progressbar,
+    )  # fmt: skip
+    plan = _planned(model, injection, request)
     layers, error = reduced(plan.layers, rank, tolerance)
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in padded(layers).items():
@@ -175,6 +180,7 @@ def padded(layers: list[LayerMerge]) -> dict[str, tuple[Tensor, Tensor]]:
 def _write_lora(
     directory: PathLike,
     layers: list[LayerMerge],
+    *,
     heads: dict[str, Tensor],
     targets: list[str],
     config: ResLoraConfig,
@@ -192,19 +198,11 @@ def _write_lora(
     return R
 
 
-def _planned(
-    model: nn.Module,
-    injection: Injection,
-    merge_method: str | None,
-    op: str,
-    data: Any,
-    refine_steps: int,
-    progressbar: bool,
-) -> MergePlan:
-    applied = injection.applied
+def _planned(model: nn.Module, injection: Injection, request: MergeRequest) -> MergePlan:
+    op, merge_method, applied = request.op, request.merge_method, injection.applied
     if applied is None:
         with earlier_fits_after_errors(injection):
-            prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
+            prepare(model, injection, request)
             warn_unfinished(injection, op)
             return make_plan(injection, merge_method, op, use_affine=False)
     method = applied.merge_method or "default"
@@ -213,7 +211,7 @@ def _planned(
             f"[{op}] the adapter of a merged model is exported by its plan, which a copy has not; "
             "got a copy of a merged model (export the model that was merged)"
         )
-    if merge_method not in (None, applied.merge_method) or data is not None:
+    if merge_method not in (None, applied.merge_method) or request.data is not None:
         raise ValueError(
             f"[{op}] a merged model is exported as it was merged, by {method!r}; got "
             f"{merge_method!r} or data (unmerge it first)"
@@ -281,11 +279,11 @@ def export_folder(
     R = _write_lora(
         directory,
         layers,
-        heads_of(read),
-        sorted(layer.name for layer in layers),
-        config,
-        bool(transposed) and all(key in transposed for key, _ in read.chains),
-        values.get("base_model_name_or_path"),
-        values.get("task_type"),
+        heads=heads_of(read),
+        targets=sorted(layer.name for layer in layers),
+        config=config,
+        fan_in_fan_out=bool(transposed) and all(key in transposed for key, _ in read.chains),
+        base=values.get("base_model_name_or_path"),
+        task_type=values.get("task_type"),
     )
     return R, error

@@ -59,7 +59,7 @@ def merge_report(
         raise ValueError("[merge_report] the model must not be merged; got a merged one (unmerge)")
     plan = make_plan(injection, merge_method, "merge_report")
     report = describe(plan)
-    measure(model, injection, plan, report, batches, progressbar)
+    measure(model, injection, plan, report, batches, progressbar=progressbar)
     return report
 
 
@@ -101,6 +101,7 @@ def measure(
     plan: MergePlan,
     report: MergeReport,
     batches: Any,
+    *,
     progressbar: bool,
     dense: dict[str, nn.Linear] | None = None,
 ) -> None:

@@ -17,6 +17,7 @@ import logging
 import math
 import numbers
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -42,6 +43,27 @@ from .refinement import refine
 from .report import MergeReport
 
 logger = logging.getLogger("reslora")
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """How to merge a model: what `merge` takes, and `op`, who asks, for sentences of errors."""
+
+    op: str
+    merge_method: str | None = None
+    data: Any = None
+    refine_steps: int = 0
+    verify: Any = None
+    max_error: float | None = None
+    safe_merge: bool = False
+    progressbar: bool = False
+    keep_originals: bool = True
+
+    @property
+    def leaves_all_open(self) -> bool:
+        """Tell whether nothing is asked for that a model which is merged already could lack."""
+        asked = (self.data, self.verify, self.max_error)
+        return not self.refine_steps and all(value is None for value in asked)
 
 
 def _check_weights(
@@ -110,10 +132,11 @@ def merge(
         ValueError: where a rule cannot serve a layer, or the error is above `max_error`; no weight
             is then changed.
     """
-    return _merge(
-        model, merge_method, "merge", data, refine_steps, verify, max_error, safe_merge,
-        progressbar, True, {},
+    request = MergeRequest(
+        "merge", merge_method, data=data, refine_steps=refine_steps, verify=verify,
+        max_error=max_error, safe_merge=safe_merge, progressbar=progressbar,
     )  # fmt: skip
+    return _merge(model, request, {})
 
 
 def merge_and_unload(
@@ -136,28 +159,27 @@ def merge_and_unload(
     adapter is merged into the dequantised weights (not those of the original files; see
     quantized.py).
     """
-    injection = injection_of(model, "merge_and_unload")
+    request = MergeRequest(
+        "merge_and_unload", merge_method, data=data, refine_steps=refine_steps, verify=verify,
+        max_error=max_error, safe_merge=safe_merge, progressbar=progressbar, keep_originals=False,
+    )  # fmt: skip
+    injection = injection_of(model, request.op)
     applied = injection.applied
     dense = {}
     if applied is None:
         if dequantize:
-            dense = dense_layers(model, injection, "merge_and_unload")
-        _merge(
-            model, merge_method, "merge_and_unload", data, refine_steps, verify, max_error,
-            safe_merge, progressbar, False, dense,
-        )  # fmt: skip
+            dense = dense_layers(model, injection, request.op)
+        _merge(model, request, dense)
         for layer in injection.layers:
             if layer.name in dense:
                 layer.set_base(dense[layer.name])
-    elif merge_method not in (None, applied.merge_method) or not _is_plain(
-        data, refine_steps, verify, max_error
-    ):
+    elif merge_method not in (None, applied.merge_method) or not request.leaves_all_open:
         raise ValueError(
             f"[merge_and_unload] the model is merged by {applied.merge_method or 'default'!r}; got "
             f"merge_method {merge_method!r}, data, refine_steps, verify or max_error (unmerge it "
             "first)"
         )
-    plain = _removed(model, injection, "merge_and_unload")
+    plain = _removed(model, injection, request.op)
     if dense:
         note_dense(plain)
     return plain
@@ -173,84 +195,65 @@ def _removed(model: nn.Module, injection: Injection, how: str) -> nn.Module:
 
 def merge_for_good(model: nn.Module, op: str, *, safe_merge: bool, progressbar: bool) -> None:
     """Merge by the best rule for what is at hand and keep no originals."""
-    _merge(model, None, op, None, 0, None, None, safe_merge, progressbar, False, {})
+    request = MergeRequest(op, safe_merge=safe_merge, progressbar=progressbar, keep_originals=False)
+    _merge(model, request, {})
 
 
-def _is_plain(data: Any, refine_steps: int, verify: Any, max_error: float | None) -> bool:
-    return data is None and not refine_steps and verify is None and max_error is None
-
-
-def _merge(
-    model: nn.Module,
-    merge_method: str | None,
-    op: str,
-    data: Any,
-    refine_steps: int,
-    verify: Any,
-    max_error: float | None,
-    safe_merge: bool,
-    progressbar: bool,
-    keep_originals: bool,
-    dense: dict[str, nn.Linear],
-) -> MergeReport:
+def _merge(model: nn.Module, request: MergeRequest, dense: dict[str, nn.Linear]) -> MergeReport:
+    """Merge; `dense` holds what takes the place of quantised layers."""
+    op = request.op
     injection = injection_of(model, op)
     if injection.applied is not None:
         raise ValueError(f"[{op}] adapters must not be merged yet; got a merged model (unmerge it)")
-    _check_limits(op, verify, max_error)
+    _check_limits(request)
     _check_weights(model, injection, op, dense)
     with earlier_fits_after_errors(injection):
-        prepare(model, injection, merge_method, op, data, refine_steps, progressbar)
+        prepare(model, injection, request)
         weights = {name: layer.weight for name, layer in dense.items()}
-        plan = make_plan(injection, merge_method, op, weights=weights)
+        plan = make_plan(injection, request.merge_method, op, weights=weights)
         _warn_mixed(model, op)
-        if not keep_originals:
+        if not request.keep_originals:
             warn_unfinished(injection, op)
         report = describe(plan)
-        if verify is not None:
-            measure(model, injection, plan, report, verify, progressbar, dense)
-            _refuse_error(op, report, max_error)
-        interrupt = _apply(plan, keep_originals, safe_merge, progressbar, len(report.layers))
+        if request.verify is not None:
+            measure(
+                model, injection, plan, report, request.verify,
+                progressbar=request.progressbar, dense=dense,
+            )  # fmt: skip
+            _refuse_error(op, report, request.max_error)
+        interrupt = _apply(plan, request, len(report.layers))
     for layer in injection.layers:
         layer.is_merged = True
-    injection.applied = Applied(plan, chosen_method(injection, merge_method))
+    injection.applied = Applied(plan, chosen_method(injection, request.merge_method))
     if interrupt is not None:
         raise interrupt
     logger.info("[%s] merged\n%s", op, report)
     return report
 
 
-def _apply(
-    plan: MergePlan, keep_originals: bool, safe_merge: bool, progressbar: bool, count: int
-) -> BaseException | None:
+def _apply(plan: MergePlan, request: MergeRequest, count: int) -> BaseException | None:
     """Write every W*. Without originals nothing could be put back: an interrupt then waits."""
     waiting: list[BaseException] = []
-    with bar(progressbar, "merging", count) as shown:
+    with bar(request.progressbar, "merging", count) as shown:
 
         def show(done: int) -> None:
             try:
                 shown.update(done - shown.n)
             except BaseException as error:
-                if keep_originals:
+                if request.keep_originals:
                     raise
                 waiting.append(error)
 
-        plan.apply(keep_originals, safe_merge, show)
+        plan.apply(request.keep_originals, request.safe_merge, show)
     return waiting[0] if waiting else None
 
 
-def prepare(
-    model: nn.Module,
-    injection: Injection,
-    merge_method: str | None,
-    op: str,
-    data: Any,
-    refine_steps: int,
-    progressbar: bool,
-) -> None:
+def prepare(model: nn.Module, injection: Injection, request: MergeRequest) -> None:
     """Calibrate and refine where data for it is given and the method can use it."""
-    method = chosen_method(injection, merge_method)
+    op, data = request.op, request.data
+    method = chosen_method(injection, request.merge_method)
     if data is None:
-        if refine_steps:
+        if request.refine_steps:
             raise ValueError(f"[{op}] refine_steps needs batches; got data=None")
         return
     if method not in ("", "lsq"):
@@ -261,20 +264,21 @@ def prepare(
     if injection.merges_exactly:
         return
     batches = as_batches(data, op)
-    if refine_steps and iter(batches) is batches:
+    if request.refine_steps and iter(batches) is batches:
         raise ValueError(
             f"[{op}] data is read twice, to calibrate and to refine; got an iterator that can be "
             "read once: pass a list or a DataLoader"
         )
-    calibrate(model, data, progressbar=progressbar)
-    if refine_steps:
-        refine(model, data, refine_steps, progressbar=progressbar)
+    calibrate(model, data, progressbar=request.progressbar)
+    if request.refine_steps:
+        refine(model, data, request.refine_steps, progressbar=request.progressbar)
 
 
-def _check_limits(op: str, verify: Any, max_error: float | None) -> None:
+def _check_limits(request: MergeRequest) -> None:
+    op, max_error = request.op, request.max_error
     if max_error is None:
         return
-    if verify is None:
+    if request.verify is None:
         raise ValueError(f"[{op}] max_error needs batches to measure on; got verify=None")
     is_number = isinstance(max_error, numbers.Real)
     if not (is_number and math.isfinite(max_error) and max_error >= 0):
