@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 import reslora
-from reslora.checkpoint import read_adapter
-from reslora.model_folder import merge_folder
-from reslora.utils import injection_of
+from reslora.files.checkpoint import read_adapter
+from reslora.files.model_folder import merge_folder
+from reslora.injection.adapted import injection_of
 
 HIDDEN, INNER, SHARDS = 2048, 5632, 4
 MEMORY = """
@@ -41,7 +41,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 import torch
 if len(sys.argv) > 1:
-    from reslora.model_folder import merge_folder
+    from reslora.files.model_folder import merge_folder
     merge_folder(*sys.argv[1:])
 time.sleep(0.05)
 print(peak * 1024)

@@ -24,7 +24,8 @@ import torch
 from bench_layer import Case, NaiveStack, Stack, fill, with_peft, with_reslora
 from torch import Tensor, nn
 
-from reslora import _C, ops
+from reslora import _C
+from reslora.nn import ops
 
 # tokens, in, out
 SHAPES = [

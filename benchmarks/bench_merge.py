@@ -30,9 +30,10 @@ from torch import nn
 from tqdm import tqdm
 
 import reslora
-from reslora.planning import make_plan
-from reslora.reporting import kl_sum, plain_lora, standing_in
-from reslora.utils import injection_of
+from reslora.injection.adapted import injection_of
+from reslora.merging.distance import kl_sum
+from reslora.merging.planning import make_plan
+from reslora.merging.stand_ins import plain_lora, standing_in
 
 CELLS = Path(__file__).resolve().parent / "results" / "merge"
 

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import reslora
-from reslora.utils import find_layers
+from reslora.injection.adapted import find_layers
+from reslora.nn.layer import ALONE
 
 RANK, ALPHA = 16, 16
 METHODS = {"none": 0, "is": 1, "bs": 3, "ms": -1}
@@ -168,7 +169,7 @@ def time_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
     models = {m: adapted(copy.deepcopy(plain), targets, m).train() for m in methods}
     models[APART] = adapted(copy.deepcopy(plain), targets, "none").train()
     for layer in find_layers(models[APART]):
-        layer.group = None
+        layer.group = ALONE
     check_values(models, name, batch)
     steps, breaks, errors = {}, {}, {}
     for method, model in models.items():

@@ -157,6 +157,22 @@ def check_types(tree: Path) -> list[str]:
     return run_tool(tree, sys.executable, "-m", "mypy", "--no-error-summary", "python/reslora")
 
 
+def check_python_imports(tree: Path) -> list[str]:
+    """Modules of python/reslora import what stands below them only: see pyproject.toml."""
+    needs_module("importlinter")
+    if not (tree / "python/reslora/__main__.py").is_file():
+        return []
+    # The finders of Python alone: that of an editable installation would look elsewhere.
+    program = (
+        "import sys; from importlib import machinery as m; from importlinter import cli; "
+        "sys.meta_path[:] = [m.BuiltinImporter, m.FrozenImporter, m.PathFinder]; "
+        "sys.path.insert(0, 'python'); cli.lint_imports_command()"
+    )
+    config = str(Path(__file__).resolve().parent.parent / "pyproject.toml")
+    lines = run_tool(tree, sys.executable, "-c", program, "--no-logo", "--no-cache", config)
+    return [line for line in lines if re.match(r"(- )?\W*reslora\.|- \.", line)] or lines
+
+
 def check_reference(tree: Path) -> list[str]:
     """Every public name of include/ is documented: doxygen has nothing to complain of."""
     if shutil.which("doxygen") is None:
@@ -313,11 +329,11 @@ def check_python_has_no_formulas(tree: Path) -> list[str]:
 
 
 def check_ops_are_named_once(tree: Path) -> list[str]:
-    """torch.ops.reslora is named in ops.py only."""
+    """torch.ops.reslora is named in nn/ops.py only."""
     return [
-        f"{place}: torch.ops.reslora is named in python/reslora/ops.py only"
+        f"{place}: torch.ops.reslora is named in python/reslora/nn/ops.py only"
         for path in files_of(tree / "python", ".py")
-        if path.name != "ops.py"
+        if path.parts[-2:] != ("nn", "ops.py")
         for place, line in numbered(tree, path)
         if "torch.ops.reslora" in line.split("#")[0]
     ]
@@ -389,6 +405,7 @@ CHECKS: tuple[Callable[[Path], list[str]], ...] = (
     check_ruff_format,
     check_ruff_lint,
     check_types,
+    check_python_imports,
     check_reference,
     check_include_direction,
     check_foreign_headers,

@@ -14,26 +14,30 @@ from . import _loading
 
 _loading.load()
 
-from . import _build_info, plots  # type: ignore[attr-defined]  # noqa: E402
-from .calibration import Calibration, calibrate  # noqa: E402
-from .checkpoint import load, save_pretrained  # noqa: E402
+from . import _former_paths, plots  # noqa: E402
+from ._build_info import VERSION  # noqa: E402
 from .config import ResLoraConfig  # noqa: E402
 from .distributed import adapter_parameters, reduce_gradients, sync_statistics  # noqa: E402
-from .exporting import export_diffusers, export_lora  # noqa: E402
-from .finishing import finish  # noqa: E402
-from .injection import inject  # noqa: E402
-from .layer import ResLoraLinear  # noqa: E402
-from .merging import merge, merge_and_unload, unload, unmerge  # noqa: E402
-from .refinement import Refinement, refine  # noqa: E402
-from .reporting import LayerReport, MergeReport, merge_report  # noqa: E402
-from .starting import Start, init_from_lora  # noqa: E402
-from .utils import (  # noqa: E402
+from .files.checkpoint import load, save_pretrained  # noqa: E402
+from .files.exporting import export_diffusers, export_lora  # noqa: E402
+from .files.starting import Start, init_from_lora  # noqa: E402
+from .injection.inject import inject  # noqa: E402
+from .injection.links import (  # noqa: E402
     disable_adapter,
     print_links,
     print_trainable_parameters,
 )
+from .merging.calibration import Calibration, calibrate  # noqa: E402
+from .merging.finishing import finish  # noqa: E402
+from .merging.measuring import merge_report  # noqa: E402
+from .merging.merge import merge, merge_and_unload, unload, unmerge  # noqa: E402
+from .merging.refinement import Refinement, refine  # noqa: E402
+from .merging.report import LayerReport, MergeReport  # noqa: E402
+from .nn.layer import ResLoraLinear  # noqa: E402
 
-__version__: str = _build_info.VERSION
+__version__ = VERSION
+
+_former_paths.keep()
 
 __all__ = [
     "Calibration",

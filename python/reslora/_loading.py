@@ -43,13 +43,11 @@ def missing_kernels() -> str:
     """Return a sentence where torch has CUDA and this build no kernels for it; else nothing."""
     import torch
 
-    from . import _build_info  # type: ignore[attr-defined]
+    from ._build_info import TORCH_CUDA, TORCH_MINOR, WITH_CUDA
 
-    if _build_info.WITH_CUDA or not torch.version.cuda:
+    if WITH_CUDA or not torch.version.cuda:
         return ""
-    built = "without CUDA kernels"
-    if not _build_info.TORCH_CUDA:
-        built = f"with torch {_build_info.TORCH_MINOR} without CUDA"
+    built = f"with torch {TORCH_MINOR} without CUDA" if not TORCH_CUDA else "without CUDA kernels"
     cuda = cuda_of(torch.version.cuda)
     return (
         f"reslora was built {built} and found torch {cuda}: on a GPU it runs ATen's form; "
@@ -64,14 +62,14 @@ def cuda_of(version: str | None) -> str:
 
 def _refusal() -> str:
     try:
-        from . import _build_info  # type: ignore[attr-defined]
+        from ._build_info import TORCH_CUDA, TORCH_MINOR, WITH_CUDA
     except ImportError:
         return "reslora is not built in this folder: run `pip install .` in its repository"
     import torch
 
-    built, found = _build_info.TORCH_MINOR, ".".join(torch.__version__.split(".")[:2])
-    if built == found and _build_info.WITH_CUDA:
-        built += f" {cuda_of(_build_info.TORCH_CUDA)}"
+    built, found = TORCH_MINOR, ".".join(torch.__version__.split(".")[:2])
+    if built == found and WITH_CUDA:
+        built += f" {cuda_of(TORCH_CUDA)}"
         found += f" {cuda_of(torch.version.cuda)}"
     if built == found:
         return ""
@@ -82,20 +80,19 @@ def _refusal() -> str:
 
 
 def _could_not_load(error: ImportError) -> str:
-    from . import _build_info  # type: ignore[attr-defined]
+    from ._build_info import TORCH_CUDA, TORCH_VERSION
 
     return (
-        f"reslora was built with torch {_build_info.TORCH_VERSION} "
-        f"{cuda_of(_build_info.TORCH_CUDA)} and does not load in Python "
-        f"{platform.python_version()}: {error}; install what is missing, or {AGAIN}"
+        f"reslora was built with torch {TORCH_VERSION} {cuda_of(TORCH_CUDA)} and does not load in "
+        f"Python {platform.python_version()}: {error}; install what is missing, or {AGAIN}"
     )
 
 
 def _warn_of_missing_kernels() -> None:
     # A build with nothing but nvcc missing is what owners of no GPU have: that is for the doctor.
-    from . import _build_info  # type: ignore[attr-defined]
+    from ._build_info import TORCH_CUDA
 
-    if not _build_info.TORCH_CUDA and (sentence := missing_kernels()):
+    if not TORCH_CUDA and (sentence := missing_kernels()):
         warnings.warn(sentence, stacklevel=4)  # whoever imports reslora
 
 

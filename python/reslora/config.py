@@ -19,9 +19,9 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from . import _C
-from .json_files import parse_object
-from .utils import write_text
+from ._build_info import VERSION
+from ._C import config_defaults, scaling_of, validate_config
+from .text_files import parse_object, write_text
 
 PEFT_TYPE = "RESLORA"
 MERGE_METHODS = ("exact", "lsq", "input", "weight", "factored")
@@ -210,19 +210,19 @@ class ResLoraConfig(metaclass=_LoraOptions):
             self.layers_pattern = [self.layers_pattern]
         _check_types(self)
         _check_choices(self)
-        _C.validate_config(self.core())
+        validate_config(self.core())
         for key, rank in self.rank_pattern.items():
             if not _is_whole(rank):
                 raise ValueError(
                     f"[config] rank_pattern must map to whole numbers; got {rank!r} ({key})"
                 )
-            _C.scaling_of(self.lora_alpha, rank, self.use_rslora)
+            scaling_of(self.lora_alpha, rank, self.use_rslora)
         for key, alpha in self.alpha_pattern.items():
             if not _is_number(alpha):
                 raise ValueError(
                     f"[config] alpha_pattern must map to numbers; got {alpha!r} ({key})"
                 )
-            _C.scaling_of(alpha, self.r, self.use_rslora)
+            scaling_of(alpha, self.r, self.use_rslora)
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> Self:
@@ -239,7 +239,7 @@ class ResLoraConfig(metaclass=_LoraOptions):
 
     def core(self) -> dict[str, Any]:
         """Return the options that the C++ library has too."""
-        return {name: getattr(self, name) for name in _C.config_defaults()}
+        return {name: getattr(self, name) for name in config_defaults()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options as JSON values."""
@@ -256,9 +256,7 @@ class ResLoraConfig(metaclass=_LoraOptions):
 
     def to_json(self, **file_keys: Any) -> str:
         """Return the text of an adapter_config.json."""
-        from . import __version__
-
-        values = {"peft_type": PEFT_TYPE, "reslora_version": __version__}
+        values = {"peft_type": PEFT_TYPE, "reslora_version": VERSION}
         return (
             json.dumps({**values, **file_keys, **self.to_dict()}, indent=2, sort_keys=True) + "\n"
         )

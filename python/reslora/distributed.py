@@ -18,11 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _C
-from .calibration import RIDGE, moved_chains, solve_again
-from .injection import Injection
-from .planning import factors_of
-from .utils import injection_of
+from ._C import FitSums
+from .injection.adapted import Injection, factors_of, injection_of
+from .merging.calibration import RIDGE, moved_chains, solve_again
 
 Group = Any  # a ProcessGroup, or None for all processes
 
@@ -135,7 +133,7 @@ def _sync_fits(injection: Injection, group: Group, ridge: float) -> None:
         counts = torch.tensor([own.vv, float(own.rows)], dtype=torch.float64)
         parts = (own.xx, own.vx, own.x_sum, own.v_sum, counts)
         xx, vx, x_sum, v_sum, counts = (_reduced(part, group) for part in parts)
-        calibrated.sums[name] = _C.FitSums(xx, vx, x_sum, v_sum, float(counts[0]), int(counts[1]))
+        calibrated.sums[name] = FitSums(xx, vx, x_sum, v_sum, float(counts[0]), int(counts[1]))
     moved: list[Any] = [moved_chains(injection)]
     first = 0 if group is None else dist.get_global_rank(group, 0)
     dist.broadcast_object_list(moved, src=first, group=group)

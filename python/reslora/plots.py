@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .planning import make_plan
-from .reporting import MergeReport
-from .utils import injection_of
+from ._C import LayerMerge
+from .injection.adapted import injection_of
+from .merging.planning import make_plan
+from .merging.report import MergeReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from . import _C
 
 PathLike = str | os.PathLike[str]
 Source = nn.Module | PathLike
@@ -271,13 +270,13 @@ def _planned(
     merge_method: str | None,
     base: PathLike | None,
     place: dict[str, str | None],
-) -> list[_C.LayerMerge]:
+) -> list[LayerMerge]:
     if isinstance(source, nn.Module):
         given = {key: value for key, value in {"base": base, **place}.items() if value is not None}
         if given:
             raise ValueError(f"[plots] {min(given)} is for an adapter's folder; got a model")
         return make_plan(injection_of(source, "plots"), merge_method, "plots").layers
-    from .model_folder import plan_from_files
+    from .files.model_folder import plan_from_files
 
     return plan_from_files(source, merge_method, base, **place)[2].layers
 
@@ -288,7 +287,9 @@ def _windows(source: Source, revision: str | None, subfolder: str | None) -> dic
         layers = injection_of(source, "plots").layers
         found = {layer.name: (layer.norms, layer.norm_count) for layer in layers}
     else:
-        from .checkpoint import adapter_folder, read_adapter, read_statistics
+        from .files.checkpoint import read_adapter
+        from .files.folders import adapter_folder
+        from .files.statistics import read_statistics
 
         folder = adapter_folder(source, "plots", revision, subfolder)
         stored = read_statistics(folder, read_adapter(folder)[0])

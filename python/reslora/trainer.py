@@ -26,16 +26,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .batches import call, evaluating, moved
-from .calibration import calibrate
-from .checkpoint import CONFIG_NAME, FORMULA_OPTIONS, read_norms, write_statistics
 from .config import MERGE_METHODS, ResLoraConfig
 from .distributed import is_distributed, mean_over_ranks, sync_norms, sync_statistics
-from .finishing import FINISHED_OPTIONS, adopt, finish
-from .injection import Injection
-from .merging import merge, unmerge
-from .planning import make_plan
-from .utils import injection_of
+from .files.checkpoint import FORMULA_OPTIONS
+from .files.folders import CONFIG_NAME
+from .files.statistics import read_norms, write_statistics
+from .injection.adapted import Injection, injection_of
+from .merging.batches import call, evaluating, moved
+from .merging.calibration import calibrate
+from .merging.finishing import FINISHED_OPTIONS, adopt, finish
+from .merging.merge import merge, unmerge
+from .merging.planning import make_plan
 
 logger = logging.getLogger("reslora")
 

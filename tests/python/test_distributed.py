@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import reslora
-from reslora.utils import find_layers
+from reslora.injection.adapted import find_layers
 
 WORLD = 2
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")

@@ -1,0 +1,1 @@
+"""The command line `reslora`, and what its commands do."""

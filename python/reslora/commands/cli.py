@@ -1,0 +1,143 @@
+"""The command `reslora`: merging, exporting and looking into files, without writing Python.
+
+    reslora merge BASE ADAPTER OUT --verify held_out.txt
+    reslora export-lora ADAPTER OUT --rank 16
+    reslora inspect PATH
+    reslora check-export DIR
+    reslora plot singular-values ADAPTER OUT.png
+    reslora convert THEIRS ADAPTER --base BASE
+    reslora doctor --model BASE
+    reslora --cmake-prefix
+
+Exit codes: 0 done, 1 an error (one sentence on stderr) or, of check-export, a reader that would
+misread, 2 arguments that cannot be understood, 130 interrupted. With --json stdout holds one JSON
+document: what was found, or {"error": the sentence}. Warnings go to stderr in either form.
+
+The options are in options.py, what the commands do in run.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any
+
+from .options import UsageError, make_parser, overview
+from .run import Outcome
+
+logger = logging.getLogger("reslora")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _open_what_is_closed()
+    _quiet_libraries()
+    is_json = _asks_for_json(given)
+    try:
+        outcome = _run(given)
+        _print(json.dumps(outcome.values, indent=2) if is_json else outcome.text)
+        return outcome.code
+    except UsageError as error:
+        return _fail(str(error), 2, is_json, f"{error.usage}{error.program}: error: ")
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        return _fail(str(error).strip() or type(error).__name__, 1, is_json)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left half-written", 130, is_json)
+    except Exception as error:  # a mistake of ours, which its traceback tells
+        if is_json:
+            _print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        raise
+
+
+def _open_what_is_closed() -> None:
+    """Give output that the caller has closed, as `>&-` does, a place to go."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
+def _quiet_libraries() -> None:
+    """Keep what other libraries print from standing between our lines; warnings of theirs stay."""
+    if not sys.stderr.isatty():  # read when huggingface_hub and transformers are imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Of classes that torchao registers, when transformers imports it.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+def _asks_for_json(arguments: list[str]) -> bool:
+    """Tell whether --json is among the arguments, even where others cannot be understood."""
+    options = (a.partition("=")[0] for a in takewhile(lambda a: a != "--", arguments))
+    return any(len(option) > 2 and "--json".startswith(option) for option in options)
+
+
+def _run(arguments: list[str]) -> Outcome:
+    """Run one command. What others print meanwhile goes to stderr: stdout is for the outcome."""
+    if not arguments:
+        return Outcome(None, overview())
+    options = make_parser().parse_args(arguments)
+    shown: list[str] = []
+    with _warnings_to(shown), contextlib.redirect_stdout(sys.stderr):
+        outcome: Outcome = options.run(options)
+    if shown and isinstance(outcome.values, dict):
+        outcome.values["warnings"] = [*outcome.values.get("warnings", []), *shown]
+    return outcome
+
+
+@contextlib.contextmanager
+def _warnings_to(shown: list[str]) -> Iterator[None]:
+    """Print warnings, and what our logger has to say, as lines of ours; collect them too."""
+
+    def show(message: Any, *_: Any, **__: Any) -> None:
+        shown.append(str(message))
+        print(f"reslora: warning: {message}", file=sys.stderr)
+
+    handler = _Handler(show)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Handler(logging.Handler):
+    """Gives the text of every record to a function."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record.getMessage())
+
+
+def _fail(sentence: str, code: int, is_json: bool, before: str = "reslora: ") -> int:
+    """Tell what is wrong and return the exit code."""
+    if is_json:
+        _print(json.dumps({"error": sentence}))
+    else:
+        print(f"{before}{sentence}", file=sys.stderr)
+    return code
+
+
+def _print(text: str) -> None:
+    """Print to stdout; a reader who has seen enough, as `head`, is no error."""
+    try:
+        print(text)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""The files of a base model: where they are, and which of their tensors an adapter changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._C import AdapterFile, ModelFiles
+from ..config import ResLoraConfig
+from .folders import PathLike
+from .hub import local_folder
+
+STEMS = ("model", "diffusion_pytorch_model")
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5",
+                ".msgpack", ".pt", ".pth", ".ckpt", ".gguf", ".onnx")  # fmt: skip
+
+
+def base_folder(base: PathLike, revision: str | None = None, recorded: str | None = None) -> Path:
+    """Return the folder of a base model, or the local copy of one of the Hub.
+
+    Args:
+        base: as in `hub.local_folder`.
+        revision: which one of the Hub is asked for.
+        recorded: the revision that an adapter's config names: taken where none is asked for. A
+            folder has none, and is taken as it is.
+    """
+    is_recorded = revision is None and recorded is not None and not Path(base).exists()
+    try:
+        folder = local_folder(base, "merge", "BASE", revision=recorded if is_recorded else revision)
+    except FileNotFoundError as error:
+        if not is_recorded:
+            raise
+        raise FileNotFoundError(
+            f"{error}; adapter_config.json names the revision: base_revision takes another"
+        ) from None
+    if not folder.is_dir():
+        raise ValueError(f"[merge] BASE must be a folder or a name of the Hub; got {base}")
+    return folder
+
+
+def meta_model(base: PathLike) -> nn.Module:
+    """Return a model of transformers without memory (on the meta device), from its config alone."""
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("the config of a model needs transformers: pip install it") from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(os.fspath(base))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"[base] BASE must have a config.json; got {base} ({first})") from None
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    kind: Any = getattr(transformers, names[0]) if names else transformers.AutoModel
+    with torch.device("meta"):
+        return kind(config) if names else kind.from_config(config)
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files of a model: one, or shards with an index."""
+
+    stem: str  # "model", or what diffusers calls it
+    paths: list[Path]
+    index: Path | None = None
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """Return the safetensors files of a model folder, in order."""
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return WeightFiles(stem, _indexed(index), index)
+        single = folder / f"{stem}.safetensors"
+        if single.is_file():
+            return WeightFiles(stem, [single])
+    others = sorted(p.name for p in folder.iterdir() if p.name.endswith(WEIGHT_FILES))
+    raise ValueError(
+        f"[files] a model's folder must hold model.safetensors or an index of shards; got {folder} "
+        f"with {', '.join(others[:3]) or 'no weights'} (transformers writes it with "
+        "safe_serialization=True)"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        good = bool(names) and all(isinstance(name, str) and "/" not in name for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"[files] {index} must be an index whose weight_map names files beside it")
+    paths = [index.parent / name for name in names]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"[files] every file of {index.name} must be there; got no {missing[0]}")
+    return paths
+
+
+def check_index(files: ModelFiles, source: WeightFiles) -> None:
+    """Refuse an index that names a tensor which its shards lack."""
+    if source.index is None:
+        return
+    weight_map = json.loads(source.index.read_text(encoding="utf-8"))["weight_map"]
+    missing = sorted(set(weight_map) - set(files.names))
+    if missing:
+        raise ValueError(
+            f"[files] the shards must hold what {source.index.name} names; got no {missing[0]}"
+        )
+
+
+@dataclass(frozen=True)
+class AdaptedBase:
+    """The safetensors files of a base, mapped, and what an adapter changes in them."""
+
+    source: WeightFiles
+    files: ModelFiles
+    keys: dict[str, str]  # by layer: the file's name for its weight
+    transposed: set[str]  # layers whose file holds W^T
+    weights: dict[str, Tensor]  # by layer: views [out, in]
+
+
+def open_base(folder: Path, adapter: AdapterFile, config: ResLoraConfig) -> AdaptedBase:
+    """Map the files of a base and find the layers of an adapter in them; no model is built.
+
+    Raises:
+        ValueError: for a folder without weights, quantised weights, and the base of another
+            adapter.
+    """
+    source = weight_files(folder)
+    files = ModelFiles([os.fspath(path) for path in source.paths])
+    check_index(files, source)
+    check_chains(files.names, adapter, config)
+    keys, transposed = file_keys(files.names, adapter), transposed_layers(adapter)
+    weights = weight_views(files, keys, adapter, transposed)
+    return AdaptedBase(source, files, keys, transposed, weights)
+
+
+def find_name(names: list[str], wanted: str) -> str | None:
+    """Return the name in a file that a model's name stands for, whatever prefix either has."""
+    if wanted in names:
+        return wanted
+    near = [n for n in names if n.endswith("." + wanted) or wanted.endswith("." + n)]
+    return near[0] if len(near) == 1 else None
+
+
+def file_keys(names: list[str], adapter: AdapterFile) -> dict[str, str]:
+    """Return the file's name for the weight of every adapted layer."""
+    by_suffix: dict[str, str] = {}
+    for _, layers in adapter.chains:
+        for name, *_ in layers:
+            key = find_name(names, f"{name}.weight")
+            if key is None:
+                raise ValueError(
+                    f"[merge] the base must hold the weight of every adapted layer; got none for "
+                    f"{name} among {len(names)} tensors such as {min(names)}: is this the base of "
+                    "the adapter, or does transformers store it under other names (then merge in "
+                    "memory: load, merge_and_unload, save_pretrained)?"
+                )
+            if key in by_suffix.values():
+                raise ValueError(
+                    f"[merge] every adapted layer must have a tensor of its own; got {key} for "
+                    f"{name} and another: is this the base of the adapter?"
+                )
+            by_suffix[name] = key
+    return by_suffix
+
+
+def bias_keys(names: list[str], keys: dict[str, str]) -> dict[str, str]:
+    """Return the file's name for the bias of every adapted layer that has one."""
+    known = set(names)
+    found = {name: f"{key.removesuffix('weight')}bias" for name, key in keys.items()}
+    return {name: key for name, key in found.items() if key in known}
+
+
+def check_chains(names: list[str], adapter: AdapterFile, config: ResLoraConfig) -> None:
+    """Refuse a base with more layers of a kind than the adapter has, where it should have all."""
+    if config.layers_to_transform is not None or config.exclude_modules is not None:
+        return
+    targets = config.target_modules
+    for chain, layers in adapter.chains:
+        pattern = re.escape(f"{chain}.weight").replace(r"\*", r"\d+")
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if isinstance(targets, str) and targets != "all-linear":  # may name some layers of a kind
+            found = [n for n in found if re.fullmatch(targets, n.removesuffix(".weight"))]
+        if len(found) > len(layers):
+            raise ValueError(
+                f"[merge] the base must be that of the adapter; got {len(found)} layers {chain}, "
+                f"of which the adapter has {len(layers)}"
+            )
+
+
+def transposed_layers(adapter: AdapterFile) -> set[str]:
+    """Return the layers whose file holds W^T."""
+    chains = set(json.loads(adapter.config_json).get("fan_in_fan_out") or ())
+    return {name for key, layers in adapter.chains if key in chains for name, *_ in layers}
+
+
+def weight_views(
+    files: ModelFiles, keys: dict[str, str], adapter: AdapterFile, transposed: set[str]
+) -> dict[str, Tensor]:
+    """Return views of the base weights [out, in]; shapes are checked against the adapter."""
+    weights = {}
+    for _, layers in adapter.chains:
+        for name, inputs, outputs, _, _ in layers:
+            stored = files.tensor(keys[name])
+            weight = stored.t() if name in transposed and stored.dim() == 2 else stored
+            if list(weight.shape) != [outputs, inputs]:
+                raise ValueError(
+                    f"[merge] the base must fit the adapter; got {list(stored.shape)} for "
+                    f"{keys[name]}, where layer {name} is {inputs} -> {outputs}"
+                )
+            if not weight.is_floating_point() or weight.element_size() == 1:
+                raise ValueError(
+                    f"[merge] the base must hold F64, F32, F16 or BF16; got {weight.dtype} for "
+                    f"{keys[name]}: merge into the original, unquantised files"
+                )
+            weights[name] = weight
+    return weights

@@ -1,0 +1,258 @@
+"""Saving and loading adapters, with what a later merge needs.
+
+Example::
+
+    save_pretrained(model, "adapter")  # adapter_config.json, adapter_model.safetensors, README.md
+    save_pretrained(model, "adapter", statistics=True)  # also adapter_statistics.safetensors
+    model = load(base_model, "adapter")  # injects by the saved config
+
+Files are read and written by the C++ library. Loading is strict: every key and shape must fit.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .._C import AdapterFile, load_adapter, save_adapter, save_statistics
+from ..config import ResLoraConfig
+from ..injection.adapted import Injection, factors_of, find_layers, injection_of, plain_model
+from ..injection.heads import saved_module, saved_names
+from ..injection.inject import inject
+from ..injection.targets import matches_names
+from ..merging.merge import unload
+from ..nn.base_layers import is_conv1d
+from ..nn.sharding import is_sharded, whole, writes
+from ..text_files import staged, write_text
+from .folders import (
+    CONFIG_NAME,
+    STATISTICS_NAME,
+    WEIGHTS_NAME,
+    PathLike,
+    adapter_folder,
+    base_line,
+    base_name,
+    make_folder,
+)
+from .statistics import give_statistics, read_statistics, statistics_of, sum_of_factors
+
+# Options that change what an adapter computes, beside the ranks and scalings of its chains.
+FORMULA_OPTIONS = ("res_mode", "pre_num", "first_block")
+
+
+def save_pretrained(
+    model: nn.Module, directory: PathLike, *, statistics: bool | str = False
+) -> None:
+    """Write the unmerged adapter, and `modules_to_save`, to a folder.
+
+    Keys are `<module>.reslora_A.weight` [r, in] and `<module>.reslora_B.weight` [out, r]. The kind
+    of the adapter is RESLORA, so that nothing loads it as plain LoRA by mistake.
+
+    Args:
+        model: an adapted model.
+        directory: the folder to write.
+        statistics: True: also write norm windows and fits, so that a merge can be done later
+            without data; "covariances": and what the fits were solved from, where it was kept
+            (`calibrate(keep_covariances=True)`). False removes statistics that lie in the folder,
+            since they would be of another adapter.
+
+    Of a sharded model (FSDP2) every rank calls this, and the first writes.
+    """
+    model = plain_model(model)
+    injection = injection_of(model, "save_pretrained")
+    if statistics not in (False, True, "covariances"):
+        raise ValueError(
+            f"[save] statistics must be True, False or 'covariances'; got {statistics!r}"
+        )
+    base = base_name(model, None)
+    text = _saved_config(model, injection).to_json(
+        base_model_name_or_path=base, fan_in_fan_out=transposed_chains(injection)
+    )
+    layers = statistics_of(injection, statistics == "covariances") if statistics else {}
+    own = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
+    tensors = {key: whole(tensor) for key, tensor in own.items()}
+    if not writes(own):
+        return
+    folder = make_folder(directory)
+    with staged(folder) as stage:
+        save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)
+        if layers:
+            save_statistics(stage / STATISTICS_NAME, sum_of_factors(tensors), layers)
+        write_text(stage / CONFIG_NAME, text)
+        write_text(stage / "README.md", _card(injection, base))
+    if not layers:
+        (folder / STATISTICS_NAME).unlink(missing_ok=True)
+
+
+def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:
+    """Return the config, with those of modules_to_save that are there: PEFT lists guesses."""
+    config = copy.copy(injection.config)
+    heads = saved_names(model, injection)
+    names = [n for n in config.modules_to_save or () if any(matches_names([n], h) for h in heads)]
+    config.modules_to_save = names or None
+    return config
+
+
+def transposed_chains(injection: Injection) -> list[str]:
+    """Return the chains whose base files hold W^T, for merges on files."""
+    return [c.key for c in injection.chains if any(is_conv1d(x.base_layer) for x in c.layers)]
+
+
+def load(
+    model: nn.Module,
+    directory: PathLike,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> nn.Module:
+    """Load an adapter into a model and return it; a plain model is injected first.
+
+    Args:
+        model: a plain model, or one with an adapter of the same form.
+        directory: folder that `save_pretrained` wrote, or its name on the Hub ("user/name").
+        revision: branch, tag or commit of a name of the Hub; None: its default branch.
+        subfolder: where the adapter lies below `directory`.
+
+    Raises:
+        FileNotFoundError: without an adapter in the folder, and for a name that cannot be had.
+        ValueError: for a file that is damaged or belongs to another model. The model is then
+            unchanged.
+    """
+    folder = adapter_folder(directory, "load", revision, subfolder)
+    adapter, config = read_adapter(folder)
+    statistics = read_statistics(folder, adapter)
+    if find_layers(model):
+        _copy_adapter(plain_model(model), injection_of(model, "load"), adapter, config)
+    else:
+        inject(model, config)
+        try:
+            _copy_adapter(model, injection_of(model, "load"), adapter, config)
+        except BaseException:
+            unload(model)
+            raise
+    give_statistics(injection_of(model, "load"), statistics)
+    return model
+
+
+# ---- Reading ----------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> ResLoraConfig:
+    """Read the config of an adapter's folder, which must hold both of its files."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"[load] an adapter's folder must hold {name}; got {folder}")
+    return ResLoraConfig.load(folder / CONFIG_NAME)
+
+
+def read_adapter(folder: Path) -> tuple[AdapterFile, ResLoraConfig]:
+    """Read an adapter's folder; its two files must agree."""
+    beside, path = read_config(folder), folder / WEIGHTS_NAME
+    adapter = load_adapter(path)
+    config = ResLoraConfig.from_json(adapter.config_json, os.fspath(path))
+    other = beside.to_dict()
+    for name, value in config.to_dict().items():
+        if other[name] != value:
+            raise ValueError(
+                f"[load] {CONFIG_NAME} and {WEIGHTS_NAME} must agree on {name}; got "
+                f"{other[name]!r} and {value!r} in {folder}"
+            )
+    return adapter, config
+
+
+def _copy_adapter(
+    model: nn.Module, injection: Injection, adapter: AdapterFile, config: ResLoraConfig
+) -> None:
+    """Check everything, then copy the values."""
+    if injection.applied is not None:
+        raise ValueError("[load] the model must not be merged; got a merged one (unmerge it first)")
+    for name in FORMULA_OPTIONS:
+        own, stored = getattr(injection.config, name), getattr(config, name)
+        if own != stored:
+            raise ValueError(
+                f"[load] model and file must agree on {name}; got {own!r} and {stored!r}"
+            )
+    _check_chains(injection, adapter)
+    own_tensors = _own_tensors(model, injection)
+    _check_keys(own_tensors, adapter.tensors)
+    with torch.no_grad():
+        for key, tensor in own_tensors.items():
+            tensor.copy_(adapter.tensors[key])
+
+
+def _check_chains(injection: Injection, adapter: AdapterFile) -> None:
+    stored = dict(adapter.chains)
+    own = {chain.key: chain.links.layers for chain in injection.chains}
+    for key in [*own, *stored]:
+        layers, others = own.get(key, []), stored.get(key, [])
+        if list(map(tuple, layers)) == list(map(tuple, others)):
+            continue
+        first = next(
+            (n for n, pair in enumerate(zip(layers, others, strict=False)) if pair[0] != pair[1]),
+            min(len(layers), len(others)),
+        )
+        raise ValueError(
+            f"[load] the adapter must be of this model; got chain {key} with {len(layers)} layers "
+            f"in the model and {len(others)} in the file, first difference at {first}: "
+            f"{_layer_text(layers, first)} and {_layer_text(others, first)}"
+        )
+
+
+def _layer_text(layers: list[tuple[str, int, int, int, float]], n: int) -> str:
+    if n >= len(layers):
+        return "nothing"
+    name, inputs, outputs, r, scaling = layers[n]
+    return f"{name} ({inputs} -> {outputs}, r {r}, scaling {scaling:g})"
+
+
+def _check_keys(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    missing, unexpected = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
+    if missing or unexpected:
+        way_out = "" if missing else " (PeftModel.from_pretrained reads what PEFT has added)"
+        raise ValueError(
+            f"[load] keys must fit the model; got {len(missing)} missing {missing[:3]} and "
+            f"{len(unexpected)} unexpected {unexpected[:3]}{way_out}"
+        )
+    for key, tensor in own.items():
+        if tensor.shape != stored[key].shape:
+            raise ValueError(
+                f"[load] shapes must fit the model; got {list(stored[key].shape)} for {key}, which "
+                f"is {list(tensor.shape)}"
+            )
+        if is_sharded(tensor):
+            raise ValueError(
+                f"[load] the model must not be sharded; got {key} in parts: load the adapter, "
+                "then shard the model"
+            )
+        if tensor.is_meta:
+            raise ValueError(f"[load] the model must hold memory; got {key} on the meta device")
+
+
+# ---- Writing ----------------------------------------------------------------------------------
+
+
+def saved_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
+    """Return what modules_to_save hold, under their own names."""
+    found: dict[str, Tensor] = {}
+    for name in saved_names(model, injection):
+        state = saved_module(model, name).state_dict(keep_vars=True)
+        found |= {f"{name}.{key}": value for key, value in state.items()}
+    return found
+
+
+def _own_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
+    return factors_of(injection) | saved_tensors(model, injection)
+
+
+def _card(injection: Injection, base: str | None) -> str:
+    config = injection.config
+    head = f"---\nlibrary_name: reslora\n{base_line(base)}tags: [reslora, lora]\n---\n"
+    return (
+        f"{head}\n# ResLoRA adapter\n\nShortcut `{config.res_mode}`, pre_num {config.pre_num}, "
+        f"r {config.r}, {len(injection.layers)} layers. Not a plain LoRA: load it with\n\n"
+        "```python\nimport reslora\n\nmodel = reslora.load(base_model, folder)\n```\n"
+    )

@@ -1,0 +1,188 @@
+"""Writing a model folder: which tensor into which file, and nothing half-written.
+
+Example::
+
+    layout = Layout(files, source, edits, dtype=None, shard_size=None)
+    with unfinished(target) as folder:  # becomes `target` at the end, or is removed
+        copy_rest(source_folder, folder, dtype=None)
+        layout.write(folder, progressbar=True)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._C import ModelFiles, TensorEdit
+from ..progress import bar
+from ..text_files import read_object
+from .base_files import WEIGHT_FILES, WeightFiles
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+class Layout:
+    """The tensors of every output file, with their edits."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        source: WeightFiles,
+        edits: dict[str, TensorEdit],
+        *,
+        dtype: str | None,
+        shard_size: int | None,
+    ) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"[merge] dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        if shard_size is not None and shard_size < 1:
+            raise ValueError(f"[merge] shard_size must be at least 1 byte; got {shard_size}")
+        self.files, self.source, self.edits = files, source, edits
+        self.dtype = None if dtype is None else DTYPES[dtype]
+        names = [*files.names, *sorted(set(edits) - set(files.names))]
+        self.sizes = {name: self._size(name) for name in names}
+        self.is_kept = shard_size is None
+        self.groups = self._as_base() if shard_size is None else self._by_size(shard_size)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.sizes.values())
+
+    def _size(self, name: str) -> int:
+        tensor = self.edits[name].replacement if name in self.edits else None
+        tensor = self.files.tensor(name) if tensor is None else tensor
+        is_cast = self.dtype is not None and tensor.is_floating_point()
+        return tensor.numel() * (self.dtype if is_cast and self.dtype else tensor.dtype).itemsize
+
+    def _as_base(self) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {path.name: [] for path in self.source.paths}
+        last = self.source.paths[-1].name
+        known = set(self.files.names)
+        for name in self.sizes:
+            place = Path(self.files.path_of(name)).name if name in known else last
+            groups[place].append(name)
+        return {file_name: names for file_name, names in groups.items() if names}
+
+    def _by_size(self, shard_size: int) -> dict[str, list[str]]:
+        parts: list[list[str]] = [[]]
+        used = 0
+        for name, size in self.sizes.items():
+            if parts[-1] and used + size > shard_size:
+                parts.append([])
+                used = 0
+            parts[-1].append(name)
+            used += size
+        stem, count = self.source.stem, len(parts)
+        if count == 1:
+            return {f"{stem}.safetensors": parts[0]}
+        return {f"{stem}-{i + 1:05}-of-{count:05}.safetensors": p for i, p in enumerate(parts)}
+
+    def write(self, folder: Path, progressbar: bool) -> None:
+        """Write every file, and the index where there are shards."""
+        done = 0
+        with bar(progressbar, "merging", self.total, unit="B", unit_scale=True) as shown:
+
+            def show(written: int) -> None:
+                shown.update(done + written - shown.n)
+
+            for file_name, names in self.groups.items():
+                own = {name: self.edits[name] for name in names if name in self.edits}
+                path = os.fspath(folder / file_name)
+                try:
+                    self.files.write(path, names, own, self.dtype, {"format": "pt"}, show)
+                except RuntimeError as error:  # what the system refused
+                    raise OSError(str(error)) from None
+                done += sum(self.sizes[name] for name in names)
+        if len(self.groups) > 1 or (self.is_kept and self.source.index is not None):
+            self._write_index(folder)
+
+    def _write_index(self, folder: Path) -> None:
+        metadata: dict[str, Any] = {}
+        if self.source.index is not None:
+            old = json.loads(self.source.index.read_text(encoding="utf-8")).get("metadata")
+            metadata = old if isinstance(old, dict) else {}
+        weight_map = {name: place for place, names in self.groups.items() for name in names}
+        index = {
+            "metadata": metadata | {"total_size": self.total},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        path = folder / f"{self.source.stem}.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def unfinished(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` that becomes `target` at the end, or is removed."""
+    target = target.absolute()
+    folder = target.with_name(f".{target.name}.unfinished")
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"[merge] one merge may write {target} at a time; got another"
+            ) from None
+        try:
+            for left in folder.iterdir():  # of a merge that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield folder
+            os.fsync(lock)
+            if target.is_dir():
+                target.rmdir()  # empty: it was checked
+            os.rename(folder, target)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+    parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def _is_other(path: Path) -> bool:
+    return not (path.name.endswith(WEIGHT_FILES) or path.name.startswith("."))
+
+
+def size_of_rest(source: Path) -> int:
+    """Return the bytes that `copy_rest` copies, about."""
+    return sum(p.stat().st_size for p in source.rglob("*") if p.is_file() and _is_other(p))
+
+
+def copy_rest(source: Path, folder: Path, dtype: str | None) -> None:
+    """Copy what is no weight: configuration, tokenizer, licence."""
+
+    def ignored(_: str, names: list[str]) -> list[str]:
+        return [name for name in names if not _is_other(Path(name))]
+
+    for path in sorted(source.iterdir()):
+        if not _is_other(path):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, ignore=ignored)
+        elif path.name == "config.json" and dtype is not None:
+            values = read_object(path, "merge")
+            for key in ("dtype", "torch_dtype"):
+                if key in values:
+                    values[key] = dtype
+            (folder / path.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,61 @@
+"""The folder of an adapter: what its files are called, and making it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .._C import load_tensors
+from .hub import local_folder
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+MODEL_PREFIX = "base_model.model."  # where PEFT has the model
+STATISTICS_NAME = "adapter_statistics.safetensors"
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, STATISTICS_NAME)
+PathLike = str | os.PathLike[str]
+
+
+def adapter_folder(
+    name: PathLike, op: str, revision: str | None, subfolder: str | None, *others: str
+) -> Path:
+    """Return an adapter's folder as `local_folder` does; `others` are files to fetch beside."""
+    files = [*ADAPTER_FILES, *others]
+    return local_folder(
+        name, op, "the adapter", revision=revision, subfolder=subfolder, files=files
+    )
+
+
+def load_tensors_of(path: PathLike) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file that PEFT wrote, under the names of the model."""
+    tensors, _ = load_tensors(path)
+    return {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def make_folder(directory: PathLike) -> Path:
+    """Return a folder, made where there was none."""
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"[save] the place to write must be a folder; got the file {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except NotADirectoryError:
+        raise ValueError(
+            f"[save] the place to write must be a folder; got {folder}, below a file"
+        ) from None
+    return folder
+
+
+def base_name(model: nn.Module, given: str | None) -> str | None:
+    """Return the name of a model's base as it is known to transformers, unless one is given."""
+    if given is not None:
+        return given
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", None) or None
+
+
+def base_line(base: str | None) -> str:
+    """Return the line of a model card that names the base."""
+    return f"base_model: {base}\n" if base else ""

@@ -1,0 +1,158 @@
+"""What an adapted model knows of itself: chains, places, fits, the merge in its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._C import Fit, FitSums, MergePlan, tensors_sum
+from ..config import ResLoraConfig
+from ..nn.factors import factor_names
+from ..nn.layer import LayerChain, ResLoraLinear
+from ..nn.session import Session
+from ..nn.sharding import whole
+
+
+@dataclass
+class Calibrated:
+    """Fits at hand for an adapted model, and the adapter they were made for."""
+
+    fits: dict[str, Fit]  # by layer
+    adapter_sum: str
+    sums: dict[str, FitSums] = field(default_factory=dict)  # by layer, where they were kept
+    plain: dict[str, Fit] | None = None  # the fits before taps were moved
+
+
+class Applied:
+    """A merge that is in the weights: its plan, with the originals, and the method asked for."""
+
+    def __init__(self, plan: MergePlan, merge_method: str) -> None:
+        self.plan: MergePlan | None = plan
+        self.merge_method = merge_method
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the plan out: a copy of a merged model cannot be unmerged."""
+        return {**self.__dict__, "plan": None}
+
+
+class Injection:
+    """All that `inject` did to a model; its layers share it. Knows how to undo it."""
+
+    def __init__(self, config: ResLoraConfig) -> None:
+        self.config = config
+        self.chains: list[LayerChain] = []
+        self.sessions: list[Session] = []
+        self.saved_modules: list[str] = []
+        self.places: list[tuple[nn.Module, str, ResLoraLinear]] = []
+        self.trainable: list[tuple[nn.Parameter, bool]] = []
+        self.applied: Applied | None = None
+        self.calibrated: Calibrated | None = None
+
+    @property
+    def layers(self) -> list[ResLoraLinear]:
+        """All adapted layers, chain by chain."""
+        return [layer for chain in self.chains for layer in chain.layers]
+
+    @property
+    def merges_exactly(self) -> bool:
+        """Tell whether every chain does."""
+        return all(chain.merges_exactly for chain in self.chains)
+
+    @property
+    def chain_records(self) -> list[tuple[str, Any]]:
+        """The chains as files name them."""
+        return [(chain.key, chain.links.layers) for chain in self.chains]
+
+    def note_chains(self) -> None:
+        """Let the config know the chains as files name them: PEFT gives it alone to be saved."""
+        self.config.chains = self.chain_records  # type: ignore[attr-defined]
+
+    def close_passes(self) -> None:
+        """Remove the hooks that the chains needed."""
+        for session in self.sessions:
+            session.detach()
+        self.sessions = []
+
+    def undo(self) -> None:
+        """Put the base layers back, remove the hooks, restore which parameters train."""
+        for parent, attribute, layer in reversed(self.places):
+            setattr(parent, attribute, layer.base_layer)
+        self.close_passes()
+        for parameter, flag in self.trainable:
+            parameter.requires_grad_(flag)
+        self.places, self.trainable = [], []
+
+
+def find_layers(model: nn.Module) -> list[ResLoraLinear]:
+    """Return the adapted layers of a model in registration order, of the adapter in use."""
+    layers = [module for module in model.modules() if isinstance(module, ResLoraLinear)]
+    return [layer for layer in layers if layer.is_in_use]
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """Return the model that was adapted: what wrappers of torch and PEFT hold.
+
+    Names of layers and of saved tensors are those of this model.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()  # type: ignore[operator]
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
+def injection_of(model: nn.Module, op: str) -> Injection:
+    """Return what `inject` did to `model`; `op` names the caller in the error."""
+    layers = find_layers(model)
+    injection = layers[0].chain.injection if layers else None
+    if injection is None:
+        raise ValueError(
+            f"[{op}] model must be adapted; got a plain {type(model).__name__} (call inject first)"
+        )
+    assert isinstance(injection, Injection)  # chains, which lie below, cannot name its type
+    return injection
+
+
+def check_enabled(injection: Injection, op: str) -> None:
+    """Refuse an adapter that is switched off: there would be nothing to see."""
+    off = [layer.name for layer in injection.layers if layer.is_disabled]
+    if off:
+        raise ValueError(f"[{op}] adapters must be enabled; got {off[0]} disabled")
+
+
+@contextmanager
+def earlier_fits_after_errors(injection: Injection) -> Iterator[None]:
+    """Give the fits at hand back if what is tried fails."""
+    earlier = injection.calibrated
+    try:
+        yield
+    except BaseException:
+        injection.calibrated = earlier
+        raise
+
+
+def factors_of(injection: Injection) -> dict[str, Tensor]:
+    """Return A and B of every layer themselves, under the names that files use."""
+    found: dict[str, Tensor] = {}
+    for layer in injection.layers:
+        pair = (layer.reslora_A, layer.reslora_B)
+        found |= zip(factor_names(layer.name), pair, strict=True)
+    return found
+
+
+def adapter_tensors(injection: Injection) -> dict[str, Tensor]:
+    """Return the values of A and B of every layer, whole, under the names that files use."""
+    return {key: whole(p.detach()) for key, p in factors_of(injection).items()}
+
+
+def adapter_sum(injection: Injection) -> str:
+    """Return the checksum of all A and B: a fit serves these values only."""
+    return tensors_sum(adapter_tensors(injection))

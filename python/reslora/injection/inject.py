@@ -1,0 +1,164 @@
+"""Adapting a model in place: which modules, which chains, and how to undo it.
+
+Example::
+
+    model = inject(model, ResLoraConfig(target_modules=["q_proj", "v_proj"], res_mode="is"))
+
+Everything is checked and every new layer is made before the first module is replaced; if anything
+fails later, the model is put back exactly. A chain holds the adapted layers whose module paths
+differ in the layer index alone, in registration order: `model.layers.*.self_attn.q_proj`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..config import ResLoraConfig
+from ..nn.factors import fill_factors
+from ..nn.grouping import Group, find_groups
+from ..nn.session import Session
+from .adapted import Injection, find_layers
+from .chains import make_chains, root_name
+from .heads import find_saved, refuse_tied, saved_parameters
+from .targets import find_targets
+
+
+def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
+    """Adapt `model` in place with ResLoRA and return it.
+
+    Everything is frozen but the adapters and `modules_to_save`. Step 0 equals the base model
+    unless `init_lora_weights=False`.
+
+    Args:
+        model: any module; its nn.Linear and transformers Conv1D layers, and black boxes with
+            in_features and out_features (quantised layers), can be adapted.
+        config: which layers, and how.
+
+    Raises:
+        ValueError: for a bad config, a model that is adapted already, a pattern that matches
+            nothing, a module that cannot be adapted. The model is then unchanged.
+    """
+    if not isinstance(config, ResLoraConfig):
+        raise ValueError(
+            f"[inject] config must be a ResLoraConfig; got {type(config).__name__} (a dict is read "
+            "by ResLoraConfig.from_dict)"
+        )
+    config = copy.deepcopy(config)
+    config.validate()
+    _check_model(model)
+    targets = find_targets(model, config)
+    saved = find_saved(model, config)
+    refuse_tied(model, saved, "inject")
+    injection = Injection(config)
+    injection.chains = make_chains(model, config, targets)
+    injection.saved_modules = saved
+    for layer in injection.layers:
+        layer.chain.injection = injection
+        fill_factors(layer.reslora_A, layer.reslora_B, config.init_lora_weights)
+    try:
+        _replace(model, injection)
+        open_sessions(model, injection)
+        _freeze(model, injection)
+    except BaseException:
+        injection.undo()
+        raise
+    warn_without_links(injection)
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"[inject] model must be a torch module; got {type(model).__name__}")
+    if find_layers(model):
+        raise ValueError(
+            "[inject] model must be plain; got one that is adapted already (unload it first)"
+        )
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__):
+            raise ValueError(
+                f"[inject] model must not hold adapters of PEFT; got {type(module).__name__} at "
+                f"{name} (merge or unload them first)"
+            )
+
+
+# ---- Changing the model -----------------------------------------------------------------------
+
+
+def _parents(model: nn.Module, wanted: set[int]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield every place (parent, attribute) where a wanted module hangs, also shared ones."""
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if child is not None and id(child) in wanted:
+                yield parent, attribute, child
+
+
+def _replace(model: nn.Module, injection: Injection) -> None:
+    by_base = {id(layer.base_layer): layer for layer in injection.layers}
+    for parent, attribute, child in list(_parents(model, set(by_base))):
+        layer = by_base[id(child)]
+        injection.places.append((parent, attribute, layer))
+        setattr(parent, attribute, layer)
+
+
+def open_sessions(model: nn.Module, injection: Injection) -> None:
+    """Let taps pass, and layers be evaluated together, in every forward of the model."""
+    _allow_compiled_checkpoints()
+    modules = dict(model.named_modules())
+    sessions: dict[str, Session] = {}
+    groups = find_groups(injection.layers)
+    grouped = {layer.chain.key for group in groups for layer in group}
+    for chain in injection.chains:
+        if not (chain.has_taps() or chain.key in grouped):
+            continue
+        root = root_name(modules, chain.names)
+        if root not in sessions:
+            sessions[root] = Session(root)
+            injection.sessions.append(sessions[root])
+            sessions[root].attach(modules[root])
+        chain.session = sessions[root]
+    for group in groups:
+        session = group[0].chain.session
+        if session is not None and all(layer.chain.session is session for layer in group):
+            together = Group(group, session)
+            for layer in group:
+                layer.group = together
+
+
+def _allow_compiled_checkpoints() -> None:
+    """Let torch.compile recompute layers that leave something behind: norms, and taps.
+
+    Without it, dynamo refuses such checkpoints; what is recomputed here leaves nothing again.
+    """
+    from torch._dynamo import config  # here, since it takes a second
+
+    setattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)  # noqa: B010
+
+
+def _freeze(model: nn.Module, injection: Injection) -> None:
+    own = {id(p) for layer in injection.layers for p in (layer.reslora_A, layer.reslora_B)}
+    for parameter in model.parameters():
+        if id(parameter) in own:
+            continue
+        injection.trainable.append((parameter, parameter.requires_grad))
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+    for parameter in saved_parameters(model, injection.saved_modules):
+        parameter.requires_grad_(True)
+
+
+def warn_without_links(injection: Injection) -> None:
+    """Say so where a shortcut is asked for and no link could be made."""
+    config = injection.config
+    if config.res_mode == "none" or config.pre_num == 0:
+        return
+    linked = any(c.links.is_linked(n) for c in injection.chains for n in range(len(c.names)))
+    if not linked:
+        warnings.warn(
+            f"[inject] no two adapted layers are linked: res_mode={config.res_mode!r} works like "
+            "plain LoRA here (print_links(model) shows the chains)",
+            stacklevel=3,
+        )

@@ -1,0 +1,348 @@
+"""Fitting a plain LoRA to each linked layer on calibration batches, for the merge rule `lsq`.
+
+Example::
+
+    print(calibrate(model, loader, progressbar=True))
+    merge(model)  # by lsq, since fits are at hand
+
+Sums and solver are the C++ library's (include/reslora/regression.h).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._C import Fit, FitCollector, FitSums, solve_fit
+from ..injection.adapted import (
+    Calibrated,
+    Injection,
+    adapter_sum,
+    check_enabled,
+    earlier_fits_after_errors,
+    injection_of,
+)
+from ..nn.layer import ResLoraLinear
+from ..progress import progress
+from .batches import as_batches, call, evaluating, masks_of, moved, row_mask
+from .planning import chain_views, needs_fit
+from .tap_moves import move_taps as choose_moves
+from .tap_moves import moved_fits
+
+RIDGE = 1e-4
+MEASURED = 2  # batches on which moved taps are tried
+
+
+@dataclass
+class Calibration:
+    """What a calibration found and what it took. `str` of it is a few lines."""
+
+    residuals: dict[str, float] = field(default_factory=dict)  # |v - A'x| / |v| by layer
+    rows: int = 0  # the least that a layer saw
+    passes: int = 0
+    peak_bytes: int = 0
+    row_file_bytes: int = 0
+    solver_steps: int = 0
+    seconds: float = 0.0
+    moved: list[str] = field(default_factory=list)  # chains whose taps were moved
+    distance_before: float = 0.0  # to the model (KL of logits) without and with moved taps
+    distance: float = 0.0
+
+    def __str__(self) -> str:
+        """Return sentences for people."""
+        if not self.residuals:
+            return "nothing to fit: every layer merges exactly"
+        worst = max(self.residuals, key=lambda name: self.residuals[name])
+        lines = [
+            f"fitted {len(self.residuals)} layers on {self.rows:,} rows each or more, "
+            f"{self.passes} pass{'es' if self.passes > 1 else ''} over the batches, "
+            f"{self.seconds:.1f} s, {self.peak_bytes / 1e6:,.1f} MB of sums at once",
+            f"residual |v - A'x| / |v|: median {statistics.median(self.residuals.values()):.3f}, "
+            f"largest {self.residuals[worst]:.3f} ({worst})",
+        ]
+        if self.moved:
+            found = f": distance {self.distance_before:.2e} -> {self.distance:.2e}"
+            lines.append(
+                f"taps moved to the layers that they read in {len(self.moved)} chains "
+                f"({', '.join(self.moved)}){found if self.distance_before else ''}"
+            )
+        if self.row_file_bytes:
+            lines.append(
+                f"layers above max_cov_bytes: {self.row_file_bytes / 1e6:,.1f} MB of rows in "
+                f"temporary files, read {self.solver_steps} times by the iterative solver"
+            )
+        return "\n".join(lines)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    ridge: float = RIDGE,
+    affine: bool = False,
+    max_cov_bytes: int = 4 << 30,
+    keep_covariances: bool = False,
+    move_taps: bool = True,
+    progressbar: bool = False,
+) -> Calibration:
+    """Fit each linked layer's A' on batches; `merge` and `export_lora` then use the rule `lsq`.
+
+    A' = argmin sum |v - A'x|^2 + lambda |A' - A|^2 over all rows x of the layer but padding, where
+    v is what entered B. Fits serve the adapter as it is now: train on and they are refused.
+
+    Args:
+        model: an adapted model; it is run in eval mode and without gradients.
+        data: batches. None: solve again from kept covariances; []: forget all fits.
+        ridge: lambda over the mean diagonal of sum xx^T.
+        affine: also fit an offset where the base has a bias, for merging into both (not exports).
+        max_cov_bytes: limit of the sums held at once, 8 in^2 bytes for each distinct x. Above it
+            layers are fitted in groups over repeated passes, a larger one from rows in a file.
+        keep_covariances: keep the sums, to save them and to solve again with another ridge.
+        move_taps: let the layers whose inputs taps read compute half of what these bring, in
+            chains where that is nearer to the model on the first two batches (o_proj and down_proj,
+            which add to one stream). Such fits have twice the rank.
+        progressbar: show a bar for each pass.
+
+    Raises:
+        ValueError: for padding without a mask, a layer that no batch reaches, values that are not
+            finite, data that cannot be read twice where it must be. Earlier fits stay then.
+
+    Cost: forwards (with move_taps four more a chain), T in (in + 2r) for each x, in^3/3 a layer.
+    """
+    injection = _ready(model, max_cov_bytes)
+    start = time.monotonic()
+    if isinstance(data, list | tuple) and not data:
+        injection.calibrated = None
+        return Calibration()
+    if data is None:
+        result = solve_again(injection, ridge, affine, moved_chains(injection))
+    else:
+        batches = _Noted(as_batches(data, "calibrate"))
+        options = (ridge, affine, max_cov_bytes, keep_covariances)
+        with earlier_fits_after_errors(injection):
+            result = _collect(model, injection, batches, options, progressbar)
+            _move_taps(model, injection, batches.first if move_taps else [], result)
+    result.seconds = time.monotonic() - start
+    return _warn_few_rows(injection, result)
+
+
+def _move_taps(
+    model: nn.Module, injection: Injection, batches: list[Any], result: Calibration
+) -> None:
+    if result.residuals and batches:
+        with evaluating(model):
+            moves = choose_moves(model, injection, batches)
+        result.moved, result.distance_before, result.distance = moves
+
+
+def _ready(model: nn.Module, max_cov_bytes: int) -> Injection:
+    if not isinstance(max_cov_bytes, int) or max_cov_bytes < 0:
+        raise ValueError(
+            f"[calibrate] max_cov_bytes must be a whole number of bytes; got {max_cov_bytes!r}"
+        )
+    injection = injection_of(model, "calibrate")
+    if injection.applied is not None:
+        raise ValueError("[calibrate] the model must not be merged; got a merged one (unmerge it)")
+    check_enabled(injection, "calibrate")
+    return injection
+
+
+class _Noted:
+    """Batches that can be run over as often as their source; the first ones are kept."""
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        self.source = source
+        self.first: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        keeps = not self.first
+        for batch in self.source:
+            if keeps and len(self.first) < MEASURED:
+                self.first.append(batch)
+            yield batch
+
+
+def _places(injection: Injection) -> Iterator[tuple[int, int, ResLoraLinear]]:
+    for c, chain in enumerate(injection.chains):
+        for n, layer in enumerate(chain.layers):
+            if needs_fit(chain, n):
+                yield c, n, layer
+
+
+def _collect(
+    model: nn.Module,
+    injection: Injection,
+    batches: Iterable[Any],
+    options: tuple[float, bool, int, bool],
+    progressbar: bool,
+) -> Calibration:
+    collector = FitCollector(chain_views(injection, fits=False), *options)
+    places = list(_places(injection))
+    unmasked: set[str] = set()
+    if places:
+        _run_passes(model, injection, collector, batches, unmasked, progressbar)
+    fits: dict[str, Fit] = {}
+    sums: dict[str, FitSums] = {}
+    for c, n, layer in places:
+        fit, kept = collector.fit(c, n), collector.sums(c, n)
+        assert fit is not None  # finish_pass refuses layers without rows
+        fits[layer.name] = fit
+        if kept is not None:
+            sums[layer.name] = kept
+    injection.calibrated = Calibrated(fits, adapter_sum(injection), sums)
+    if unmasked:
+        warnings.warn(
+            f"[calibrate] the rows of {len(unmasked)} layers have another shape than the attention "
+            f"mask, so their padding was fitted too ({min(unmasked)}, ...)",
+            stacklevel=3,
+        )
+    result = _result_of(fits)
+    cost = collector.cost
+    result.passes, result.peak_bytes = cost.passes, cost.peak_bytes
+    result.row_file_bytes, result.solver_steps = cost.row_file_bytes, cost.solver_steps
+    return result
+
+
+def _result_of(fits: dict[str, Fit]) -> Calibration:
+    rows = min((fit.rows for fit in fits.values()), default=0)
+    residuals = {
+        name: fit.residual if fit.offset is None else fit.affine_residual
+        for name, fit in fits.items()
+    }
+    return Calibration(residuals, rows)
+
+
+def _run_passes(
+    model: nn.Module,
+    injection: Injection,
+    collector: FitCollector,
+    batches: Iterable[Any],
+    unmasked: set[str],
+    progressbar: bool,
+) -> None:
+    masks: list[Tensor] = []
+
+    def observer(c: int, n: int, name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
+        def observe(x: Tensor, v: Tensor, y: Tensor) -> None:
+            mask = row_mask(masks, x.shape[:-1])
+            if mask is None and any(not bool(m.all()) for m in masks):
+                unmasked.add(name)
+            collector.add(c, n, x, v, mask)
+
+        return observe
+
+    with observing(injection, observer), evaluating(model), torch.no_grad():
+        count = 0
+        while True:
+            before, count = count, 0
+            for batch in progress(batches, "calibrating", progressbar):
+                batch = moved(batch, model)
+                masks[:] = masks_of(model, batch, "calibrate")
+                call(model, batch)
+                collector.end_batch()
+                count += 1
+            if count == 0 and before > 0:
+                raise ValueError(
+                    "[calibrate] max_cov_bytes asks for more than one pass over the batches; got "
+                    "data that can be read once: pass a list or a DataLoader, or raise the limit"
+                )
+            if count == 0:
+                raise ValueError("[calibrate] data must hold a batch; got none")
+            if not collector.finish_pass():
+                return
+
+
+@contextmanager
+def observing(
+    injection: Injection,
+    observer: Callable[[int, int, str], Callable[[Tensor, Tensor, Tensor], None]],
+) -> Iterator[None]:
+    """Let `observer(chain, position, name)` see the calls of every layer that needs a fit."""
+    try:
+        for c, n, layer in _places(injection):
+            layer.observer = observer(c, n, layer.name)
+        yield
+    finally:
+        for layer in injection.layers:
+            layer.observer = None
+
+
+def moved_chains(injection: Injection) -> list[str]:
+    """Return the keys of the chains whose fits have their taps moved."""
+    fits = {} if injection.calibrated is None else injection.calibrated.fits
+    return [
+        chain.key
+        for chain in injection.chains
+        if any(x.name in fits and len(fits[x.name].A) != x.r for x in chain.layers)
+    ]
+
+
+def solve_again(injection: Injection, ridge: float, affine: bool, moved: list[str]) -> Calibration:
+    """Solve fits again from kept covariances; move the taps of the chains that are named."""
+    calibrated = injection.calibrated
+    if calibrated is None or not calibrated.sums:
+        raise ValueError(
+            "[calibrate] solving again needs kept covariances; got none: pass batches, with "
+            "keep_covariances=True to keep them"
+        )
+    if calibrated.adapter_sum != adapter_sum(injection):
+        raise ValueError(
+            "[calibrate] covariances must be of the adapter as it is; got some made before it "
+            "changed: pass batches"
+        )
+    layers = {layer.name: layer for layer in injection.layers}
+    # What was refined or has moved taps is left out: it belongs to the fits that are replaced.
+    fits = {name: fit for name, fit in calibrated.fits.items() if fit.B is None}
+    lacking = {x.name for _, _, x in _places(injection)} - set(fits) - set(calibrated.sums)
+    if lacking:
+        raise ValueError(
+            f"[calibrate] solving again needs the covariance of every layer; got none of "
+            f"{min(lacking)}: pass batches"
+        )
+    for name, sums in calibrated.sums.items():
+        layer = layers[name]
+        has_bias = getattr(layer.base_layer, "bias", None) is not None
+        A = layer.reslora_A.detach()
+        fits[name] = solve_fit(sums, A, ridge, affine and has_bias, name)
+    injection.calibrated = Calibrated(fits, calibrated.adapter_sum, calibrated.sums)
+    result = _result_of(fits)
+    _move_again(injection, moved, result)
+    return result
+
+
+def _move_again(injection: Injection, moved: list[str], result: Calibration) -> None:
+    calibrated = injection.calibrated
+    assert calibrated is not None
+    plain = calibrated.fits
+    for chain, view in zip(injection.chains, chain_views(injection), strict=True):
+        if chain.key in moved:
+            calibrated.fits = calibrated.fits | moved_fits(chain, view)
+            calibrated.plain = plain
+            result.moved.append(chain.key)
+
+
+def _warn_few_rows(injection: Injection, result: Calibration) -> Calibration:
+    calibrated = injection.calibrated
+    assert calibrated is not None  # just made
+    layers = {layer.name: layer for layer in injection.layers}
+    few = [n for n, fit in calibrated.fits.items() if 0 < fit.rows < layers[n].in_features]
+    if few:
+        name = few[0]
+        warnings.warn(
+            f"[calibrate] {len(few)} layers saw fewer rows than they have features "
+            f"({calibrated.fits[name].rows} of {layers[name].in_features} in {name}): the ridge "
+            "carries the fit; more batches make it better",
+            stacklevel=3,
+        )
+    return result

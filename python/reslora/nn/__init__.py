@@ -1,0 +1,1 @@
+"""The adapted layer while a model runs: what it computes, reads of others and hands on."""

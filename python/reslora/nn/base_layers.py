@@ -1,0 +1,76 @@
+"""The linear layers that can be adapted, and their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether a module is transformers' Conv1D, a linear layer with weight [in, out]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers"
+
+
+def base_weight(base: nn.Module) -> Tensor | None:
+    """Return W [out, in] of a base layer as a view, None where it is no plain floating tensor."""
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight) not in (nn.Parameter, Tensor):
+        return None
+    if weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    return weight.t() if is_conv1d(base) else weight
+
+
+def typical_tensor(base: nn.Module) -> Tensor:
+    """Return a parameter whose device, and precision if floating, the adapter takes."""
+    parameters = list(base.parameters())
+    floating = [parameter for parameter in parameters if parameter.is_floating_point()]
+    return next(iter([*floating, *parameters]), torch.empty(0))
+
+
+def dequantized(base: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the weight [out, in] of a quantised layer as a plain tensor, None if unknown."""
+    weight: Any = getattr(base, "weight", None)
+    if type(base).__module__.split(".")[0] == "bitsandbytes":
+        return _probed(base, in_features, dtype)
+    if not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter):
+        return None
+    inner: Any = weight.data if isinstance(weight, nn.Parameter) else weight
+    if not hasattr(inner, "dequantize"):
+        return None
+    plain = inner.dequantize()
+    is_plain = type(plain) is Tensor and plain.is_floating_point()
+    return plain.detach().to(dtype, copy=True) if is_plain else None
+
+
+def _probed(base: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Return W as the layer itself applies it, from what it makes of the unit vectors.
+
+    bitsandbytes repacks its weights for the device that they run on, and only its own forward knows
+    how to read them then.
+    """
+    weight: Any = base.weight
+    bias: Any = getattr(base, "bias", None)
+    columns = base(torch.eye(in_features, dtype=dtype, device=weight.device))
+    columns = columns if bias is None else columns - bias.to(columns.dtype)
+    return columns.t().to(dtype).contiguous()
+
+
+def is_bypassed(parent: nn.Module | None, name: str) -> bool:
+    """Tell whether a child's weight is read without a call: by attention of torch, and by Mamba."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    return "Mamba" in type(parent).__name__ and name in ("dt_proj", "out_proj")
+
+
+def features_of(module: Any) -> tuple[int, int] | None:
+    """Return (in, out) of a layer that can be adapted, else None."""
+    if is_conv1d(module):
+        return module.weight.shape[0], module.weight.shape[1]
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int) and inputs > 0 and outputs > 0:
+        return inputs, outputs
+    return None

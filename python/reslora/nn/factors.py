@@ -1,0 +1,40 @@
+"""A and B of a layer: how they are made, filled and named in files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base_layers import typical_tensor
+
+
+def empty_factors(base: nn.Module, inputs: int, outputs: int, r: int) -> tuple[Tensor, Tensor]:
+    """Return A [r, in] and B [out, r] for a base layer, not filled: fp64 beside fp64, else fp32."""
+    like = typical_tensor(base)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    options: dict[str, Any] = {"dtype": dtype, "device": like.device}
+    return torch.empty(r, inputs, **options), torch.empty(outputs, r, **options)
+
+
+def fill_factors(A: Tensor, B: Tensor, how: bool | str) -> None:
+    """Fill A and B in place as `init_lora_weights` says."""
+    if how == "gaussian":
+        nn.init.normal_(A, std=1 / A.shape[0])
+    else:
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+    if how is False:
+        nn.init.kaiming_uniform_(B, a=5**0.5)
+    else:
+        nn.init.zeros_(B)
+
+
+def factor_names(layer: str) -> tuple[str, str]:
+    """Return how files name A and B of a layer."""
+    return f"{layer}.reslora_A.weight", f"{layer}.reslora_B.weight"
+
+
+def is_factor(key: str) -> bool:
+    """Tell whether a tensor of an adapter's file is an A or B; others belong to heads."""
+    return key.endswith(factor_names(""))

@@ -1,0 +1,291 @@
+"""The adapted linear layer and the chain that it belongs to.
+
+    y = W x + bias + sum over k of scaling_k B_k (A_k x + taps)      (one op: ops.adapt)
+
+A layer owns its A [r, in] and B [out, r]; which blocks of other layers it reads, and which taps, is
+the wiring of its chain, made by the C++ library. The module that was there before stays inside as
+`base_layer`: a plain nn.Linear or Conv1D is evaluated inside the op, anything else is called as a
+black box and the low-rank term is added to its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._C import Chain
+from ..config import ResLoraConfig
+from . import ops
+from .base_layers import base_weight, is_conv1d, typical_tensor
+from .factors import empty_factors
+from .session import ForwardPass, Session, Wiring, is_recomputing
+from .sharding import is_sharded
+
+
+class LayerChain:
+    """The adapted layers of one kind in execution order. A plain object that its layers share."""
+
+    def __init__(self, key: str, config: ResLoraConfig, links: Chain, names: list[str]) -> None:
+        self.key = key
+        self.config = config
+        self.links = links
+        self.names = names
+        self.layers: list[ResLoraLinear] = []
+        self.session: Session | None = None
+        self.injection: Any = None  # reslora.injection.adapted.Injection, which lies above
+        exact = all(links.merges_exactly(n) for n in range(len(names)))
+        self.merges_exactly = exact
+        self.keeps_norms = config.norm_window > 0 and not exact
+
+    def wiring(self, n: int) -> Wiring:
+        """Return the wiring of layer `n` as plain Python values (torch.compile traces them)."""
+        own = self.links.wiring(n)
+        a, b = list(own.a), list(own.b)
+        keep_tap = own.handed == "tap" and len(a) == len(b)
+        return Wiring(a, b, list(own.scaling), list(own.taps), str(own.handed), keep_tap)
+
+    def has_taps(self) -> bool:
+        """Tell whether anything passes between the layers of this chain."""
+        return any(self.links.wiring(n).taps for n in range(len(self.names)))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+Base = tuple[Tensor | None, Tensor | None, Tensor | None]  # weight and bias, or the base's output
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # y, s (what entered B), tap, norms
+
+
+class Together:
+    """Layers that are evaluated by one call of the op: this one a layer alone, `Group` several."""
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that are evaluated together."""
+        return []
+
+    def outputs(
+        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], current: ForwardPass | None
+    ) -> Outputs:
+        """Return what `layer` makes of x [..., in] and its taps."""
+        return layer.evaluate([layer], [layer.evaluate_base(x)], [taps], x)[0]
+
+
+ALONE = Together()
+
+
+class ResLoraLinear(nn.Module):
+    """A linear layer with a ResLoRA adapter. Made by `inject`; [..., in] -> [..., out]."""
+
+    def __init__(
+        self, base_layer: nn.Module, chain: LayerChain, position: int, shape: tuple[int, int, int]
+    ) -> None:
+        """Wrap `base_layer`; `shape` is (in_features, out_features, r). A and B are not filled."""
+        super().__init__()
+        self.in_features, self.out_features, self.r = shape
+        self._hold(base_layer)
+        is_plain = type(base_layer) is nn.Linear or is_conv1d(base_layer)
+        self.plain_type = type(base_layer) if is_plain else None
+        self.chain = chain
+        self.position = position
+        self.name = chain.names[position]
+        self.wiring = chain.wiring(position)
+        self.lora_dropout = float(chain.config.lora_dropout)
+        self.group: Together = ALONE  # the layers that read the same x
+        self.is_disabled = False
+        self.is_merged = False
+        # Set for the time of a measurement: see calls (x, what entered B, y) or take their place.
+        self.observer: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        self.stand_in: Callable[[Tensor], Tensor] | None = None
+        # Plain tensors, not buffers: casts and DistributedDataParallel leave them alone.
+        self.norms: Tensor | None = None
+        self.norm_count: Tensor | None = None
+        self.link_use: dict[tuple[bool, str], int] = {}
+        self.was_linked_compiled = False
+        self.compiled_break = ""
+        device = typical_tensor(base_layer).device
+        if chain.keeps_norms and device.type != "meta":
+            self._make_norm_ring(device)
+        self.train(base_layer.training)
+
+    def _hold(self, base_layer: nn.Module) -> None:
+        """Register the base layer, A and B."""
+        self.base_layer = base_layer
+        A, B = empty_factors(base_layer, self.in_features, self.out_features, self.r)
+        self.reslora_A, self.reslora_B = nn.Parameter(A), nn.Parameter(B)
+
+    def set_base(self, base_layer: nn.Module) -> None:
+        """Put another module in the place of the base layer."""
+        self.base_layer = base_layer
+
+    @property
+    def is_in_use(self) -> bool:
+        """Tell whether the layer belongs to the adapter that the model evaluates."""
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what holds for a moment only: a copy is enabled and unobserved."""
+        return {**self.__dict__, "is_disabled": False, "observer": None, "stand_in": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a file holds: where it is of an older version, a layer alone has no group."""
+        super().__setstate__({**state, "group": state["group"] or ALONE})
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight, for code that looks at its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Evaluate the layer with its shortcut, or the base layer alone when disabled or merged."""
+        if self.is_disabled or self.is_merged:
+            return self.base_layer(x)
+        if self.stand_in is not None:
+            return self.stand_in(x)
+        if not x.is_floating_point():
+            raise ValueError(f"[adapt] x must be floating; got {x.dtype} (layer {self.name})")
+        session, current, taps = self.chain.session, None, []
+        if session is not None:
+            current = session.current(torch.compiler.is_compiling())
+            if self.wiring.taps:
+                taps = session.read(self, x, current)
+        y, s, tap, norms = self.group.outputs(self, x, taps, current)
+        if self.wants_norms(x):
+            self._record_norms(x, norms)
+        if session is not None and current is not None:
+            session.write(self, s if self.wiring.handed == "s" else tap, y, current)
+        if self.observer is not None:
+            self.observer(x, s, y)
+        return y
+
+    def is_active(self) -> bool:
+        """Tell whether the layer evaluates its adapter when it is called."""
+        return not (self.is_disabled or self.is_merged) and self.stand_in is None
+
+    def plain_base(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return (weight, bias) of a base layer that the op can evaluate, else None."""
+        # Attributes of modules are slow to look up; PEFT's layers hold the base elsewhere.
+        base: Any = self._modules.get("base_layer") or self.base_layer
+        if type(base) is not self.plain_type or _has_hooks(base):
+            return None
+        weight, bias = base_weight(base), base.bias
+        if weight is None or weight.requires_grad:
+            return None
+        return weight, bias  # type: ignore[return-value]
+
+    def evaluate_base(self, x: Tensor) -> Base:
+        """Return (weight, bias, None) of a plain base layer, else (None, None, its output)."""
+        base = self.plain_base()
+        return (None, None, self.base_layer(x)) if base is None else (*base, None)
+
+    def member(self, x: Tensor, base: Base, taps: list[Tensor]) -> ops.Member:
+        """Return this layer as the op takes it."""
+        a, b, scaling, _, _, keep_tap = self.wiring
+        layers = self.chain.layers
+        A = [layers[j].reslora_A for j in a]
+        B = [layers[j].reslora_B for j in b]
+        if len(a) + len(b) > 2:
+            self._check_present(x, A, B)
+        return ops.member(*base, A, B, scaling, taps, keep_tap)
+
+    def evaluate(
+        self, layers: list[ResLoraLinear], bases: list[Base], taps: list[list[Tensor]], x: Tensor
+    ) -> list[Outputs]:
+        """Return what layers, this one among them, make of one x [..., in], bases and taps."""
+        members = [
+            layer.member(x, base, own) for layer, base, own in zip(layers, bases, taps, strict=True)
+        ]
+        wants_norms = any(layer.wants_norms(x) for layer in layers)
+        out = self.adapt(x, members, wants_norms)
+        norms = [out[-1]] * len(layers)
+        if wants_norms and len(layers) > 1:
+            norms = [out[-1].narrow(0, 2 * g, 2) for g in range(len(layers))]
+        return [(out[3 * g], out[3 * g + 1], out[3 * g + 2], own) for g, own in enumerate(norms)]
+
+    def adapt(self, x: Tensor, members: list[ops.Member], want_norms: bool) -> list[Tensor]:
+        """Call the op; its errors get this layer's name."""
+        dropout = self.lora_dropout if self.training else 0.0
+        if torch.compiler.is_compiling():
+            return ops.adapt(x, members, dropout=dropout, want_norms=want_norms)
+        try:
+            return ops.adapt(x, members, dropout=dropout, want_norms=want_norms)
+        except ValueError as error:
+            raise ValueError(f"{error} (layer {self.name})") from None
+
+    def wants_norms(self, x: Tensor) -> bool:
+        """Tell whether this forward's norms are to be recorded."""
+        if not (self.training and self.chain.keeps_norms and torch.is_grad_enabled()):
+            return False
+        return not (x.is_meta or is_recomputing())
+
+    def _record_norms(self, x: Tensor, norms: Tensor) -> None:
+        if self.norms is None or self.norm_count is None:
+            self._make_norm_ring(x.device)
+        elif self.norms.device != x.device:
+            self.norms, self.norm_count = self.norms.to(x.device), self.norm_count.to(x.device)
+        ops.record_norms(norms, self.norms, self.norm_count)  # type: ignore[arg-type]
+
+    def _make_norm_ring(self, device: torch.device) -> None:
+        size = self.chain.config.norm_window
+        self.norms = torch.zeros(2, size, dtype=torch.float32, device=device)
+        self.norm_count = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def _check_present(self, x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
+        for factor in (*A, *B):
+            if is_sharded(factor):
+                raise ValueError(
+                    f"[adapt] {self.name} reads adapters of other layers, so they must be whole; "
+                    "got a sharded one: leave reslora's parameters out of the sharding "
+                    "(fully_shard(..., ignored_params=reslora.adapter_parameters(model)))"
+                )
+            if factor.is_meta and not x.is_meta:
+                raise ValueError(
+                    f"[adapt] the adapters that {self.name} reads must be loaded; got one on the "
+                    "meta device (keep reslora's parameters out of offloading)"
+                )
+
+    def count_link(self, j: int, reason: str | None) -> None:
+        """Note that the tap of layer `j` was used (no reason) or left out in a real forward."""
+        if reason is not None and self.chain.config.strict_links:
+            raise RuntimeError(
+                f"[session] strict_links demands every link; got {self.name} without one: {reason}"
+            )
+        if torch.compiler.is_compiling():
+            # A number that changes per forward would recompile: the fact is kept, not the count.
+            if reason is None:
+                self.was_linked_compiled = True
+            else:
+                self.compiled_break = reason
+            return
+        use = (self.training, reason or "")
+        self.link_use[use] = self.link_use.get(use, 0) + 1
+
+    def extra_repr(self) -> str:
+        """Show rank, scaling, place in the chain and link."""
+        links = self.chain.links
+        reached = list(links.reached(self.position))
+        link = f"linked to {reached}" if reached else "not linked"
+        if links.wiring(self.position).is_doubled:
+            link = "first, doubled"
+        state = ", merged" if self.is_merged else ", disabled" if self.is_disabled else ""
+        own = self.wiring.b.index(self.position)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"scaling={self.wiring.scaling[own]:g}, {self.chain.config.res_mode} "
+            f"{self.position} of {len(self.chain.names)}, {link}{state}"
+        )

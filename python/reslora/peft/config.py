@@ -1,0 +1,76 @@
+"""The options of ResLoRA as a config of PEFT."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftType
+from torch import Tensor
+
+from .._build_info import VERSION
+from .._C import save_adapter
+from ..config import PEFT_TYPE
+from ..config import ResLoraConfig as CoreConfig
+from ..files.folders import CONFIG_NAME, STATISTICS_NAME, WEIGHTS_NAME, load_tensors_of
+
+NAME = "reslora"
+CARD = (
+    "\n## How to load this adapter\n\nIt is a ResLoRA adapter: PEFT knows the method once "
+    "`reslora` is imported.\n\n```python\nimport reslora.peft\nfrom peft import PeftModel\n\n"
+    "model = PeftModel.from_pretrained(base_model, folder)\n```\n"
+)
+
+
+@dataclass
+class ResLoraConfig(CoreConfig, PeftConfig):
+    """The options of `reslora.ResLoraConfig` and those of every PEFT config (`task_type`, ...)."""
+
+    fan_in_fan_out: bool | list[str] = field(
+        default=False,
+        metadata={
+            "help": "Taken from the layers: the chains whose layers hold W^T (transformers' Conv1D)"
+        },
+    )
+    reslora_version: str | None = field(
+        default=None, metadata={"help": "Version of reslora, leave empty to auto-fill."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        PeftConfig.__post_init__(self)
+        self.peft_type = PeftType[PEFT_TYPE]
+        self.reslora_version = self.reslora_version or VERSION
+        self.validate()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json; a weights file beside it gets the header that reslora reads.
+
+        PEFT calls this after it has written the tensors.
+        """
+        PeftConfig.save_pretrained(self, save_directory, **kwargs)
+        folder = Path(save_directory)
+        chains = getattr(self, "chains", None)  # set where a model was adapted
+        if chains is None or not (folder / WEIGHTS_NAME).is_file():
+            return
+        (folder / STATISTICS_NAME).unlink(missing_ok=True)  # of another adapter
+        tensors = load_tensors_of(folder / WEIGHTS_NAME)
+        values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        # PEFT lists what a head may be called; files of ours name what is there.
+        own = [name for name in self.modules_to_save or () if _is_saved(name, tensors)]
+        text = json.dumps({**values, "modules_to_save": own or None}, indent=2, sort_keys=True)
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        save_adapter(folder / WEIGHTS_NAME, text, chains, tensors)
+        if (folder / "README.md").is_file():
+            card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+            if CARD.strip() not in card.text:
+                card.text = card.text.rstrip("\n") + "\n" + CARD
+            card.data.tags = sorted({*(card.data.tags or ()), NAME})
+            card.save(folder / "README.md")
+
+
+def _is_saved(module: str, tensors: dict[str, Tensor]) -> bool:
+    return any(f".{module}." in f".{key}" for key in tensors)

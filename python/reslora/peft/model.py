@@ -1,0 +1,203 @@
+"""What `get_peft_model` makes of a model, and how PEFT knows the method."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import nn
+
+from ..config import PEFT_TYPE
+from ..files.checkpoint import transposed_chains
+from ..injection.adapted import Injection
+from ..injection.chains import make_chains, shape_of
+from ..injection.inject import open_sessions, warn_without_links
+from ..injection.targets import default_targets
+from ..merging.merge import merge, merge_for_good
+from ..nn.base_layers import features_of, is_bypassed
+from ..nn.layer import LayerChain, ResLoraLinear
+from .config import NAME, ResLoraConfig
+from .layer import Adapter, PeftLinear
+
+
+class ResLoraModel(BaseTuner):
+    """What `get_peft_model` makes of a model for a ResLoraConfig."""
+
+    prefix: str = "reslora_"
+    tuner_layer_cls = PeftLinear
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter: PEFT finds and wraps the layers, then they are linked."""
+        for name, module in model.named_modules():
+            is_foreign = isinstance(module, BaseTunerLayer) and not isinstance(module, PeftLinear)
+            if is_foreign or type(module) is ResLoraLinear:
+                raise ValueError(
+                    "[reslora.peft] the model must hold no other adapters; got "
+                    f"{type(module).__name__} at {name} (merge or unload them first)"
+                )
+        places = list(_children(model))
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._link(model, adapter_name)
+        except BaseException:
+            _put_back(places, adapter_name)
+            raise
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(self.model)
+        return peft_config
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: Any,  # a ResLoraConfig
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        is_unused = is_bypassed(parent, target_name)
+        if features_of(target) is None or is_unused:
+            why = f", in {type(parent).__name__}, which does not call it" * is_unused
+            raise ValueError(
+                "[reslora.peft] targets must be linear layers; got "
+                f"{type(target).__name__} at {current_key}{why} (name it in exclude_modules)"
+            )
+        layer = target if isinstance(target, PeftLinear) else PeftLinear(target)
+        r = shape_of(peft_config, current_key, layer)[2]
+        layer.add_factors(adapter_name, r, peft_config.init_lora_weights)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _link(self, model: nn.Module, name: str) -> None:
+        """Make the chains of an adapter that PEFT has put into the model."""
+        config: Any = self.peft_config[name]
+        config.validate()
+        injection = Injection(config)
+        layers: dict[str, Any] = {
+            key: module
+            for key, module in model.named_modules()
+            if isinstance(module, PeftLinear) and name in module.reslora_A
+        }
+
+        def adapter_of(layer: PeftLinear, chain: LayerChain, position: int, shape: Any) -> Adapter:
+            return Adapter(layer, name, chain, position, shape)
+
+        injection.chains = make_chains(model, config, layers, adapter_of)
+        for layer in injection.layers:
+            layer.chain.injection = injection
+            layers[layer.name].reslora_adapters[name] = layer
+        injection.places = [
+            (parent, attribute, child.reslora_adapters[name])  # type: ignore[misc]
+            for parent, attribute, child in _children(model)
+            if isinstance(child, PeftLinear) and name in child.reslora_adapters
+        ]
+        open_sessions(model, injection)
+        config.fan_in_fan_out = transposed_chains(injection)
+        injection.note_chains()
+        warn_without_links(injection)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if not autocast_adapter_dtype:
+            warnings.warn(
+                "[reslora.peft] adapters are fp32 beside a base of lower precision; "
+                "autocast_adapter_dtype=False changes nothing",
+                stacklevel=4,
+            )
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge the active adapter by the best rule for what is at hand (see `reslora.merge`)."""
+        self._check_active(adapter_names)
+        self._check_merge_allowed()
+        if any(isinstance(x, PeftLinear) and x.merged for x in self.model.modules()):
+            warnings.warn("[reslora.peft] already merged, nothing to do", stacklevel=2)
+            return
+        merge(self.model, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers = [x for x in self.model.modules() if isinstance(x, PeftLinear)]
+        if merge:
+            self._check_active(adapter_names)
+            self._check_merge_allowed()
+            if not any(layer.merged for layer in layers):
+                merge_for_good(
+                    self.model, "merge_and_unload", safe_merge=safe_merge, progressbar=progressbar
+                )
+        else:
+            for layer in layers:
+                layer.unmerge()
+        result = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        for layer in layers:
+            layer.close_passes()
+        if hasattr(self.model, "peft_config"):  # peft 0.18 leaves it there
+            del self.model.peft_config
+        return result if result is not None else self.model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "[reslora.peft] a batch uses one adapter; got adapter_names "
+                f"{kwargs['adapter_names']} (export_lora: plain LoRA can mix them)"
+            )
+        yield
+
+    def _check_active(self, adapter_names: list[str] | None) -> None:
+        if adapter_names is not None and list(adapter_names) != self.active_adapters:
+            raise ValueError(
+                f"[reslora.peft] the active adapter is merged, {self.active_adapters}; got "
+                f"adapter_names {list(adapter_names)} (set_adapter first)"
+            )
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in model.modules():
+        for attribute, child in parent.named_children():
+            yield parent, attribute, child
+
+
+def _put_back(places: list[tuple[nn.Module, str, nn.Module]], name: str) -> None:
+    """Take back what a failed injection did to a model."""
+    for parent, attribute, child in places:
+        if isinstance(child, PeftLinear):
+            for kept in (child.reslora_A, child.reslora_B, child.reslora_adapters):
+                if name in kept:
+                    del kept[name]
+        elif isinstance(parent._modules.get(attribute), PeftLinear):
+            setattr(parent, attribute, child)
+
+
+def _register() -> None:
+    """Make RESLORA a type of PEFT, whose enum of types is closed: a member is added to it."""
+    if PEFT_TYPE in PeftType.__members__:
+        return
+    member: Any = str.__new__(PeftType, PEFT_TYPE)
+    member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType)
+    PeftType._member_names_.append(PEFT_TYPE)
+    PeftType._member_map_[PEFT_TYPE] = member
+    PeftType._value2member_map_[PEFT_TYPE] = member
+    type.__setattr__(PeftType, PEFT_TYPE, member)
+    register_peft_method(name=NAME, config_cls=ResLoraConfig, model_cls=ResLoraModel)
+
+
+_register()

@@ -1,0 +1,76 @@
+"""Text files: reading JSON that others wrote, and writing whole files or none.
+
+What cannot be read is one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def read_object(path: str | os.PathLike[str], op: str) -> dict[str, Any]:
+    """Return the JSON object in a file; `op` begins the sentence of an error."""
+    return _object(read_value(path, op), os.fspath(path), op)
+
+
+def read_value(path: str | os.PathLike[str], op: str) -> Any:
+    """Return the JSON value in a file, which need not be an object."""
+    if os.path.isdir(path):
+        raise ValueError(f"[{op}] a JSON file is read; got the folder {os.fspath(path)}")
+    with open(path, "rb") as file:
+        return _parse(file.read(), os.fspath(path), op)
+
+
+def parse_object(text: str | bytes, source: str, op: str) -> dict[str, Any]:
+    """Return the JSON object in a text; `source` names the text in an error."""
+    return _object(_parse(text, source, op), source, op)
+
+
+def _parse(text: str | bytes, source: str, op: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"[{op}] {source} must be UTF-8; got {error.reason} at {error.start}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"[{op}] {source} must be JSON; got {error}") from None
+
+
+def _object(values: Any, source: str, op: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"[{op}] {source} must be a JSON object; got {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give a place to write files that belong together: all of them go to `folder`, or none."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".reslora-") as name:
+        yield Path(name)
+        for path in sorted(Path(name).iterdir()):
+            os.replace(path, folder / path.name)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically: a temporary name in the same folder, then a rename."""
+    path = os.fspath(path)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".reslora-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
