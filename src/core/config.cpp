@@ -6,7 +6,7 @@
 #include <cmath>
 #include <utility>
 
-#include "detail/check.h"
+#include "core/check.h"
 
 namespace reslora {
 namespace {

@@ -5,8 +5,8 @@
 #include <map>
 #include <utility>
 
-#include "detail/check.h"
-#include "detail/json.h"
+#include "core/check.h"
+#include "safetensors/json.h"
 
 namespace reslora {
 namespace {

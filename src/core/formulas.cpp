@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "detail/check.h"
+#include "core/check.h"
 
 namespace reslora::formulas {
 namespace {

@@ -5,7 +5,7 @@
 #include <cctype>
 #include <regex>
 
-#include "detail/check.h"
+#include "core/check.h"
 
 namespace reslora {
 namespace {

@@ -11,11 +11,11 @@
 #include <set>
 #include <utility>
 
-#include "detail/json.h"
-#include "detail/safetensors.h"
-#include "detail/sha256.h"
-#include "internal/factor_names.h"
-#include "internal/tensor_types.h"
+#include "io/factor_names.h"
+#include "io/tensor_types.h"
+#include "safetensors/json.h"
+#include "safetensors/safetensors.h"
+#include "safetensors/sha256.h"
 
 namespace reslora {
 namespace {

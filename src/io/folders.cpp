@@ -1,6 +1,6 @@
 // POSIX calls rather than std::filesystem: some releases of torch export a copy of it that differs
 // from the compiler's.
-#include "internal/folders.h"
+#include "io/folders.h"
 
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,8 +10,8 @@
 #include <cstring>
 #include <utility>
 
-#include "detail/safetensors.h"
-#include "internal/tensor_types.h"
+#include "io/tensor_types.h"
+#include "safetensors/safetensors.h"
 
 namespace reslora::detail {
 

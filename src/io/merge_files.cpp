@@ -7,10 +7,10 @@
 #include <set>
 #include <utility>
 
-#include "detail/check.h"
-#include "internal/factor_names.h"
-#include "internal/folders.h"
-#include "internal/saved_adapter.h"
+#include "core/check.h"
+#include "io/factor_names.h"
+#include "io/folders.h"
+#include "io/saved_adapter.h"
 
 namespace reslora {
 namespace {

@@ -15,11 +15,11 @@
 #include <system_error>
 #include <utility>
 
-#include "detail/check.h"
-#include "detail/safetensors.h"
-#include "internal/merged_weight.h"
-#include "internal/precision.h"
-#include "internal/tensor_types.h"
+#include "core/check.h"
+#include "core/precision.h"
+#include "io/tensor_types.h"
+#include "merge/merged_weight.h"
+#include "safetensors/safetensors.h"
 
 namespace reslora {
 

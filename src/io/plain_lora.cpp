@@ -8,10 +8,10 @@
 #include <cmath>
 #include <vector>
 
-#include "detail/check.h"
-#include "detail/json.h"
-#include "internal/folders.h"
-#include "internal/precision.h"
+#include "core/check.h"
+#include "core/precision.h"
+#include "io/folders.h"
+#include "safetensors/json.h"
 
 namespace reslora {
 namespace {

@@ -1,11 +1,11 @@
 // Reading the files of a folder, which must belong together.
-#include "internal/saved_adapter.h"
+#include "io/saved_adapter.h"
 
 #include <sstream>
 
-#include "detail/check.h"
-#include "internal/factor_names.h"
-#include "internal/folders.h"
+#include "core/check.h"
+#include "io/factor_names.h"
+#include "io/folders.h"
 
 namespace reslora::detail {
 namespace {

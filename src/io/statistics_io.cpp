@@ -8,9 +8,9 @@
 #include <set>
 #include <utility>
 
-#include "detail/check.h"
-#include "detail/json.h"
-#include "internal/tensor_types.h"
+#include "core/check.h"
+#include "io/tensor_types.h"
+#include "safetensors/json.h"
 
 namespace reslora {
 namespace {

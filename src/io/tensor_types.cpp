@@ -1,5 +1,5 @@
 // Element types and entries of tensors; see tensor_types.h.
-#include "internal/tensor_types.h"
+#include "io/tensor_types.h"
 
 #include <algorithm>
 #include <array>

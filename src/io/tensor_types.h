@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "detail/safetensors.h"
+#include "safetensors/safetensors.h"
 
 namespace reslora::detail {
 

@@ -11,9 +11,9 @@
 #include <cmath>
 #include <utility>
 
-#include "detail/check.h"
-#include "internal/precision.h"
-#include "internal/regression.h"
+#include "core/check.h"
+#include "core/precision.h"
+#include "merge/regression.h"
 
 namespace reslora {
 namespace {

@@ -1,5 +1,4 @@
-// Plans a merge, applies it to the weights and takes it back. The rules are in
-// internal/merge_rules.
+// Plans a merge, applies it to the weights and takes it back; the rules are in merge_rules.cpp.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <reslora/merge.h>
@@ -8,10 +7,10 @@
 #include <unordered_map>
 #include <utility>
 
-#include "detail/check.h"
-#include "internal/merge_rules.h"
-#include "internal/merged_weight.h"
-#include "internal/precision.h"
+#include "core/check.h"
+#include "core/precision.h"
+#include "merge/merge_rules.h"
+#include "merge/merged_weight.h"
 
 namespace reslora {
 namespace {

@@ -3,8 +3,8 @@
 #include <ATen/TensorOperators.h>
 #include <reslora/merge_errors.h>
 
-#include "detail/check.h"
-#include "internal/precision.h"
+#include "core/check.h"
+#include "core/precision.h"
 
 namespace reslora {
 namespace {

@@ -1,6 +1,6 @@
 // What each merge rule makes of a chain; see merge_rules.h. Planning reads adapters and norms; only
 // the rule `weight` reads base weights, one matrix at a time.
-#include "internal/merge_rules.h"
+#include "merge/merge_rules.h"
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -9,8 +9,8 @@
 #include <cmath>
 #include <utility>
 
-#include "detail/check.h"
-#include "internal/merged_weight.h"
+#include "core/check.h"
+#include "merge/merged_weight.h"
 
 namespace reslora::detail {
 namespace {

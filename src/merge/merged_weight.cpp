@@ -1,12 +1,12 @@
 // Merged weights and what is asked of them; see merged_weight.h.
-#include "internal/merged_weight.h"
+#include "merge/merged_weight.h"
 
 #include <ATen/Functions.h>
 
 #include <cmath>
 
+#include "core/check.h"
 #include "cpu/thin_products.h"
-#include "detail/check.h"
 
 namespace reslora::detail {
 

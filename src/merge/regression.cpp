@@ -1,6 +1,6 @@
 // Solving for A' from sums, by Cholesky where they are matrices and by conjugate gradients where
 // the rows lie in a file; see regression.h.
-#include "internal/regression.h"
+#include "merge/regression.h"
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -8,8 +8,8 @@
 
 #include <cmath>
 
-#include "detail/check.h"
-#include "internal/precision.h"
+#include "core/check.h"
+#include "core/precision.h"
 
 namespace reslora {
 namespace {

@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "internal/row_file.h"
+#include "merge/row_file.h"
 
 namespace reslora::detail {
 

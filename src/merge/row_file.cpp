@@ -1,5 +1,5 @@
 // Rows in a temporary file; see row_file.h.
-#include "internal/row_file.h"
+#include "merge/row_file.h"
 
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>

@@ -9,13 +9,13 @@
 #include <algorithm>
 #include <utility>
 
-#include "detail/check.h"
-#include "internal/adapter_tensors.h"
-#include "internal/chain_state.h"
-#include "internal/factor_names.h"
-#include "internal/folders.h"
-#include "internal/injection.h"
-#include "internal/saved_adapter.h"
+#include "core/check.h"
+#include "io/factor_names.h"
+#include "io/folders.h"
+#include "io/saved_adapter.h"
+#include "nn/adapter_tensors.h"
+#include "nn/chain_state.h"
+#include "nn/injection.h"
 
 namespace reslora {
 namespace detail {

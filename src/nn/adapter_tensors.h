@@ -6,7 +6,7 @@
 #include <map>
 #include <string>
 
-#include "internal/injection.h"
+#include "nn/injection.h"
 
 namespace reslora::detail {
 

@@ -5,9 +5,9 @@
 #include <ostream>
 #include <utility>
 
-#include "internal/adapter_tensors.h"
-#include "internal/chain_state.h"
-#include "internal/injection.h"
+#include "nn/adapter_tensors.h"
+#include "nn/chain_state.h"
+#include "nn/injection.h"
 
 namespace reslora {
 

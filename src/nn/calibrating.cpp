@@ -5,10 +5,10 @@
 #include <cmath>
 #include <utility>
 
-#include "internal/adapter_tensors.h"
-#include "internal/chain_state.h"
-#include "internal/injection.h"
-#include "internal/merge_rules.h"
+#include "merge/merge_rules.h"
+#include "nn/adapter_tensors.h"
+#include "nn/chain_state.h"
+#include "nn/injection.h"
 
 namespace reslora {
 namespace {

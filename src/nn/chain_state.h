@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "detail/check.h"
+#include "core/check.h"
 
 namespace reslora {
 

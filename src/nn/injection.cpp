@@ -1,5 +1,5 @@
 // Finding the layers that a config names, and making chains of them; see adapters.h.
-#include "internal/injection.h"
+#include "nn/injection.h"
 
 #include <reslora/config_json.h>
 #include <torch/nn/modules/container/modulelist.h>
@@ -13,7 +13,7 @@
 #include <unordered_set>
 #include <utility>
 
-#include "internal/chain_state.h"
+#include "nn/chain_state.h"
 
 namespace reslora {
 namespace detail {

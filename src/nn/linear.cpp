@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "detail/check.h"
-#include "internal/chain_state.h"
+#include "core/check.h"
+#include "nn/chain_state.h"
 
 namespace reslora {
 namespace {

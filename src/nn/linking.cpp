@@ -3,7 +3,7 @@
 
 #include <map>
 
-#include "internal/chain_state.h"
+#include "nn/chain_state.h"
 
 namespace reslora {
 namespace detail {

@@ -2,7 +2,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <reslora/ops.h>
 
-#include "detail/check.h"
+#include "core/check.h"
 #include "ops/adapt_kernels.h"
 
 namespace reslora {

@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-#include "detail/check.h"
+#include "core/check.h"
 
 namespace reslora::ops {
 namespace {

@@ -1,5 +1,5 @@
 // The JSON reader walks the text once, left to right; see json.h for what it refuses.
-#include "detail/json.h"
+#include "safetensors/json.h"
 
 #include <charconv>
 #include <cmath>

@@ -1,5 +1,5 @@
 // Header parser, header writer, and the reading and atomic writing of files; see safetensors.h.
-#include "detail/safetensors.h"
+#include "safetensors/safetensors.h"
 
 #include <fcntl.h>
 #include <unistd.h>

@@ -25,7 +25,7 @@
 #include <string_view>
 #include <vector>
 
-#include "detail/json.h"
+#include "safetensors/json.h"
 
 namespace reslora::detail {
 

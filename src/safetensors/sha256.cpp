@@ -1,5 +1,5 @@
 // SHA-256 as FIPS 180-4 writes it, in portable C++; names of the variables are the standard's.
-#include "detail/sha256.h"
+#include "safetensors/sha256.h"
 
 #include <algorithm>
 #include <cstring>

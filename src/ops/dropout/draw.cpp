@@ -6,8 +6,8 @@
 #include <cmath>
 #include <mutex>
 
-#include "ops/dropout_bits.h"
-#include "ops/dropout_slabs.h"
+#include "ops/dropout/bits.h"
+#include "ops/dropout/slabs.h"
 
 namespace reslora::ops {
 

@@ -1,5 +1,5 @@
 // Dropout in slabs: a few rows of x at a time are masked into a buffer in cache.
-#include "ops/dropout_slabs.h"
+#include "ops/dropout/slabs.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "ops/adapt_kernels.h"
-#include "ops/dropout_bits.h"
+#include "ops/dropout/bits.h"
 
 namespace reslora::ops {
 namespace {
