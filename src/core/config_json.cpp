@@ -1,4 +1,4 @@
-// Each option stands in one table, with how it is written and read.
+// Options as JSON: one table says how each of them is written and read.
 #include <reslora/config_json.h>
 
 #include <functional>

@@ -1,5 +1,7 @@
-// POSIX calls rather than std::filesystem: some releases of torch export a copy of it that differs
-// from the compiler's.
+// Folders and text files by POSIX calls, and files that are put in place together; see folders.h.
+//
+// Not by std::filesystem: some releases of torch export a copy of it that differs from the
+// compiler's.
 #include "io/folders.h"
 
 #include <sys/stat.h>

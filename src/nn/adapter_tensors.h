@@ -6,7 +6,7 @@
 #include <map>
 #include <string>
 
-#include "nn/injection.h"
+#include "nn/adapters_state.h"
 
 namespace reslora::detail {
 

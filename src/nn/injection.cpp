@@ -1,4 +1,4 @@
-// Finding the layers that a config names, and making chains of them; see adapters.h.
+// Finds the layers that a config names, and makes chains of them; see adapters.h.
 #include "nn/injection.h"
 
 #include <reslora/config_json.h>
@@ -230,8 +230,9 @@ void warn_without_links(const std::vector<LinkedChain>& chains, const ResLoraCon
              "' works like plain LoRA here (print_links shows the chains)");
 }
 
-}  // namespace
-
+/// The layers of a path's kind: the path with its layer indices replaced by `*`. An index counts
+/// as one where the children of its ModuleList or Sequential are all of one class; without any,
+/// the first number does.
 std::string chain_key(const torch::nn::Module& model, const Modules& modules,
                       const std::string& path) {
   std::vector<std::string> parts = parts_of(path);
@@ -254,6 +255,8 @@ std::string chain_key(const torch::nn::Module& model, const Modules& modules,
   for (const size_t i : starred) parts[i] = "*";
   return joined(parts, parts.size());
 }
+
+}  // namespace
 
 Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config) {
   validate(config);

@@ -8,6 +8,7 @@
 
 #include "cpu/thin_products.h"
 #include "ops/adapt_kernels.h"
+#include "ops/dropout/draw.h"
 #include "ops/dropout/slabs.h"
 #include "ops/kernel_choice.h"
 

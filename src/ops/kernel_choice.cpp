@@ -1,4 +1,4 @@
-// See kernel_choice.h.
+// Tries a device's own kernels against ATen's, and remembers which to use; see kernel_choice.h.
 #include "ops/kernel_choice.h"
 
 #include <ATen/ATen.h>

@@ -1,4 +1,4 @@
-// The JSON reader walks the text once, left to right; see json.h for what it refuses.
+// Reading JSON in one walk from left to right, and writing it; json.h says what is refused.
 #include "safetensors/json.h"
 
 #include <charconv>
@@ -32,6 +32,16 @@ size_t utf8_length(std::string_view text, size_t at) {
     return continues(1) && continues(2) && continues(3) && !is_overlong && !is_beyond ? 4 : 0;
   }
   return 0;
+}
+
+bool is_utf8(std::string_view text) {
+  size_t at = 0;
+  while (at < text.size()) {
+    const size_t length = utf8_length(text, at);
+    if (length == 0) return false;
+    at += length;
+  }
+  return true;
 }
 
 void append_utf8(std::string& out, uint32_t code) {
@@ -360,16 +370,6 @@ JsonWriter& JsonWriter::raw(std::string_view json) {
   separate();
   text_ += json;
   return *this;
-}
-
-bool is_utf8(std::string_view text) {
-  size_t at = 0;
-  while (at < text.size()) {
-    const size_t length = utf8_length(text, at);
-    if (length == 0) return false;
-    at += length;
-  }
-  return true;
 }
 
 std::string shown(std::string_view text, size_t limit) {

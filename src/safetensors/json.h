@@ -111,9 +111,6 @@ class JsonWriter {
   int depth_ = 0;
 };
 
-/// Returns true where `text` is UTF-8 without overlong forms and surrogates.
-bool is_utf8(std::string_view text);
-
 /// Returns `text` in quotes for an error message: control characters and bytes that are not UTF-8
 /// become '?', and what is longer than `limit` bytes is cut.
 std::string shown(std::string_view text, size_t limit = 120);

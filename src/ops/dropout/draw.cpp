@@ -1,4 +1,6 @@
-// Dropout bits from torch's default generator of the CPU, drawn by its threads.
+// Dropout bits from one number of torch's default generator of the CPU, drawn by its threads.
+#include "ops/dropout/draw.h"
+
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
@@ -7,7 +9,6 @@
 #include <mutex>
 
 #include "ops/dropout/bits.h"
-#include "ops/dropout/slabs.h"
 
 namespace reslora::ops {
 

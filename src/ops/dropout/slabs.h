@@ -8,10 +8,6 @@
 
 namespace reslora::ops {
 
-/// Returns bits uint8 [T, ceil(in/8)] for x [T, in], each 1 with probability `keep`. Takes one
-/// number from the default generator.
-at::Tensor draw_bits(const at::Tensor& x, double keep);
-
 /// out [T, R] = alpha * kept x A^T.
 void project_slabs(const at::Tensor& x, const at::Tensor& bits, const at::Tensor& A, double alpha,
                    at::Tensor& out);
