@@ -59,6 +59,4 @@ void RowFile::for_each(const std::function<void(const at::Tensor&)>& visit) {
   }
 }
 
-int64_t RowFile::bytes() const { return rows_ * columns_ * 4; }
-
 }  // namespace reslora::detail

@@ -22,8 +22,6 @@ class RowFile {
   void append(const at::Tensor& rows);
   void for_each(const std::function<void(const at::Tensor&)>& visit);
 
-  int64_t bytes() const;
-
  private:
   std::unique_ptr<std::FILE, int (*)(std::FILE*)> file_;
   int64_t columns_;
