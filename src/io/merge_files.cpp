@@ -5,7 +5,6 @@
 
 #include <map>
 #include <set>
-#include <utility>
 
 #include "core/check.h"
 #include "io/factor_names.h"

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <set>
 #include <system_error>
 #include <utility>
 

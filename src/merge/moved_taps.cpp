@@ -4,7 +4,6 @@
 #include <reslora/regression.h>
 
 #include <algorithm>
-#include <utility>
 
 #include "core/check.h"
 

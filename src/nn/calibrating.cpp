@@ -2,7 +2,6 @@
 #include <ATen/ATen.h>
 #include <reslora/adapters.h>
 
-#include <cmath>
 #include <utility>
 
 #include "merge/merge_rules.h"

@@ -7,7 +7,6 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <string_view>
 #include <vector>
