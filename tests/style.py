@@ -25,54 +25,27 @@ CPP = (".h", ".cpp", ".cu", ".cuh")
 TEXT = (*CPP, ".py", ".sh", ".md", ".toml", ".json", ".cmake", ".txt", ".in", ".yml", "")
 SKIPPED_FOLDERS = {"build", "results", "data", "node_modules", "__pycache__"}
 
-# Who may include whom, directly; what stands below is allowed too. Nothing points up.
-BELOW: dict[str, tuple[str, ...]] = {
-    "export": (),
-    "check": (),
-    "module_names": ("export",),
-    "config": ("export", "check", "module_names"),
-    "config_json": ("config", "detail"),
-    "detail": ("check",),
-    "cpu": (),
-    "cuda": (),
-    "formulas": ("config",),
-    "chain": ("config",),
-    "norm_window": ("config",),
-    "ops": ("export", "check", "cpu", "cuda"),
-    "chain_view": ("chain", "norm_window"),
-    "linear": ("chain", "chain_view", "norm_window", "ops", "regression"),
-    "precision": (),
-    "row_file": (),
-    "regression": ("chain_view", "precision", "row_file"),
-    "fit_collector": ("regression",),
-    "moved_taps": ("regression",),
-    "merge": ("chain_view", "cpu", "formulas", "precision"),
-    "merge_errors": ("merge",),
-    "folders": ("tensor_types",),
-    "plain_lora": ("merge", "adapter_io", "folders"),
-    "tensor_types": ("detail",),
-    "adapter_io": ("chain", "norm_window", "detail", "tensor_types", "factor_names"),
-    "statistics_io": ("adapter_io", "regression"),
-    "model_files": ("merge", "tensor_types"),
-    "factor_names": (),
-    "saved_adapter": ("statistics_io", "config_json", "folders"),
-    "adapters": ("linear", "merge", "saved_adapter", "plain_lora"),
-    "merge_files": ("model_files", "saved_adapter"),
-    "bindings": ("merge_errors", "statistics_io", "model_files", "plain_lora", "config"),
-    "reslora": ("adapters", "merge_errors", "merge_files"),
+# The rooms of C++, from the top: a file includes its own room and those of the rows below, never
+# one beside it. Bindings stand beside `nn`, since Python has modules of its own.
+ROOMS = (
+    ("reslora",),
+    ("nn", "bindings"),
+    ("io",),
+    ("merge", "ops"),
+    ("core",),
+    ("safetensors", "cpu", "cuda"),
+)
+ROW = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}
+# The rooms of the public headers, which lie in one folder.
+HEADERS = {
+    "reslora": "reslora",
+    "nn": "adapters linear",
+    "io": "adapter_io merge_files model_files plain_lora statistics_io",
+    "merge": "merge merge_errors regression",
+    "ops": "ops",
+    "core": "chain chain_view config config_json export formulas module_names norm_window",
 }
-# Files that are parts of a layer with another name.
-PARTS = {
-    "merge_rules": "merge",
-    "merged_weight": "merge",
-    "chain_state": "linear",
-    "linking": "linear",
-    "adapter_files": "adapters",
-    "adapter_tensors": "adapters",
-    "calibrating": "adapters",
-    "injection": "adapters",
-}
-TORCH_FREE = {"detail", "cuda"}  # layers that must build without torch
+TORCH_FREE = {"safetensors", "cuda"}  # rooms that must build without torch
 
 # Names whose call in Python would be a formula; Python calls the library instead.
 FORMULA_CALLS = set(
@@ -185,55 +158,46 @@ def check_reference(tree: Path) -> list[str]:
         return run_tool(tree, "doxygen", str(doxyfile))
 
 
-def layer_of(path: Path) -> str:
-    """Name the layer that a file belongs to: its folder, or its stem."""
+def room_of(path: Path) -> str:
+    """Name the room of a file from its path below the repository, src/ or include/."""
     if "csrc" in path.parts:
         return "bindings"
-    if path.parent.name in ("ops", "cpu", "cuda"):
-        return path.parent.name
-    if path.parent.name == "detail":
-        return "check" if path.stem == "check" else "detail"
-    return PARTS.get(path.stem, path.stem)
+    if "reslora" in path.parts:
+        rooms = [room for room, names in HEADERS.items() if path.stem in names.split()]
+        return rooms[0] if rooms else path.stem
+    folders = path.parts[1:-1] if path.parts[0] == "src" else path.parts[:-1]
+    return folders[0] if folders else path.stem
 
 
-def all_below(layer: str) -> set[str]:
-    """Return every layer that `layer` may include, itself among them."""
-    found = {layer, "export", "check"}
-    for name in BELOW.get(layer, ()):
-        found |= all_below(name)
-    return found
-
-
-def included_layer(tree: Path, path: Path, name: str) -> str | None:
-    """Return the layer of an include of ours, None for a foreign header."""
-    for folder in (path.parent, tree / "src", tree / "include"):
-        if (folder / name).exists():
-            return layer_of(folder / name)
-    return layer_of(Path(name)) if name.startswith("reslora/") else None
+def included_room(tree: Path, path: Path, name: str) -> str | None:
+    """Return the room of an include of ours, None for a foreign header."""
+    if name.startswith("reslora/") or name.split("/")[0] in ROW:
+        return room_of(Path(name))
+    beside = path.parent / name
+    return room_of(beside.relative_to(tree)) if beside.exists() else None
 
 
 def check_include_direction(tree: Path) -> list[str]:
-    """Each file includes only what lies below it; two layers build without torch."""
+    """Each file includes only its own room and those below; two rooms build without torch."""
     found = []
     for path in files_of(tree, *CPP):
-        if path.relative_to(tree).parts[0] not in ("include", "src", "python"):
+        place = path.relative_to(tree)
+        if place.parts[0] not in ("include", "src", "python"):
             continue
-        layer = layer_of(path)
-        if layer not in BELOW:
-            found.append(
-                f"{path.relative_to(tree)}:1: '{layer}' has no place in tests/style.py BELOW"
-            )
+        room = room_of(place)
+        if room not in ROW:
+            found.append(f"{place}:1: '{room}' has no place in tests/style.py ROOMS or HEADERS")
             continue
-        for place, line in numbered(tree, path):
+        for at, line in numbered(tree, path):
             match = re.match(r'\s*#\s*include\s+[<"]([^>"]+)[>"]', line)
             if not match:
                 continue
             name = match.group(1)
-            target = included_layer(tree, path, name)
-            if target is not None and target not in all_below(layer):
-                found.append(f"{place}: '{layer}' may not include '{target}' ({name})")
-            if layer in TORCH_FREE and re.match(r"(torch|ATen|c10)/", name):
-                found.append(f"{place}: '{layer}' must build without torch; got {name}")
+            target = included_room(tree, path, name)
+            if target not in (None, room) and ROW.get(target, -1) <= ROW[room]:
+                found.append(f"{at}: '{room}' may not include '{target}' ({name})")
+            if room in TORCH_FREE and re.match(r"(torch|ATen|c10)/", name):
+                found.append(f"{at}: '{room}' must build without torch; got {name}")
     return found
 
 

@@ -141,10 +141,6 @@ class RESLORA_API Adapters {
   }
 
   void calibrate_with(const Pass& pass, const FitOptions& options) const;
-  void collect_fits(const Pass& pass, FitCollector& collector) const;
-  std::vector<double> distances(const Pass& pass,
-                                const std::vector<std::vector<std::vector<Fit>>>& candidates) const;
-  void choose_moves(const Pass& pass) const;
 
   std::shared_ptr<State> state_;
 };

@@ -253,8 +253,6 @@ void bind_pairs(py::module_& m) {
         return layer;
       },
       py::arg("layer"), py::arg("device"), "Return a planned pair on another device.");
-  m.def("merged_weight", &merged_weight, py::arg("weight"), py::arg("layer"), NoGil(),
-        "Return W + B A in fp32.");
   m.def(
       "save_plain_lora",
       [](const std::filesystem::path& folder, const std::vector<LayerMerge>& layers,

@@ -20,7 +20,6 @@ void bind_model_files(py::module_& m) {
       .def(py::init<const std::vector<std::string>&>(), py::arg("paths"), NoGil())
       .def_property_readonly("names", &ModelFiles::names)
       .def("path_of", &ModelFiles::path_of, py::arg("name"))
-      .def("metadata_of", &ModelFiles::metadata_of, py::arg("path"))
       .def("tensor", &ModelFiles::tensor, py::arg("name"))
       .def(
           "write",

@@ -246,9 +246,6 @@ def padded_factors(layer: LayerMerge, R: int) -> tuple[Tensor, Tensor]:
 def reduced_factors(layer: LayerMerge, max_rank: int, tolerance: float) -> tuple[LayerMerge, float]:
     """Reduce a pair to the smallest rank within a tolerance; also return the relative error."""
 
-def merged_weight(weight: Tensor, layer: LayerMerge) -> Tensor:
-    """Return W + B A in fp32 (fp64 for fp64)."""
-
 def layer_errors(
     planned: LayerMerge,
     x: Tensor,
@@ -287,7 +284,6 @@ class ModelFiles:
     @property
     def names(self) -> list[str]: ...
     def path_of(self, name: str) -> str: ...
-    def metadata_of(self, path: str) -> dict[str, str]: ...
     def tensor(self, name: str) -> Tensor:
         """Return a view of the file; it must not be written to."""
     def write(

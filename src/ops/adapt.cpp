@@ -1,4 +1,4 @@
-// The op `adapt` on any device, and its public C++ entry.
+// What `adapt` computes on any device, forward and backward, out of the kernels of that device.
 //
 // Order that saves a pass each way (the low-rank term is written first, the big GEMM accumulates):
 //   forward   u = x A^T;  s = u[:, :R] + taps;  y = bias + s B^T;  y += x W^T
@@ -7,16 +7,13 @@
 // Members that read one x share the down-projection, its mask and the sum in dx.
 // The big GEMMs are ATen's; the thin products beside them are the device's (adapt_kernels.h).
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <reslora/ops.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "ops/adapt_kernels.h"
 
-namespace reslora {
-namespace ops {
+namespace reslora::ops {
 namespace {
 
 Tensor with_leading_dims(const Tensor& matrix, const Tensor& like) {
@@ -29,6 +26,14 @@ Tensor with_leading_dims(const Tensor& matrix, const Tensor& like) {
 /// t with memory of its own, where it was a part of u.
 Tensor owned(const Tensor& t, const Tensor& u) {
   return t.defined() && t.is_alias_of(u) ? t.clone(at::MemoryFormat::Contiguous) : t;
+}
+
+/// The mask for a dropout; what is kept is drawn with 1 - dropout to the nearest 1/65536, at least
+/// one of them.
+Mask mask_of(double dropout, const OptTensor& bits) {
+  if (dropout <= 0) return {};
+  const double keep = std::max(1.0, std::round((1.0 - dropout) * 65536.0)) / 65536.0;
+  return {true, keep, bits ? *bits : Tensor()};
 }
 
 }  // namespace
@@ -74,12 +79,6 @@ std::vector<Tensor> unstack(const Tensor& stacked, at::TensorList blocks, int64_
     out.push_back(std::move(part));
   }
   return out;
-}
-
-Mask mask_of(double dropout, const OptTensor& bits) {
-  if (dropout <= 0) return {};
-  const double keep = std::max(1.0, std::round((1.0 - dropout) * 65536.0)) / 65536.0;
-  return {true, keep, bits ? *bits : Tensor()};
 }
 
 std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels) {
@@ -177,13 +176,4 @@ Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kerne
   return {dx, std::move(ds), std::move(dA), std::move(dB)};
 }
 
-}  // namespace ops
-
-void record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Tensor& count) {
-  using Schema = void(const at::Tensor&, const at::Tensor&, const at::Tensor&);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("reslora::record_norms", "").typed<Schema>();
-  op.call(norms, ring, count);
-}
-
-}  // namespace reslora
+}  // namespace reslora::ops

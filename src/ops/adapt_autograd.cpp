@@ -9,7 +9,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
-#include "detail/check.h"
+#include "core/check.h"
 #include "ops/adapt_kernels.h"
 
 namespace reslora::ops {

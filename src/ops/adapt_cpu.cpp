@@ -8,7 +8,8 @@
 
 #include "cpu/thin_products.h"
 #include "ops/adapt_kernels.h"
-#include "ops/dropout_slabs.h"
+#include "ops/dropout/draw.h"
+#include "ops/dropout/slabs.h"
 #include "ops/kernel_choice.h"
 
 namespace reslora::ops {

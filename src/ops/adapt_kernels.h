@@ -161,10 +161,6 @@ RESLORA_API extern const DeviceKernels kAtenKernels;  // adapt_composite.cpp; te
 void check_adapt(const AdaptArgs& args);
 void check_record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Tensor& count);
 
-/// The mask for a dropout; what is kept is drawn with 1 - dropout to the nearest 1/65536, at least
-/// one of them.
-Mask mask_of(double dropout, const OptTensor& bits);
-
 /// x [..., n] as a matrix [T, n] whose rows or columns are dense.
 at::Tensor as_matrix(const at::Tensor& x);
 

@@ -1,12 +1,8 @@
-// Which part of the op's lists belongs to which member: reading and writing `layout`.
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <reslora/ops.h>
-
-#include "detail/check.h"
+// Deals the lists of an op out to its members, as `layout` says.
+#include "core/check.h"
 #include "ops/adapt_kernels.h"
 
-namespace reslora {
-namespace ops {
+namespace reslora::ops {
 namespace {
 
 /// Deals out a list from its front.
@@ -97,68 +93,4 @@ BackwardArgs sorted_grads(at::TensorList given, at::IntArrayRef layout, const Te
   return args;
 }
 
-}  // namespace ops
-
-namespace {
-
-/// The op's lists for some inputs.
-struct Lists {
-  std::vector<at::Tensor> bases, A, B, taps;
-  std::vector<int64_t> layout;
-  std::vector<double> scaling;
-
-  void add(const AdaptInput& in) {
-    RESLORA_CHECK(in.weight.has_value() != in.base_out.has_value(),
-                  "[adapt] pass either weight or base_out; got {}", in.weight ? "both" : "neither");
-    RESLORA_CHECK(in.weight || !in.bias, "[adapt] {}", "base_out must have no bias beside it");
-    bases.push_back(in.weight ? *in.weight : *in.base_out);
-    if (in.bias) bases.push_back(*in.bias);
-    const auto count = [](const auto& list) { return static_cast<int64_t>(list.size()); };
-    const int64_t kind = !in.weight ? ops::kBaseOut : in.bias ? ops::kWeightAndBias : ops::kWeight;
-    const int64_t own[] = {kind, count(in.A), count(in.B), count(in.taps), in.keep_tap};
-    layout.insert(layout.end(), std::begin(own), std::end(own));
-    A.insert(A.end(), in.A.begin(), in.A.end());
-    B.insert(B.end(), in.B.begin(), in.B.end());
-    scaling.insert(scaling.end(), in.scaling.begin(), in.scaling.end());
-    taps.insert(taps.end(), in.taps.begin(), in.taps.end());
-  }
-};
-
-std::vector<AdaptOutput> call(at::ArrayRef<AdaptInput> inputs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("reslora::adapt", "")
-                             .typed<ops::AdaptSchema>();
-  RESLORA_CHECK(!inputs.empty(), "[adapt] needs at least one layer; got {}", "none");
-  const AdaptInput& first = inputs[0];
-  Lists lists;
-  for (const AdaptInput& in : inputs) {
-    RESLORA_CHECK(in.x.is_same(first.x) && in.dropout == first.dropout &&
-                      in.bits.has_value() == first.bits.has_value() &&
-                      (!in.bits || in.bits->is_same(*first.bits)) &&
-                      in.want_norms == first.want_norms,
-                  "[adapt] layers that are evaluated together must read one x, with one dropout, "
-                  "bits and want_norms; got others at position {}",
-                  &in - inputs.data());
-    lists.add(in);
-  }
-  const std::vector<at::Tensor> out =
-      op.call(first.x, lists.bases, lists.layout, lists.A, lists.B, lists.scaling, lists.taps,
-              first.dropout, first.bits, first.want_norms);
-  std::vector<AdaptOutput> outputs;
-  const at::Tensor &bits = out[out.size() - 2], &norms = out[out.size() - 1];
-  const bool is_single = inputs.size() == 1 || !first.want_norms;
-  for (size_t g = 0; g < inputs.size(); ++g)
-    outputs.push_back({out[3 * g], out[3 * g + 1], out[3 * g + 2], bits,
-                       is_single ? norms : norms.narrow(0, 2 * static_cast<int64_t>(g), 2)});
-  return outputs;
-}
-
-}  // namespace
-
-AdaptOutput adapt(const AdaptInput& input) { return std::move(call(input)[0]); }
-
-std::vector<AdaptOutput> adapt_together(const std::vector<AdaptInput>& inputs) {
-  return call(inputs);
-}
-
-}  // namespace reslora
+}  // namespace reslora::ops

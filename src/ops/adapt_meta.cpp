@@ -2,7 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "detail/check.h"
+#include "core/check.h"
 #include "ops/adapt_kernels.h"
 
 namespace reslora::ops {

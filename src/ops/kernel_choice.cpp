@@ -1,4 +1,4 @@
-// See kernel_choice.h.
+// Tries a device's own kernels against ATen's, and remembers which to use; see kernel_choice.h.
 #include "ops/kernel_choice.h"
 
 #include <ATen/ATen.h>
@@ -7,12 +7,11 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <string_view>
 #include <vector>
 
-#include "detail/check.h"
+#include "core/check.h"
 
 namespace reslora::ops {
 namespace {

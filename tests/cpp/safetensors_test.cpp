@@ -1,5 +1,5 @@
 // The container without torch: JSON, header rules, SHA-256, and atomic writing under faults.
-#include "detail/safetensors.h"
+#include "safetensors/safetensors.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -19,8 +19,8 @@
 #include <limits>
 #include <random>
 
-#include "detail/json.h"
-#include "detail/sha256.h"
+#include "safetensors/json.h"
+#include "safetensors/sha256.h"
 
 namespace {
 

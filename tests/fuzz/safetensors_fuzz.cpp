@@ -1,14 +1,15 @@
 // libFuzzer entry of the container's parser: any bytes are a header that is refused in a sentence
 // or one whose tensors lie side by side in the file, and which survives being written again.
 //
-//   clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -Isrc
-//       tests/fuzz/safetensors_fuzz.cpp src/detail/json.cpp src/detail/safetensors.cpp -o fuzz
-//   ./fuzz -max_total_time=60 -max_len=4096 corpus
+//   cmake -B build/fuzz -DRESLORA_BUILD_TESTS=ON -DCMAKE_CXX_COMPILER=clang++
+//       "-DRESLORA_SANITIZE=fuzzer-no-link;address;undefined"
+//   cmake --build build/fuzz --target safetensors_fuzz
+//   build/fuzz/tests/fuzz/safetensors_fuzz -max_total_time=60 -max_len=4096 corpus
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 
-#include "detail/safetensors.h"
+#include "safetensors/safetensors.h"
 
 namespace {
 

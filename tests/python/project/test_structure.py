@@ -38,13 +38,21 @@ REGISTRY = "py" + "pi.org"
 PLANTED = [
     (
         "include_direction",
-        "src/chain.cpp",
+        "src/core/chain.cpp",
         "#include <reslora/merge.h>\n",
-        "src/chain.cpp:1: 'chain'",
+        "src/core/chain.cpp:1: 'core'",
     ),
     ("include_direction", "include/reslora/config.h", "\n#include <reslora/ops.h>\n", "config.h:2"),
-    ("include_direction", "src/merge.cpp", "#include <reslora/linear.h>\n", "'linear'"),
-    ("include_direction", "src/detail/json.h", "#include <ATen/core/Tensor.h>\n", "without torch"),
+    ("include_direction", "src/merge/merge.cpp", "#include <reslora/linear.h>\n", "'nn'"),
+    ("include_direction", "src/merge/merge.cpp", "#include <reslora/ops.h>\n", "'ops'"),
+    ("include_direction", "src/cpu/a.h", '#include "core/check.h"\n', "'core'"),
+    ("include_direction", "src/ops/dropout/a.h", '#include "io/folders.h"\n', "'io'"),
+    (
+        "include_direction",
+        "src/safetensors/json.h",
+        "#include <ATen/core/Tensor.h>\n",
+        "without torch",
+    ),
     ("include_direction", "src/cuda/project.cu", "#include <c10/util/Half.h>\n", "without torch"),
     ("include_direction", "src/stray.cpp", "#include <vector>\n", "no place"),
     (
@@ -108,8 +116,8 @@ PLANTED = [
 
 CLEAN = {
     "include/reslora/chain.h": "// Chain.\n#include <reslora/config.h>\n\n#include <vector>\n",
-    "src/chain.cpp": '// Chain.\n#include <reslora/chain.h>\n\n#include "detail/check.h"\n',
-    "src/detail/check.h": "// Checks.\n#include <c10/util/Exception.h>\n#include <fmt/format.h>\n",
+    "src/core/chain.cpp": '// Chain.\n#include <reslora/chain.h>\n\n#include "core/check.h"\n',
+    "src/core/check.h": "// Checks.\n#include <c10/util/Exception.h>\n#include <fmt/format.h>\n",
     "src/ops/adapt.cpp": "// Op.\n#include <ATen/ATen.h>\n",
     "src/short.py": LONG_PYTHON.replace("    a += 1\n", "", 1),
     "python/reslora/__init__.py": '"""Norms, written x @ w, are not computed here."""\n',

@@ -1,0 +1,112 @@
+// The rules that the options must keep, and the names of the shortcuts.
+#include <reslora/config.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <utility>
+
+#include "core/check.h"
+
+namespace reslora {
+namespace {
+
+constexpr std::array<std::pair<const char*, Shortcut>, 4> kShortcutNames = {{
+    {"none", Shortcut::kNone},
+    {"is", Shortcut::kIs},
+    {"bs", Shortcut::kBs},
+    {"ms", Shortcut::kMs},
+}};
+
+constexpr std::array<const char*, 5> kMergeMethods = {"exact", "lsq", "input", "weight",
+                                                      "factored"};
+
+bool is_merge_method(const std::string& name) {
+  return std::find(kMergeMethods.begin(), kMergeMethods.end(), name) != kMergeMethods.end();
+}
+
+void check_list(const char* option, const std::vector<std::string>& names) {
+  for (const std::string& name : names)
+    RESLORA_CHECK(!name.empty(), "[config] {} must be names; got an empty one", option);
+}
+
+void validate_names(const ResLoraConfig& config) {
+  const ModuleNames& targets = config.target_modules();
+  RESLORA_CHECK(!targets.is_list() || !targets.names().empty(),
+                "[config] target_modules must be names or a regular expression; got an empty list");
+  check_list("target_modules", targets.names());
+  check_list("exclude_modules", config.exclude_modules().names());
+  check_list("modules_to_save", config.modules_to_save());
+  targets.matches("");  // an expression that cannot be read throws
+  config.exclude_modules().matches("");
+  for (const auto& [pattern, rank] : config.rank_pattern()) {
+    matches_pattern("", pattern);
+    scaling_of(config.lora_alpha(), rank, config.use_rslora());
+  }
+  for (const auto& [pattern, alpha] : config.alpha_pattern()) {
+    matches_pattern("", pattern);
+    scaling_of(alpha, config.r(), config.use_rslora());
+  }
+  for (const int64_t index : config.layers_to_transform())
+    RESLORA_CHECK(index >= 0, "[config] layers_to_transform must be layer indices; got {}", index);
+  RESLORA_CHECK(
+      config.layers_pattern().empty() || !config.layers_to_transform().empty(),
+      "[config] layers_pattern says which number layers_to_transform means; got it alone");
+  RESLORA_CHECK(
+      config.layers_to_transform().empty() || targets.is_list() || targets.is_all_linear(),
+      "[config] layers_to_transform needs a list of target_modules or 'all-linear'; got the "
+      "regular "
+      "expression '{}' (write the indices into it)",
+      targets.expression());
+}
+
+}  // namespace
+
+Shortcut parse_shortcut(const std::string& res_mode) {
+  for (const auto& [name, shortcut] : kShortcutNames) {
+    if (res_mode == name) return shortcut;
+  }
+  RESLORA_CHECK(false, "[config] res_mode must be 'none', 'is', 'bs' or 'ms'; got '{}'", res_mode);
+}
+
+std::string shortcut_name(Shortcut shortcut) {
+  for (const auto& [name, value] : kShortcutNames) {
+    if (shortcut == value) return name;
+  }
+  RESLORA_CHECK(false, "[config] a shortcut must be one of the four of `Shortcut`; got {}",
+                static_cast<int>(shortcut));
+}
+
+double scaling_of(double lora_alpha, int64_t r, bool use_rslora) {
+  RESLORA_CHECK(r >= 1, "[config] r must be at least 1; got {}", r);
+  RESLORA_CHECK(std::isfinite(lora_alpha) && lora_alpha > 0,
+                "[config] lora_alpha must be finite and greater than 0; got {}", lora_alpha);
+  const double rank = static_cast<double>(r);
+  return lora_alpha / (use_rslora ? std::sqrt(rank) : rank);
+}
+
+void validate(const ResLoraConfig& config) {
+  scaling_of(config.lora_alpha(), config.r(), config.use_rslora());
+  RESLORA_CHECK(config.lora_dropout() >= 0 && config.lora_dropout() < 1,
+                "[config] lora_dropout must lie in [0, 1); got {}", config.lora_dropout());
+  parse_shortcut(config.res_mode());
+  RESLORA_CHECK(config.pre_num() >= -1,
+                "[config] pre_num must be -1 (all previous layers), 0 (plain LoRA) or a number of "
+                "layers; got {}",
+                config.pre_num());
+  RESLORA_CHECK(config.first_block() == "double" || config.first_block() == "plain",
+                "[config] first_block must be 'double' or 'plain'; got '{}'", config.first_block());
+  RESLORA_CHECK(config.norm_window() >= 0,
+                "[config] norm_window must be 0 (keep no norms) or a number of forwards; got {}",
+                config.norm_window());
+  RESLORA_CHECK(config.merge_method().empty() || is_merge_method(config.merge_method()),
+                "[config] merge_method must be 'exact', 'lsq', 'input', 'weight', 'factored' or '' "
+                "(the best for what is at hand); got '{}'",
+                config.merge_method());
+  const auto* init = std::get_if<std::string>(&config.init_lora_weights());
+  RESLORA_CHECK(init == nullptr || *init == "gaussian",
+                "[config] init_lora_weights must be true, false or 'gaussian'; got '{}'", *init);
+  validate_names(config);
+}
+
+}  // namespace reslora

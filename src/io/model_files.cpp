@@ -1,0 +1,307 @@
+// Mapped model files and their edited copies; see model_files.h.
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/from_blob.h>
+#include <fcntl.h>
+#include <reslora/model_files.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "core/check.h"
+#include "core/precision.h"
+#include "io/tensor_types.h"
+#include "merge/merged_weight.h"
+#include "safetensors/safetensors.h"
+
+namespace reslora {
+
+using at::Tensor;
+using detail::require;
+using detail::shown;
+using detail::TensorEntry;
+
+namespace {
+
+constexpr int64_t kPieceBytes = int64_t{1} << 20;  // of rows in fp32: what stays in a core's cache
+
+detail::Dtype file_type(at::ScalarType dtype) {
+  return detail::entry_of("dtype", at::zeros({1}, dtype)).dtype;
+}
+
+}  // namespace
+
+/// A file in memory, unmapped with its last tensor.
+struct ModelFiles::Map {
+  explicit Map(const std::string& path) {
+    detail::InputFile file(path);  // checks that it is a regular file
+    header = detail::read_header(file);
+    size = file.size();
+    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    void* at =
+        descriptor < 0 ? MAP_FAILED : ::mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor, 0);
+    const int error = errno;
+    if (descriptor >= 0) ::close(descriptor);
+    if (at == MAP_FAILED) {
+      throw detail::FileError("the file cannot be mapped: " +
+                              std::generic_category().message(error));
+    }
+    base = static_cast<unsigned char*>(at);
+    ::madvise(base, size, MADV_SEQUENTIAL);
+  }
+  ~Map() { ::munmap(base, size); }
+  Map(const Map&) = delete;
+  Map& operator=(const Map&) = delete;
+
+  const unsigned char* data() const {
+    const uint64_t length = header.tensors.empty() ? 0 : header.tensors.back().end;
+    return base + (size - length);
+  }
+
+  detail::Header header;
+  unsigned char* base = nullptr;
+  uint64_t size = 0;
+};
+
+struct ModelFiles::Place {
+  std::shared_ptr<const Map> map;
+  std::string path;
+  TensorEntry entry;
+
+  const unsigned char* bytes() const { return map->data() + entry.begin; }
+};
+
+ModelFiles::ModelFiles(const std::vector<std::string>& paths) {
+  for (const std::string& path : paths) {
+    detail::on_file("model_files", path, [&] {
+      const auto map = std::make_shared<const Map>(path);
+      metadata_[path] = map->header.metadata;
+      for (const TensorEntry& entry : map->header.tensors) {
+        const auto place = std::make_shared<const Place>(Place{map, path, entry});
+        const bool is_new = places_.emplace(entry.name, place).second;
+        require(is_new, "tensor {} must be in one file; got it in {} too", shown(entry.name),
+                shown(places_.at(entry.name)->path, 4096));
+        names_.push_back(entry.name);
+      }
+    });
+  }
+}
+
+const std::vector<std::string>& ModelFiles::names() const { return names_; }
+
+const std::string& ModelFiles::path_of(const std::string& name) const {
+  const auto found = places_.find(name);
+  RESLORA_CHECK(found != places_.end(), "[model_files] a tensor must be in the files; got {}",
+                shown(name));
+  return found->second->path;
+}
+
+const std::map<std::string, std::string>& ModelFiles::metadata_of(const std::string& path) const {
+  const auto found = metadata_.find(path);
+  RESLORA_CHECK(found != metadata_.end(), "[model_files] the path must be one of the files; got {}",
+                shown(path, 4096));
+  return found->second;
+}
+
+Tensor ModelFiles::tensor(const std::string& name) const {
+  path_of(name);  // refuses unknown names
+  const auto place = places_.at(name);
+  const auto options = at::TensorOptions().dtype(detail::scalar_type(place->entry.dtype));
+  // from_blob wants a pointer to what may be written; the pages are read-only.
+  auto* data = const_cast<unsigned char*>(place->bytes());
+  return at::from_blob(
+      data, place->entry.shape, [place](void*) {}, options);
+}
+
+namespace {
+
+/// What is added to rows of a tensor in fp32 or fp64; the second argument is the first row.
+using Change = std::function<void(Tensor&, int64_t)>;
+
+/// One tensor on its way into the file.
+struct Target {
+  std::string name;
+  Tensor source;  // [rows, columns]
+  at::ScalarType dtype;
+  Change change;
+  uint64_t offset;  // in the file
+
+  bool is_copied() const { return !change && dtype == source.scalar_type(); }
+  at::ScalarType wide() const {
+    return source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  }
+  int64_t row_bytes() const {
+    return source.size(1) * static_cast<int64_t>(at::elementSize(dtype));
+  }
+};
+
+/// Rows of a target, few enough for a cache.
+struct Piece {
+  const Target* target;
+  int64_t first;
+  int64_t rows;
+};
+
+std::vector<Piece> pieces_of(const std::vector<Target>& targets) {
+  std::vector<Piece> pieces;
+  for (const Target& target : targets) {
+    const int64_t rows = target.source.size(0);
+    const int64_t step = std::max<int64_t>(1, kPieceBytes / (4 * target.source.size(1)));
+    for (int64_t first = 0; first < rows; first += step)
+      pieces.push_back({&target, first, std::min(step, rows - first)});
+  }
+  return pieces;
+}
+
+/// cast(source + change) of a piece, dense.
+Tensor merged_rows(const Piece& piece) {
+  const Target& target = *piece.target;
+  Tensor source = target.source.narrow(0, piece.first, piece.rows);
+  if (target.is_copied()) return source;
+  Tensor rows = source.to(target.wide(), /*non_blocking=*/false, /*copy=*/true);
+  if (target.change) target.change(rows, piece.first);
+  Tensor out = rows.to(target.dtype);
+  require(target.dtype != at::kHalf || detail::is_finite(out),
+          "tensor {} must be finite and fit into F16 (at most 65504); got NaN or infinity: take "
+          "bfloat16",
+          shown(target.name));
+  return out;
+}
+
+/// Writes all pieces on torch's threads, each taking the next that is left: a thread computes while
+/// another is in the system's write. The calling thread alone reports progress.
+void write_pieces(detail::AtomicFile& file, const std::vector<Piece>& pieces,
+                  const WriteOptions& options) {
+  std::atomic<size_t> next{0};
+  std::atomic<int64_t> written{0};
+  const auto work = [&](bool reports) {
+    const at::NoGradGuard no_grad;  // a thread of the pool has a state of its own
+    try {
+      for (size_t i = next++; i < pieces.size(); i = next++) {
+        const Tensor rows = merged_rows(pieces[i]);
+        const Target& target = *pieces[i].target;
+        file.write_at(target.offset + static_cast<uint64_t>(pieces[i].first * target.row_bytes()),
+                      rows.const_data_ptr(), rows.nbytes());
+        written += static_cast<int64_t>(rows.nbytes());
+        if (reports && options.progress) options.progress(written);
+      }
+    } catch (...) {
+      next = pieces.size();  // the other threads stop too
+      throw;
+    }
+  };
+  at::parallel_for(0, at::get_num_threads(), 1,
+                   [&](int64_t begin, int64_t) { work(/*reports=*/begin == 0); });
+  if (options.progress) options.progress(written);
+}
+
+/// Adds what a layer adds to the rows of its weight or bias from `first` on.
+Change change_of(const TensorEdit& edit, at::ScalarType wide) {
+  if (!edit.layer) return nullptr;
+  const LayerMerge& layer = *edit.layer;
+  if (edit.is_bias) {
+    const Tensor bias = layer.bias.to(at::kCPU, wide).unsqueeze(1);
+    return [bias](Tensor& rows, int64_t first) { rows.add_(bias.narrow(0, first, rows.size(0))); };
+  }
+  const Tensor left = (edit.is_transposed ? layer.A.t() : layer.B).to(wide).contiguous();
+  const Tensor right = (edit.is_transposed ? layer.B.t() : layer.A).to(wide).contiguous();
+  return [left, right](Tensor& rows, int64_t first) {
+    const Tensor some = left.narrow(0, first, rows.size(0));
+    if (some.is_cpu()) {
+      detail::add_product_(rows, some, right);
+    } else {
+      rows.add_(at::mm(some, right).to(at::kCPU));
+    }
+  };
+}
+
+void check_edit(const std::string& name, const Tensor& source, const TensorEdit& edit) {
+  if (!edit.layer) return;
+  const LayerMerge& layer = *edit.layer;
+  std::vector<int64_t> wanted = {layer.B.size(0), layer.A.size(1)};
+  if (edit.is_transposed) std::swap(wanted[0], wanted[1]);
+  if (edit.is_bias) wanted = {layer.B.size(0)};
+  require(source.sizes() == at::IntArrayRef(wanted),
+          "tensor {} must be {} to take layer {}; got {}: is this the base of the adapter?",
+          shown(name), c10::str(at::IntArrayRef(wanted)), shown(layer.name),
+          c10::str(source.sizes()));
+  const auto dtype = source.scalar_type();
+  require(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+      "tensor {} must be F64, F32, F16 or BF16 to be merged into; got {}: merge into the "
+      "original, unquantised files",
+      shown(name), c10::toString(dtype));
+  require(!edit.is_bias || layer.bias.defined(), "layer {} adds no bias", shown(layer.name));
+}
+
+/// The tensors of a file with what is done to each; empty ones need nothing.
+std::vector<Target> targets_of(
+    const detail::Header& header, uint64_t begin, const std::map<std::string, Tensor>& sources,
+    const std::function<const TensorEdit&(const std::string&)>& edit_of) {
+  std::vector<Target> targets;
+  for (const TensorEntry& entry : header.tensors) {
+    const Tensor& source = sources.at(entry.name);
+    if (source.numel() == 0) continue;
+    Target target;
+    target.name = entry.name;
+    target.source = source.dim() > 1 ? source.flatten(1) : source.reshape({-1, 1});
+    target.dtype = detail::scalar_type(entry.dtype);
+    target.change = change_of(edit_of(entry.name), target.wide());
+    target.offset = begin + entry.begin;
+    targets.push_back(std::move(target));
+  }
+  return targets;
+}
+
+}  // namespace
+
+void ModelFiles::write(const std::string& path, const std::vector<std::string>& names,
+                       const std::map<std::string, TensorEdit>& edits,
+                       const WriteOptions& options) const {
+  RESLORA_CHECK(!options.dtype || *options.dtype == at::kFloat || *options.dtype == at::kDouble ||
+                    *options.dtype == at::kHalf || *options.dtype == at::kBFloat16,
+                "[merge_files] dtype must be float32, float64, float16 or bfloat16; got {}",
+                c10::toString(*options.dtype));
+  const detail::FullPrecision guard;
+  detail::on_file("merge_files", path, [&] {
+    detail::Header header;
+    header.metadata = options.metadata;
+    std::map<std::string, Tensor> sources;
+    const TensorEdit none;
+    const auto edit_of = [&](const std::string& name) -> const TensorEdit& {
+      const auto found = edits.find(name);
+      return found == edits.end() ? none : found->second;
+    };
+    for (const std::string& name : names) {
+      const TensorEdit& edit = edit_of(name);
+      if (edit.replacement)
+        detail::entry_of(name, *edit.replacement);  // refuses what files cannot hold
+      const Tensor source = edit.replacement ? detail::file_order(*edit.replacement) : tensor(name);
+      check_edit(name, source, edit);
+      TensorEntry entry;
+      entry.name = name;
+      entry.dtype = file_type(source.scalar_type());
+      if (options.dtype && at::isFloatingType(source.scalar_type())) {
+        entry.dtype = file_type(*options.dtype);
+      }
+      entry.shape = source.sizes().vec();
+      header.tensors.push_back(entry);
+      sources.emplace(name, source);
+    }
+    detail::assign_spans_(header);
+    const std::string front = detail::serialize_header(header);
+    const std::vector<Target> targets = targets_of(header, front.size(), sources, edit_of);
+    detail::AtomicFile out(path);
+    out.write(front.data(), front.size());
+    write_pieces(out, pieces_of(targets), options);
+    out.commit();
+  });
+}
+
+}  // namespace reslora

@@ -1,0 +1,276 @@
+// Collecting sums over calibration batches under a limit of memory; see regression.h.
+//
+// Layers join a pass in the order in which they run, while their sums fit; the others are deferred
+// to the next pass. A layer that reads the very tensor that the layer before it read shares that
+// layer's `Input`, so its rows are summed once.
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <reslora/regression.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "core/check.h"
+#include "core/precision.h"
+#include "merge/regression.h"
+
+namespace reslora {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kChunkRows = 4096;
+constexpr int64_t kItem = 8;  // bytes of an fp64
+
+/// The rows of one x: their covariance, or in a file.
+struct Input {
+  Tensor xx;        // [in, in]; undefined where rows lie in the file
+  Tensor diagonal;  // [in], where they do
+  Tensor x_sum;     // [in]
+  int64_t rows = 0;
+  std::unique_ptr<detail::RowFile> file;
+};
+
+/// One layer on its way to its fit.
+struct Slot {
+  bool is_done = false;      // fitted, or merges exactly
+  bool is_deferred = false;  // no room in this pass
+  bool owns_input = false;   // the first layer to read its x
+  std::shared_ptr<Input> input;
+  Tensor vx;     // [r, in]
+  Tensor ux;     // [r, in], sum A x x^T; only beside a file
+  Tensor v_sum;  // [r]
+  double vv = 0;
+  int64_t rows = 0;
+  std::optional<FitSums> kept;
+};
+
+/// Sums are fp64, on the rows' device where that has fp64.
+at::TensorOptions sum_options(const Tensor& x) {
+  const bool has_fp64 = x.device().type() != at::kMPS;
+  return at::TensorOptions().dtype(at::kDouble).device(has_fp64 ? x.device() : at::kCPU);
+}
+
+/// sum += a^T b by chunks of rows: a GEMM in the rows' precision, then one addition in fp64.
+void add_product_(const Tensor& sum, const Tensor& a, const Tensor& b) {
+  for (int64_t row = 0; row < a.size(0); row += kChunkRows) {
+    const int64_t count = std::min(kChunkRows, a.size(0) - row);
+    sum.add_(at::mm(a.narrow(0, row, count).t(), b.narrow(0, row, count)).to(sum.device()));
+  }
+}
+
+void add_columns_(const Tensor& sum, const Tensor& rows) {
+  sum.add_(rows.sum(at::IntArrayRef{0}, /*keepdim=*/false, at::kDouble).to(sum.device()));
+}
+
+double square_sum(const Tensor& rows) { return rows.to(at::kDouble).square().sum().item<double>(); }
+
+/// [..., columns] -> [T, columns] in fp32 (fp64 for fp64) without the rows that `mask` leaves out.
+Tensor as_rows(const Tensor& tensor, const std::optional<Tensor>& mask) {
+  const auto dtype = tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor rows = tensor.detach().reshape({-1, tensor.size(-1)}).to(dtype);
+  return mask ? rows.index({mask->reshape({-1}).to(rows.device(), at::kBool)}) : rows;
+}
+
+}  // namespace
+
+struct FitCollector::State {
+  const LayerShape& shape(int64_t c, int64_t n) const { return views[c].chain.layer(n); }
+  bool has_seen(const Tensor& x) const {
+    return last_x.defined() && last_x.is_same(x) && last_version == version_of(x);
+  }
+  static int64_t version_of(const Tensor& x) {
+    return x.is_inference() ? 0 : static_cast<int64_t>(x._version());
+  }
+  bool join(Slot& slot, const LayerShape& layer, std::shared_ptr<Input> shared, const Tensor& x);
+  void add_input(Input& input, const Tensor& rows);
+  Fit fit(const Slot& slot, int64_t c, int64_t n);
+
+  std::vector<ChainView> views;
+  std::vector<std::vector<Slot>> slots;  // as the layers of `views`
+  FitOptions options;
+  FitCost cost;
+  int64_t used = 0;  // bytes of sums in this pass
+  Tensor last_x;     // held, so that its memory is not handed to another x
+  int64_t last_version = 0;
+  std::shared_ptr<Input> last_input;
+};
+
+/// Takes a layer into this pass; false where its sums do not fit beside the others.
+bool FitCollector::State::join(Slot& slot, const LayerShape& layer, std::shared_ptr<Input> shared,
+                               const Tensor& x) {
+  const int64_t own = kItem * layer.r * (layer.in_features + 1);
+  const int64_t covariance = kItem * layer.in_features * (layer.in_features + 1);
+  const bool is_too_large = own + covariance > options.max_cov_bytes;
+  const int64_t needed = shared || is_too_large ? own : own + covariance;
+  if (used > 0 && used + needed > options.max_cov_bytes) return false;
+  used += needed;
+  cost.peak_bytes = std::max(cost.peak_bytes, used);
+  slot.owns_input = !shared;
+  slot.input = shared ? std::move(shared) : std::make_shared<Input>();
+  Input& input = *slot.input;
+  const at::TensorOptions made = sum_options(x);
+  if (slot.owns_input && is_too_large) {
+    input.file = std::make_unique<detail::RowFile>(layer.in_features);
+    input.diagonal = at::zeros({layer.in_features}, made);
+  } else if (slot.owns_input) {
+    input.xx = at::zeros({layer.in_features, layer.in_features}, made);
+  }
+  if (slot.owns_input) input.x_sum = at::zeros({layer.in_features}, made);
+  slot.vx = at::zeros({layer.r, layer.in_features}, made);
+  if (input.file) slot.ux = at::zeros_like(slot.vx);
+  slot.v_sum = at::zeros({layer.r}, made);
+  return true;
+}
+
+void FitCollector::State::add_input(Input& input, const Tensor& rows) {
+  input.rows += rows.size(0);
+  add_columns_(input.x_sum, rows);
+  if (!input.file) return add_product_(input.xx, rows, rows);
+  add_columns_(input.diagonal, rows.square());
+  input.file->append(rows);
+  cost.row_file_bytes += rows.numel() * static_cast<int64_t>(sizeof(float));
+}
+
+Fit FitCollector::State::fit(const Slot& slot, int64_t c, int64_t n) {
+  const Tensor& A = views[c].layers[n].A;
+  const std::string& name = shape(c, n).name;
+  Input& input = *slot.input;
+  RESLORA_CHECK(slot.rows == input.rows,
+                "[calibrate] layers that read one tensor must do so in every forward; got layer {} "
+                "with {} rows of {}: calibrate on batches of one kind",
+                name, slot.rows, input.rows);
+  if (input.file) {
+    int64_t steps = 0;
+    const detail::RowSums sums{slot.vx, slot.ux, input.diagonal, slot.vv, input.rows};
+    Fit fit = detail::solve_rows(sums, *input.file, A, options.ridge, name, steps);
+    cost.solver_steps += steps;
+    return fit;
+  }
+  FitOptions own = options;
+  own.affine = options.affine && views[c].layers[n].bias.defined();
+  return solve_fit({input.xx, slot.vx, input.x_sum, slot.v_sum, slot.vv, input.rows}, A, own, name);
+}
+
+FitCollector::FitCollector(std::vector<ChainView> chains, FitOptions options)
+    : state_(std::make_unique<State>()) {
+  RESLORA_CHECK(std::isfinite(options.ridge) && options.ridge > 0,
+                "[calibrate] ridge must be a number greater than 0; got {}", options.ridge);
+  RESLORA_CHECK(options.max_cov_bytes >= 0,
+                "[calibrate] max_cov_bytes must not be negative; got {}", options.max_cov_bytes);
+  bool has_bias = false;
+  for (const ChainView& view : chains) {
+    auto& slots = state_->slots.emplace_back(view.chain.size());
+    for (int64_t n = 0; n < view.chain.size(); ++n) {
+      slots[n].is_done = view.chain.merges_exactly(n);
+      has_bias |= view.layers.at(n).bias.defined();
+    }
+  }
+  RESLORA_CHECK(!options.affine || has_bias,
+                "[calibrate] affine needs layers with a bias to fold the offset into; got none");
+  state_->views = std::move(chains);
+  state_->options = options;
+  state_->cost.passes = 1;
+}
+
+FitCollector::~FitCollector() = default;
+FitCollector::FitCollector(FitCollector&&) noexcept = default;
+FitCollector& FitCollector::operator=(FitCollector&&) noexcept = default;
+
+void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const Tensor& v,
+                       const std::optional<Tensor>& mask) {
+  const detail::FullPrecision guard;
+  State& state = *state_;
+  Slot& slot = state.slots.at(chain).at(position);
+  if (slot.is_done || slot.is_deferred) return;
+  const LayerShape& layer = state.shape(chain, position);
+  RESLORA_CHECK(x.size(-1) == layer.in_features && v.size(-1) == layer.r &&
+                    x.numel() / layer.in_features == v.numel() / layer.r,
+                "[calibrate] x must be [..., {}] and v [..., {}] with the same rows; got [{}] and "
+                "[{}] (layer {})",
+                layer.in_features, layer.r, fmt::join(x.sizes(), ", "), fmt::join(v.sizes(), ", "),
+                layer.name);
+  RESLORA_CHECK(!mask || mask->numel() == x.numel() / layer.in_features,
+                "[calibrate] a mask must have one element for each row; got {} for {} (layer {})",
+                mask ? mask->numel() : 0, x.numel() / layer.in_features, layer.name);
+  const bool is_shared = state.has_seen(x);
+  if (!slot.input && !state.join(slot, layer, is_shared ? state.last_input : nullptr, x)) {
+    slot.is_deferred = true;
+    return;
+  }
+  RESLORA_CHECK(
+      slot.owns_input ? !is_shared : slot.input == (is_shared ? state.last_input : nullptr),
+      "[calibrate] layers that read one tensor must do so in every forward; got layer {} "
+      "with another partner than in its first forward: calibrate on batches of one kind",
+      layer.name);
+  const Tensor rows = as_rows(x, mask);
+  if (!is_shared) {
+    state.last_x = x;
+    state.last_version = State::version_of(x);
+    state.last_input = slot.input;
+    state.add_input(*slot.input, rows);
+  }
+  const Tensor targets = as_rows(v, mask).to(rows.scalar_type());
+  add_product_(slot.vx, targets, rows);
+  if (slot.input->file) {
+    const Tensor own = state.views[chain].layers[position].A.detach().to(rows.options());
+    add_product_(slot.ux, at::mm(rows, own.t()), rows);
+  }
+  add_columns_(slot.v_sum, targets);
+  slot.vv += square_sum(targets);
+  slot.rows += targets.size(0);
+}
+
+void FitCollector::end_batch() {
+  state_->last_x = Tensor();
+  state_->last_input = nullptr;
+}
+
+bool FitCollector::finish_pass() {
+  State& state = *state_;
+  end_batch();
+  std::string unseen;
+  bool has_deferred = false;
+  for (size_t c = 0; c < state.slots.size(); ++c) {
+    for (size_t n = 0; n < state.slots[c].size(); ++n) {
+      Slot& slot = state.slots[c][n];
+      const auto chain = static_cast<int64_t>(c);
+      const auto position = static_cast<int64_t>(n);
+      has_deferred |= slot.is_deferred;
+      slot.is_deferred = false;
+      if (slot.is_done) continue;
+      if (!slot.input) {
+        if (unseen.empty()) unseen = state.shape(chain, position).name;
+        continue;
+      }
+      state.views[c].layers[n].fit = state.fit(slot, chain, position);
+      if (state.options.keep_sums && !slot.input->file) {
+        slot.kept = {slot.input->xx, slot.vx, slot.input->x_sum,
+                     slot.v_sum,     slot.vv, slot.input->rows};
+      }
+      slot.is_done = true;
+      slot.vx = slot.ux = slot.v_sum = Tensor();
+    }
+  }
+  for (auto& slots : state.slots) {
+    for (Slot& slot : slots) slot.input = nullptr;
+  }
+  state.used = 0;
+  if (has_deferred) ++state.cost.passes;
+  RESLORA_CHECK(has_deferred || unseen.empty(),
+                "[calibrate] a layer is fitted on the rows that it saw; got none for layer {}: "
+                "give batches that reach it, or merge by 'input' or 'weight'",
+                unseen);
+  return has_deferred;
+}
+
+const std::vector<ChainView>& FitCollector::views() const { return state_->views; }
+
+const std::optional<FitSums>& FitCollector::sums(int64_t chain, int64_t position) const {
+  return state_->slots.at(chain).at(position).kept;
+}
+
+const FitCost& FitCollector::cost() const { return state_->cost; }
+
+}  // namespace reslora

@@ -1,0 +1,176 @@
+// Plans a merge, applies it to the weights and takes it back; the rules are in merge_rules.cpp.
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <reslora/merge.h>
+
+#include <array>
+#include <unordered_map>
+#include <utility>
+
+#include "core/check.h"
+#include "core/precision.h"
+#include "merge/merge_rules.h"
+#include "merge/merged_weight.h"
+
+namespace reslora {
+namespace {
+
+using at::Tensor;
+
+constexpr std::array<std::pair<const char*, MergeRule>, 6> kRuleNames = {{
+    {"exact", MergeRule::kExact},
+    {"input", MergeRule::kInput},
+    {"weight", MergeRule::kWeight},
+    {"factored", MergeRule::kFactored},
+    {"lsq", MergeRule::kLsq},
+    {"refined", MergeRule::kRefined},
+}};
+
+/// Two layers that share one weight would merge into it twice.
+void check_untied(const std::vector<Tensor>& weights, const std::vector<LayerMerge>& layers) {
+  std::unordered_map<const void*, size_t> seen;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (weights[i].numel() == 0) continue;
+    const auto [first, is_new] = seen.emplace(weights[i].const_data_ptr(), i);
+    RESLORA_CHECK(is_new,
+                  "[merge] every layer must have a weight of its own; got one shared by {} and {}: "
+                  "untie them, or export the adapter instead",
+                  layers[first->second].name, layers[i].name);
+  }
+}
+
+}  // namespace
+
+MergeRule parse_merge_rule(const std::string& merge_method) {
+  for (const auto& [name, rule] : kRuleNames) {
+    if (merge_method == name && rule != MergeRule::kRefined) return rule;
+  }
+  RESLORA_CHECK(false,
+                "[merge] merge_method must be 'exact', 'lsq', 'input', 'weight' or 'factored'; got "
+                "'{}'",
+                merge_method);
+}
+
+std::string merge_rule_name(MergeRule rule) {
+  for (const auto& [name, value] : kRuleNames) {
+    if (rule == value) return name;
+  }
+  RESLORA_CHECK(false, "[merge] a rule must be one of those of `MergeRule`; got {}",
+                static_cast<int>(rule));
+}
+
+MergePlan::MergePlan(const std::vector<ChainView>& chains, const std::string& merge_method,
+                     bool use_affine) {
+  const detail::FullPrecision guard;
+  for (const ChainView& view : chains) detail::check_view(view);
+  const MergeRule rule = detail::choose_rule(chains, merge_method);
+  fell_back_to_weight_ = merge_method.empty() && rule == MergeRule::kWeight;
+  for (const ChainView& view : chains) {
+    for (LayerMerge& layer : detail::plan_chain(view, rule, use_affine)) {
+      layers_.push_back(std::move(layer));
+    }
+    for (const LayerView& layer : view.layers) {
+      weights_.push_back(layer.weight);
+      biases_.push_back(layer.bias);
+    }
+  }
+}
+
+void MergePlan::apply(bool keep_originals, bool safe_merge,
+                      const std::function<void(int64_t)>& progress) {
+  RESLORA_CHECK(
+      !is_applied_,
+      "[merge] a plan is applied once at a time; got one that is applied: call revert first");
+  const detail::FullPrecision guard;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    detail::check_weight(weights_[i], layers_[i], "merging");
+  }
+  check_untied(weights_, layers_);
+  if (safe_merge) check_finite();
+  try {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      write(i, keep_originals);
+      if (progress) progress(static_cast<int64_t>(i) + 1);
+    }
+  } catch (...) {
+    if (keep_originals) restore();
+    throw;
+  }
+  is_applied_ = true;
+}
+
+void MergePlan::check_finite() const {
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Tensor merged = detail::unchecked_merged_weight(weights_[i], layers_[i]);
+    const Tensor& bias = layers_[i].bias;
+    RESLORA_CHECK(detail::is_finite(merged.to(weights_[i].scalar_type())) &&
+                      (!bias.defined() || detail::is_finite(bias)),
+                  "[merge] safe_merge demands finite merged weights; got NaN or infinity in {} "
+                  "(layer {}): nothing was written",
+                  c10::toString(weights_[i].scalar_type()), layers_[i].name);
+  }
+}
+
+void MergePlan::write(size_t i, bool keep_original) {
+  const Tensor merged = detail::unchecked_merged_weight(weights_[i], layers_[i]);
+  const bool has_bias = layers_[i].bias.defined();
+  if (keep_original) {
+    const auto on_cpu = [](const Tensor& tensor) {
+      return tensor.detach().to(at::TensorOptions().device(at::kCPU), /*non_blocking=*/false,
+                                /*copy=*/true, at::MemoryFormat::Contiguous);
+    };
+    originals_.push_back({on_cpu(weights_[i]), has_bias ? on_cpu(biases_[i]) : Tensor()});
+  }
+  is_applied_ = true;  // from here on a weight is changed: a second apply would add twice
+  weights_[i].copy_(merged);
+  if (has_bias) biases_[i].copy_(biases_[i].to(layers_[i].bias.options()) + layers_[i].bias);
+}
+
+void MergePlan::restore() {
+  for (size_t i = 0; i < originals_.size(); ++i) {
+    weights_[i].copy_(originals_[i].first);
+    if (originals_[i].second.defined()) biases_[i].copy_(originals_[i].second);
+  }
+  originals_.clear();
+  is_applied_ = false;
+}
+
+void MergePlan::revert(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  RESLORA_CHECK(is_applied_,
+                "[merge] only an applied plan can be reverted; got one that is not: "
+                "call apply first");
+  RESLORA_CHECK(originals_.size() == layers_.size(),
+                "[merge] reverting needs the originals, which were not kept: apply with "
+                "keep_originals, or load the base model again");
+  const std::vector<Tensor>& live = weights.empty() ? weights_ : weights;
+  const std::vector<Tensor>& live_biases = biases.empty() ? biases_ : biases;
+  RESLORA_CHECK(live.size() == layers_.size() && live_biases.size() == layers_.size(),
+                "[merge] reverting needs one weight and one bias for each layer; got {} and {} "
+                "for {} layers",
+                live.size(), live_biases.size(), layers_.size());
+  const auto check = [&](const Tensor& now, const Tensor& then, size_t i) {
+    if (!then.defined()) return;
+    RESLORA_CHECK(
+        now.defined() && now.scalar_type() == then.scalar_type() && now.sizes() == then.sizes(),
+        "[merge] a merged weight must keep its dtype and shape until it is reverted; got "
+        "{} for {} (layer {}): cast the model back first, or load the base model again",
+        now.defined() ? c10::toString(now.scalar_type()) : "none",
+        c10::toString(then.scalar_type()), layers_[i].name);
+  };
+  for (size_t i = 0; i < originals_.size(); ++i) {
+    check(live[i], originals_[i].first, i);
+    check(live_biases[i], originals_[i].second, i);
+  }
+  weights_ = live;
+  biases_ = live_biases;
+  const detail::FullPrecision guard;
+  restore();
+}
+
+at::Tensor merged_weight(const at::Tensor& weight, const LayerMerge& layer) {
+  const detail::FullPrecision guard;
+  detail::check_weight(weight, layer, "merging");
+  return detail::unchecked_merged_weight(weight, layer);
+}
+
+}  // namespace reslora

@@ -1,0 +1,68 @@
+// Errors of planned merges; see merge_errors.h.
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <reslora/merge_errors.h>
+
+#include "core/check.h"
+#include "core/precision.h"
+
+namespace reslora {
+namespace {
+
+using at::Tensor;
+
+double square_sum(const Tensor& tensor) {
+  return tensor.to(at::kDouble).square().sum().item<double>();
+}
+
+/// [..., columns] -> [T, columns] without the rows that `mask` leaves out.
+Tensor as_rows(const Tensor& tensor, const Tensor& like, const std::optional<Tensor>& mask) {
+  const Tensor rows = tensor.detach().reshape({-1, tensor.size(-1)}).to(like.scalar_type());
+  return mask ? rows.index({mask->reshape({-1}).to(rows.device(), at::kBool)}) : rows;
+}
+
+}  // namespace
+
+LayerErrors layer_errors(const LayerMerge& planned, const Tensor& x, const Tensor& s,
+                         const Tensor& y, const std::vector<Tensor>& B,
+                         const std::vector<double>& scaling, const Tensor& weight,
+                         const std::optional<Tensor>& mask) {
+  RESLORA_CHECK(!B.empty() && B.size() == scaling.size(),
+                "[layer_errors] B and scaling must be lists of one length; got {} and {} (layer "
+                "{})",
+                B.size(), scaling.size(), planned.name);
+  const detail::FullPrecision guard;
+  const Tensor rows = as_rows(x, planned.A, mask);
+  const auto options = rows.options();
+  std::vector<Tensor> blocks;
+  for (size_t k = 0; k < B.size(); ++k) blocks.push_back(B[k].detach().to(options) * scaling[k]);
+  // The base product is the same on both sides: only the low-rank terms are compared.
+  const Tensor wanted = at::mm(as_rows(s, planned.A, mask), at::cat(blocks, 1).t());
+  Tensor error =
+      at::mm(at::mm(rows, planned.A.to(options).t()), planned.B.to(options).t()) - wanted;
+  if (planned.bias.defined()) error = error + planned.bias.to(options);
+  LayerErrors errors;
+  errors.method = square_sum(error);
+  errors.whole = square_sum(as_rows(y, planned.A, mask));
+  errors.both = errors.method;
+  if (!weight.defined()) return errors;
+  const Tensor exact = merged_weight(weight.detach(), planned);
+  const Tensor lost = (exact.to(weight.scalar_type()).to(exact.scalar_type()) - exact).to(options);
+  const Tensor rounding = at::mm(rows, lost.t());
+  errors.rounding = square_sum(rounding);
+  errors.both = square_sum(error + rounding);
+  return errors;
+}
+
+Tensor merged_forward(const LayerMerge& planned, const Tensor& x, const Tensor& weight,
+                      const Tensor& bias) {
+  const Tensor merged = merged_weight(weight.detach(), planned).to(weight.scalar_type());
+  if (!bias.defined()) return at::linear(x, merged);
+  Tensor own_bias = bias.detach();
+  if (planned.bias.defined()) {
+    own_bias = (own_bias.to(planned.bias.options()) + planned.bias).to(bias.options());
+  }
+  return at::linear(x, merged, own_bias);
+}
+
+}  // namespace reslora

@@ -1,0 +1,173 @@
+// Solving for A' from sums, by Cholesky where they are matrices and by conjugate gradients where
+// the rows lie in a file; see regression.h.
+#include "merge/regression.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <reslora/regression.h>
+
+#include <cmath>
+
+#include "core/check.h"
+#include "core/precision.h"
+
+namespace reslora {
+namespace {
+
+using at::Tensor;
+
+double sum_of(const Tensor& tensor) { return tensor.sum().item<double>(); }
+
+void check_sums(const FitSums& sums, const Tensor& A, const FitOptions& options,
+                const std::string& name) {
+  RESLORA_CHECK(std::isfinite(options.ridge) && options.ridge > 0,
+                "[calibrate] ridge must be a number greater than 0; got {}", options.ridge);
+  RESLORA_CHECK(sums.rows > 0,
+                "[calibrate] a layer is fitted on the rows that it saw; got none for layer {}: "
+                "give batches that reach it, or merge by 'input' or 'weight'",
+                name);
+  RESLORA_CHECK(sums.vx.defined() && sums.vx.sizes() == A.sizes(),
+                "[calibrate] sums must be of a layer with A of the same shape; got [{}] for A [{}] "
+                "(layer {})",
+                sums.vx.defined() ? fmt::format("{}", fmt::join(sums.vx.sizes(), ", ")) : "none",
+                fmt::join(A.sizes(), ", "), name);
+  RESLORA_CHECK(std::isfinite(sums.vv) && std::isfinite(sum_of(sums.vx)),
+                "[calibrate] activations must be finite; got NaN or infinity (layer {}): check "
+                "the batches and the adapter",
+                name);
+}
+
+/// |v - A' x - offset|_F / |v|_F from the sums, where A' solves the normal equations:
+/// A' xx = vx + lambda (A - A').
+double residual_of(double vv, const Tensor& vx, const Tensor& A, const Tensor& fitted,
+                   double lambda) {
+  if (vv <= 0) return 0;
+  const double fitted_vx = sum_of(fitted * vx);
+  const double fitted_square = fitted_vx + lambda * sum_of((A - fitted) * fitted);
+  return std::sqrt(std::max(0.0, vv - 2 * fitted_vx + fitted_square) / vv);
+}
+
+struct Solved {
+  Tensor fitted;  // undefined where xx plus ridge is not positive definite
+  double residual = 0;
+};
+
+/// Solves in fp64; `xx` is overwritten.
+Solved solve(Tensor xx, const Tensor& vx, double vv, const Tensor& A, double ridge,
+             const std::string& name) {
+  const Tensor rhs = vx - at::mm(A, xx);
+  const Tensor diagonal = xx.diagonal();
+  const double lambda = ridge * diagonal.mean().item<double>();
+  RESLORA_CHECK(std::isfinite(lambda),
+                "[calibrate] activations must be finite; got NaN or infinity (layer {}): check the "
+                "batches and the adapter",
+                name);
+  if (lambda <= 0) return {A.clone(), residual_of(vv, vx, A, A, 0)};  // x was 0 throughout
+  diagonal.add_(lambda);
+  const auto [factor, info] = at::linalg_cholesky_ex(xx);
+  if (info.item<int>() != 0) return {};
+  const Tensor fitted = A + at::cholesky_solve(rhs.t(), factor).t();
+  return {fitted, residual_of(vv, vx, A, fitted, lambda)};
+}
+
+/// alpha* of A' = (1 + alpha*) A in the least-squares sense: <A xx, v x> over <A xx, A>, minus 1.
+double best_alpha(const Tensor& A, const Tensor& A_xx, const Tensor& vx) {
+  const double own = sum_of(A_xx * A);
+  return own > 0 ? sum_of(A * vx) / own - 1 : 0;
+}
+
+}  // namespace
+
+Fit solve_fit(const FitSums& sums, const Tensor& A, const FitOptions& options,
+              const std::string& name) {
+  const detail::FullPrecision guard;
+  check_sums(sums, A, options, name);
+  const auto check = [&](const char* role, const Tensor& sum, std::vector<int64_t> sizes) {
+    RESLORA_CHECK(sum.defined() && sum.sizes() == at::IntArrayRef(sizes),
+                  "[calibrate] {} must be [{}]; got [{}] (layer {})", role, fmt::join(sizes, ", "),
+                  fmt::join(sum.defined() ? sum.sizes() : at::IntArrayRef(), ", "), name);
+    RESLORA_CHECK(std::isfinite(sum_of(sum)),
+                  "[calibrate] activations must be finite; got NaN or infinity (layer {}): check "
+                  "the batches and the adapter",
+                  name);
+  };
+  check("xx", sums.xx, {A.size(1), A.size(1)});
+  if (options.affine) {
+    check("x_sum", sums.x_sum, {A.size(1)});
+    check("v_sum", sums.v_sum, {A.size(0)});
+  }
+  const Tensor own = A.detach().to(sums.vx.options());
+  Fit fit;
+  fit.rows = sums.rows;
+  fit.alpha_star = best_alpha(own, at::mm(own, sums.xx), sums.vx);
+  const Solved linear = solve(sums.xx.clone(), sums.vx, sums.vv, own, options.ridge, name);
+  RESLORA_CHECK(linear.fitted.defined(),
+                "[calibrate] the sum of x x^T plus ridge must be positive definite; got one that "
+                "is not (layer {}): raise ridge (now {})",
+                name, options.ridge);
+  const auto dtype = A.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto like = A.options().dtype(dtype).requires_grad(false);
+  fit.A = linear.fitted.to(like);
+  fit.residual = linear.residual;
+  if (!options.affine) return fit;
+  const double count = static_cast<double>(sums.rows);
+  const Tensor x_mean = sums.x_sum / count;
+  const Tensor v_mean = sums.v_sum / count;
+  const Tensor xx = at::addr(sums.xx, sums.x_sum, x_mean, 1, -1);
+  const Tensor vx = at::addr(sums.vx, sums.v_sum, x_mean, 1, -1);
+  const double vv = sums.vv - sum_of(sums.v_sum * v_mean);
+  const Solved affine = solve(xx, vx, vv, own, options.ridge, name);
+  if (!affine.fitted.defined()) return fit;  // x hardly varies: what is left of it is rounding
+  fit.affine_A = affine.fitted.to(like);
+  fit.offset = (v_mean - at::mv(affine.fitted, x_mean)).to(like);
+  fit.affine_residual = sums.vv > 0 ? affine.residual * std::sqrt(std::max(0.0, vv) / sums.vv) : 0;
+  return fit;
+}
+
+namespace detail {
+
+Fit solve_rows(const RowSums& sums, RowFile& rows, const Tensor& A, double ridge,
+               const std::string& name, int64_t& steps) {
+  const FullPrecision guard;
+  const FitSums plain{{}, sums.vx, {}, {}, sums.vv, sums.rows};
+  check_sums(plain, A, {ridge}, name);
+  const Tensor own = A.detach().to(sums.vx.options());
+  const double lambda = ridge * sums.diagonal.mean().item<double>();
+  RESLORA_CHECK(std::isfinite(lambda),
+                "[calibrate] activations must be finite; got NaN or infinity (layer {}): check the "
+                "batches and the adapter",
+                name);
+  Fit fit;
+  fit.rows = sums.rows;
+  fit.alpha_star = best_alpha(own, sums.ux, sums.vx);
+  Tensor step = at::zeros_like(own);  // A' - A, a row of A' at a time in parallel
+  if (lambda > 0) {
+    const Tensor preconditioner = sums.diagonal + lambda;
+    Tensor left = sums.vx - sums.ux;
+    Tensor z = left / preconditioner;
+    Tensor direction = z.clone();
+    Tensor rho = (left * z).sum(1, /*keepdim=*/true);
+    const double goal = 1e-6 * left.norm().item<double>();
+    // The count is a bound, not a tuning: the error falls by a factor each time.
+    for (steps = 0; steps < 300 && left.norm().item<double>() > goal; ++steps) {
+      Tensor image = direction * lambda;
+      const Tensor narrow = direction.to(at::kFloat);
+      rows.for_each([&](const Tensor& x) { image.add_(at::mm(at::mm(narrow, x.t()), x)); });
+      const Tensor along = (direction * image).sum(1, true).clamp_min(1e-300);
+      step.add_(direction * (rho / along));
+      left.sub_(image * (rho / along));
+      z = left / preconditioner;
+      const Tensor next = (left * z).sum(1, true);
+      direction = z + direction * (next / rho.clamp_min(1e-300));
+      rho = next;
+    }
+  }
+  const Tensor fitted = own + step;
+  const auto dtype = A.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  fit.A = fitted.to(A.options().dtype(dtype).requires_grad(false));
+  fit.residual = residual_of(sums.vv, sums.vx, own, fitted, lambda);
+  return fit;
+}
+
+}  // namespace detail
+}  // namespace reslora

@@ -1,0 +1,247 @@
+// Adapters as files: saving, loading, exporting; and the tensors of the model around them.
+#include <reslora/adapter_io.h>
+#include <reslora/adapters.h>
+#include <reslora/config_json.h>
+#include <reslora/plain_lora.h>
+#include <reslora/statistics_io.h>
+#include <torch/utils.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "core/check.h"
+#include "io/factor_names.h"
+#include "io/folders.h"
+#include "io/saved_adapter.h"
+#include "nn/adapter_tensors.h"
+#include "nn/chain_state.h"
+#include "nn/injection.h"
+
+namespace reslora {
+namespace detail {
+
+std::map<std::string, at::Tensor> factors_of(const Adapters::State& state) {
+  std::map<std::string, at::Tensor> tensors;
+  for (const LinkedChain& chain : state.chains) {
+    const ChainView view = chain.view();
+    for (size_t n = 0; n < view.layers.size(); ++n) {
+      const std::string& name = view.chain.layer(static_cast<int64_t>(n)).name;
+      tensors.emplace(key_of_a(name), view.layers[n].A.detach());
+      tensors.emplace(key_of_b(name), view.layers[n].B.detach());
+    }
+  }
+  return tensors;
+}
+
+std::string adapter_sum(const Adapters::State& state) { return tensors_sum(factors_of(state)); }
+
+namespace {
+
+std::string text_of(const LayerShape* layer) {
+  if (layer == nullptr) return "nothing";
+  return fmt::format("{} ({} -> {}, r {}, scaling {})", layer->name, layer->in_features,
+                     layer->out_features, layer->r, layer->scaling);
+}
+
+bool is_same(const LayerShape& a, const LayerShape& b) {
+  return a.name == b.name && a.in_features == b.in_features && a.out_features == b.out_features &&
+         a.r == b.r && a.scaling == b.scaling;
+}
+
+/// Demands that the file's chains are the model's.
+void check_chains(const std::vector<std::string>& names, const std::vector<const Chain*>& chains,
+                  const SavedAdapter& saved) {
+  const auto check = [&](const std::string& name, const Chain* own,
+                         const std::vector<LayerShape>& stored) {
+    const int64_t size = own == nullptr ? 0 : own->size();
+    const auto count = static_cast<int64_t>(stored.size());
+    int64_t n = 0;
+    while (n < std::min(size, count) && is_same(own->layer(n), stored[n])) ++n;
+    if (n == size && n == count) return;
+    RESLORA_CHECK(false,
+                  "[load] the adapter must be of this model; got chain {} with {} layers in the "
+                  "model and {} in the file, first difference at {}: {} and {}",
+                  name, size, count, n, text_of(n < size ? &own->layer(n) : nullptr),
+                  text_of(n < count ? &stored[n] : nullptr));
+  };
+  for (const ChainRecord& record : saved.file.chains) {
+    const auto at = std::find(names.begin(), names.end(), record.name);
+    check(record.name, at == names.end() ? nullptr : chains[at - names.begin()], record.layers);
+  }
+  for (size_t i = 0; i < names.size(); ++i) {
+    const bool is_stored =
+        std::any_of(saved.file.chains.begin(), saved.file.chains.end(),
+                    [&](const ChainRecord& record) { return record.name == names[i]; });
+    if (!is_stored) check(names[i], chains[i], {});
+  }
+}
+
+/// Demands that what the file holds beside A and B are the heads of the model.
+void check_heads(const std::map<std::string, at::Tensor>& heads, const SavedAdapter& saved) {
+  size_t factors = 0;
+  for (const ChainRecord& chain : saved.file.chains) factors += 2 * chain.layers.size();
+  for (const auto& [name, tensor] : heads) {
+    const auto found = saved.file.tensors.find(name);
+    RESLORA_CHECK(found != saved.file.tensors.end(),
+                  "[load] the file must hold modules_to_save; got no tensor {}", name);
+    RESLORA_CHECK(found->second.sizes() == tensor.sizes(),
+                  "[load] shapes must fit the model; got [{}] for {}, which is [{}]",
+                  fmt::join(found->second.sizes(), ", "), name, fmt::join(tensor.sizes(), ", "));
+  }
+  if (saved.file.tensors.size() == factors + heads.size()) return;
+  for (const auto& [name, tensor] : saved.file.tensors)
+    RESLORA_CHECK(is_factor(name) || heads.count(name) > 0,
+                  "[load] the file must hold A, B and modules_to_save only; got {}", name);
+}
+
+void check_options(const ResLoraConfig& own, const ResLoraConfig& stored) {
+  const auto check = [](const char* name, const auto& a, const auto& b) {
+    RESLORA_CHECK(a == b, "[load] model and file must agree on {}; got {} and {}", name, a, b);
+  };
+  check("res_mode", own.res_mode(), stored.res_mode());
+  check("pre_num", own.pre_num(), stored.pre_num());
+  check("first_block", own.first_block(), stored.first_block());
+}
+
+/// Copies what was checked.
+void copy_into(Adapters::State& state, const SavedAdapter& saved) {
+  const torch::NoGradGuard no_grad;
+  std::map<std::string, at::Tensor> own = factors_of(state);
+  own.insert(state.heads.begin(), state.heads.end());
+  for (auto& [name, tensor] : own) tensor.copy_(saved.file.tensors.at(name));
+  state.fits.clear();
+  for (const LinkedChain& chain : state.chains) {
+    auto& fits = state.fits.emplace_back();
+    for (int64_t n = 0; n < chain.chain().size(); ++n) {
+      const auto found = saved.statistics.find(chain.chain().layer(n).name);
+      const LayerStatistics known =
+          found == saved.statistics.end() ? LayerStatistics() : found->second;
+      chain.set_norms(n, known.norms);
+      fits.push_back(known.fit);
+    }
+  }
+  state.fits_sum = adapter_sum(state);
+}
+
+}  // namespace
+}  // namespace detail
+
+void Adapters::save(const std::string& folder, bool statistics) const {
+  AdapterFile file;
+  file.config_json = config_to_json(state_->config);
+  std::map<std::string, LayerStatistics> known;
+  for (size_t i = 0; i < state_->chains.size(); ++i) {
+    const ChainView view = state_->chains[i].view();
+    ChainRecord& record = file.chains.emplace_back();
+    record.name = state_->names[i];
+    for (int64_t n = 0; n < view.chain.size(); ++n) {
+      record.layers.push_back(view.chain.layer(n));
+      LayerStatistics own;
+      if (view.layers[n].norms.is_defined()) own.norms = view.layers[n].norms;
+      if (!state_->fits.empty()) own.fit = state_->fits[i][n];
+      if (own.norms.is_defined() || own.fit.A.defined())
+        known.emplace(view.chain.layer(n).name, std::move(own));
+    }
+  }
+  const bool has_statistics = statistics && !known.empty();
+  const std::string sum = has_statistics ? detail::adapter_sum(*state_) : "";
+  const bool has_fits = std::any_of(known.begin(), known.end(),
+                                    [](const auto& item) { return item.second.fit.A.defined(); });
+  RESLORA_CHECK(!has_statistics || !has_fits || state_->fits_sum == sum,
+                "[save] statistics must be of the adapter as it is; got fits made before it "
+                "changed: calibrate again, or save without statistics");
+  file.tensors = detail::factors_of(*state_);
+  for (const auto& [name, tensor] : state_->heads) file.tensors.emplace(name, tensor.detach());
+  detail::Stage stage(folder);
+  if (has_statistics) save_statistics(stage.path(detail::kStatisticsName), sum, known);
+  save_adapter(stage.path(detail::kWeightsName), file);
+  detail::write_text(stage.path(detail::kConfigName), file.config_json);
+  stage.commit();
+  // What lies there otherwise is of another adapter.
+  if (!has_statistics) detail::remove_file(folder + "/" + detail::kStatisticsName);
+}
+
+void Adapters::load(const std::string& folder) const {
+  RESLORA_CHECK(!is_merged(), "[load] the adapters must not be merged; got merged ones (unmerge)");
+  const detail::SavedAdapter saved = detail::read_folder(folder);
+  detail::check_options(state_->config, saved.config);
+  std::vector<const Chain*> chains;
+  for (const LinkedChain& chain : state_->chains) chains.push_back(&chain.chain());
+  detail::check_chains(state_->names, chains, saved);
+  detail::check_heads(state_->heads, saved);
+  detail::copy_into(*state_, saved);
+}
+
+Adapters load(torch::nn::Module& model, const std::string& folder) {
+  const detail::SavedAdapter saved = detail::read_folder(folder);
+  detail::Prepared prepared = detail::prepare(model, saved.config);
+  std::vector<const Chain*> chains;
+  for (const auto& state : prepared.states) chains.push_back(&state->chain);
+  detail::check_chains(prepared.names, chains, saved);
+  detail::check_heads(prepared.heads, saved);
+  std::shared_ptr<Adapters::State> state = detail::commit(model, std::move(prepared));
+  detail::copy_into(*state, saved);
+  return Adapters(std::move(state));
+}
+
+double Adapters::export_lora(const std::string& folder, const ExportOptions& options) const {
+  RESLORA_CHECK(!is_merged() || options.merge_method().empty(),
+                "[export_lora] a merged model is exported as it was merged; got merge_method '{}' "
+                "(unmerge it first)",
+                options.merge_method());
+  std::vector<LayerMerge> layers =
+      is_merged() ? state_->merge->plan.layers()
+                  : plan(options.merge_method(), /*use_affine=*/false).layers();
+  double worst = 0;
+  for (LayerMerge& layer : layers) {
+    RESLORA_CHECK(!layer.bias.defined(),
+                  "[export_lora] plain LoRA holds no bias; got a model merged by an affine fit "
+                  "(unmerge it: the linear fit is exported then)");
+    if (options.rank() == 0) continue;
+    ReducedFactors reduced = reduced_factors(layer, options.rank(), options.tolerance());
+    worst = std::max(worst, reduced.error);
+    layer = std::move(reduced.layer);
+  }
+  if (worst > options.tolerance() && options.rank() > 0) {
+    TORCH_WARN("[export_lora] rank ", options.rank(), " is too small for the tolerance ",
+               options.tolerance(), ": the largest relative error of a layer's B A is ", worst);
+  }
+  PlainLora lora;
+  lora.layers = std::move(layers);
+  for (const auto& [name, tensor] : state_->heads) lora.heads.emplace(name, tensor.detach());
+  lora.modules_to_save = state_->config.modules_to_save();
+  lora.base_model_name_or_path = options.base_model_name_or_path();
+  lora.task_type = options.task_type();
+  save_plain_lora(folder, lora);
+  return worst;
+}
+
+std::map<std::string, at::Tensor> base_tensors(const torch::nn::Module& model) {
+  std::map<std::string, at::Tensor> tensors;
+  const auto is_factor = [](const std::string& name) {
+    return is_or_ends_with(name, "reslora_A") || is_or_ends_with(name, "reslora_B");
+  };
+  for (const auto& item : model.named_parameters())
+    if (!is_factor(item.key()) && item.value().defined()) tensors.emplace(item.key(), item.value());
+  for (const auto& item : model.named_buffers())
+    if (item.value().defined()) tensors.emplace(item.key(), item.value());
+  return tensors;
+}
+
+void load_base_tensors(torch::nn::Module& model, const std::map<std::string, at::Tensor>& tensors) {
+  std::map<std::string, at::Tensor> own = base_tensors(model);
+  for (const auto& [name, tensor] : own) {
+    const auto found = tensors.find(name);
+    RESLORA_CHECK(found != tensors.end(), "[load_base_tensors] the tensor {} is missing", name);
+    RESLORA_CHECK(found->second.sizes() == tensor.sizes(),
+                  "[load_base_tensors] {} must be [{}]; got [{}]", name,
+                  fmt::join(tensor.sizes(), ", "), fmt::join(found->second.sizes(), ", "));
+  }
+  for (const auto& item : tensors)
+    RESLORA_CHECK(own.count(item.first) > 0, "[load_base_tensors] the model has no tensor {}",
+                  item.first);
+  const torch::NoGradGuard no_grad;
+  for (auto& [name, tensor] : own) tensor.copy_(tensors.at(name));
+}
+
+}  // namespace reslora

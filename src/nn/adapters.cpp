@@ -1,0 +1,161 @@
+// The handle: passes, links, merging. Files are in adapter_files.cpp, fits in calibrating.cpp.
+#include <reslora/adapter_io.h>
+#include <reslora/adapters.h>
+
+#include <ostream>
+#include <utility>
+
+#include "nn/adapter_tensors.h"
+#include "nn/chain_state.h"
+#include "nn/injection.h"
+
+namespace reslora {
+
+void Merge::enter(const std::vector<LinkedChain>& chains,
+                  const std::function<void(int64_t)>& progress) {
+  plan.apply(/*keep_originals=*/true, /*safe_merge=*/false, progress);
+  was_enabled.clear();
+  for (const LinkedChain& chain : chains) {
+    was_enabled.push_back(chain.is_enabled());
+    chain.set_enabled(false);
+    chain.mark_merged(true);
+  }
+}
+
+void Merge::leave(const std::vector<LinkedChain>& chains) {
+  plan.revert();
+  for (size_t i = 0; i < chains.size(); ++i) {
+    chains[i].set_enabled(was_enabled[i]);
+    chains[i].mark_merged(false);
+  }
+}
+
+std::vector<ChainView> detail::views_of(const std::vector<LinkedChain>& chains, const Fits& fits) {
+  std::vector<ChainView> all;
+  for (size_t i = 0; i < chains.size(); ++i) {
+    ChainView& view = all.emplace_back(chains[i].view());
+    if (fits.empty()) continue;
+    for (size_t n = 0; n < view.layers.size(); ++n) view.layers[n].fit = fits[i][n];
+  }
+  return all;
+}
+
+const ResLoraConfig& Adapters::config() const { return state_->config; }
+const std::vector<LinkedChain>& Adapters::chains() const { return state_->chains; }
+const std::vector<std::string>& Adapters::names() const { return state_->names; }
+bool Adapters::is_merged() const { return state_->merge != nullptr; }
+
+std::vector<at::Tensor> Adapters::parameters() const {
+  std::vector<at::Tensor> all;
+  for (const LinkedChain& chain : state_->chains)
+    for (at::Tensor& parameter : chain.parameters()) all.push_back(std::move(parameter));
+  for (const auto& [name, tensor] : state_->heads)
+    if (tensor.requires_grad()) all.push_back(tensor);
+  return all;
+}
+
+void Adapters::begin_forward() const {
+  for (const LinkedChain& chain : state_->chains) chain.begin_forward();
+}
+
+std::string Adapters::links() const {
+  std::string text;
+  for (size_t i = 0; i < state_->chains.size(); ++i) {
+    const LinkedChain& linked = state_->chains[i];
+    const Chain& chain = linked.chain();
+    int64_t count = 0;
+    for (int64_t n = 0; n < chain.size(); ++n) count += chain.is_linked(n);
+    text += fmt::format("{}: {}, {} layers, {} linked\n", state_->names[i],
+                        shortcut_name(chain.shortcut()), chain.size(), count);
+    for (int64_t n = 0; n < chain.size(); ++n) {
+      const Wiring& wiring = chain.wiring(n);
+      const std::string& name = chain.layer(n).name;
+      if (wiring.is_doubled)
+        text += fmt::format("  {}: first of its chain, its own input is doubled\n", name);
+      for (const std::string& sentence : wiring.broken) text += fmt::format("  {}\n", sentence);
+      if (linked.missed_links(n) > 0)
+        text += fmt::format(
+            "  {}: {} times without a tap that its shortcut reaches (a forward began inside the "
+            "chain, or a layer before it saw other rows)\n",
+            name, linked.missed_links(n));
+    }
+  }
+  return text;
+}
+
+void Adapters::print_links(std::ostream& stream) const { stream << links(); }
+
+void Adapters::set_enabled(bool is_enabled) const {
+  RESLORA_CHECK(!is_merged(),
+                "[set_enabled] the adapters must not be merged; got merged ones (unmerge first)");
+  for (const LinkedChain& chain : state_->chains) chain.set_enabled(is_enabled);
+}
+
+std::vector<ChainView> Adapters::views() const {
+  return detail::views_of(state_->chains, state_->fits);
+}
+
+MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const {
+  RESLORA_CHECK(!is_merged(), "[merge] adapters must not be merged yet; got merged ones (unmerge)");
+  const std::string& method = merge_method.empty() ? state_->config.merge_method() : merge_method;
+  const bool is_read = !state_->fits.empty() && (method.empty() || method == "lsq");
+  RESLORA_CHECK(!is_read || state_->fits_sum == detail::adapter_sum(*state_),
+                "[merge] fits must be of the adapter as it is; got fits made before it changed: "
+                "calibrate again, or name another merge_method");
+  MergePlan plan(views(), method, use_affine);
+  if (plan.fell_back_to_weight()) {
+    TORCH_WARN(
+        "[merge] the rule 'weight' is taken: there are no fits (calibrate) and no norms of "
+        "training forwards (norm_window)");
+  }
+  return plan;
+}
+
+const MergePlan& Adapters::merge(const std::string& merge_method,
+                                 const std::function<void(int64_t)>& progress) const {
+  auto made = std::make_unique<Merge>(Merge{plan(merge_method)});
+  made->enter(state_->chains, progress);
+  state_->merge = std::move(made);
+  return state_->merge->plan;
+}
+
+void Adapters::unmerge() const {
+  RESLORA_CHECK(is_merged(), "[unmerge] adapters must be merged; got a model that is not");
+  state_->merge->leave(state_->chains);
+  state_->merge.reset();
+}
+
+Adapters Adapters::of_clone(torch::nn::Module& clone) const {
+  for (const auto& module : clone.modules(/*include_self=*/false)) {
+    const auto* layer = dynamic_cast<const ResLoraLinearImpl*>(module.get());
+    if (layer == nullptr || !layer->is_adapted()) continue;
+    RESLORA_CHECK(!layer->is_merged(),
+                  "[of_clone] the clone must be of an unmerged model; got {} merged: clone before "
+                  "merging, or unmerge first",
+                  layer->name());
+    RESLORA_CHECK(!layer->is_linked(),
+                  "[of_clone] the model must be a clone; got {}, which is linked already",
+                  layer->name());
+  }
+  auto state = std::make_shared<State>();
+  state->chains = relink(clone);
+  state->config = state_->config;
+  state->names = state_->names;
+  RESLORA_CHECK(state->chains.size() == state_->chains.size(),
+                "[of_clone] the clone must hold the {} chains of the model; got {}",
+                state_->chains.size(), state->chains.size());
+  for (auto& parameter : clone.parameters()) parameter.set_requires_grad(false);
+  for (const LinkedChain& chain : state->chains)
+    for (at::Tensor& parameter : chain.parameters()) parameter.set_requires_grad(true);
+  const std::map<std::string, at::Tensor> tensors = base_tensors(clone);
+  for (const auto& [name, original] : state_->heads) {
+    at::Tensor head = tensors.at(name);
+    head.set_requires_grad(original.requires_grad());
+    state->heads.emplace(name, std::move(head));
+  }
+  state->fits = state_->fits;
+  state->fits_sum = state_->fits_sum;
+  return Adapters(std::move(state));
+}
+
+}  // namespace reslora

@@ -1,0 +1,114 @@
+// What the layers of a chain share, and how it is made: for linear.cpp and what links layers.
+#pragma once
+
+#include <reslora/linear.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "core/check.h"
+
+namespace reslora {
+
+/// What the layers of a chain share. Layers hold it; it holds them weakly.
+struct ChainState {
+  struct Pass {
+    std::vector<at::Tensor> taps;
+    int64_t last_position = -1;
+    bool is_open = false;
+  };
+
+  ChainState(Chain links, std::vector<std::weak_ptr<ResLoraLinearImpl>> members)
+      : chain(std::move(links)), layers(std::move(members)), missed(layers.size(), 0) {}
+
+  std::shared_ptr<ResLoraLinearImpl> layer(int64_t position) const {
+    auto strong = layers.at(position).lock();
+    RESLORA_CHECK(
+        strong && strong->state_.get() == this,
+        "[linear] a layer of the chain is gone; got position {} ({}): keep the model alive, "
+        "and call reslora::relink on a cloned model",
+        position, chain.layer(position).name);
+    return strong;
+  }
+
+  /// Makes `layer` the one at `position` of `state`; adapts it first where it is plain, with what
+  /// `allocate` made.
+  static void join(const std::shared_ptr<ChainState>& state, ResLoraLinearImpl& layer,
+                   int64_t position) {
+    if (!layer.is_adapted()) layer.register_adapter(state->adapters.at(position));
+    layer.state_ = state;
+    layer.position_ = position;
+  }
+
+  /// Makes the A and B that `join` will register.
+  void allocate() {
+    for (int64_t n = 0; n < chain.size(); ++n) {
+      const LayerShape& shape = chain.layer(n);
+      try {
+        adapters.push_back(
+            layers[n].lock()->new_adapter(shape.r, chain.config().init_lora_weights()));
+      } catch (const c10::Error& error) {
+        RESLORA_CHECK(false, "[link] the adapter of {} could not be made with r = {}: {}",
+                      shape.name, shape.r, first_line(error.what_without_backtrace()));
+      }
+    }
+  }
+
+  /// Marks the layers of a chain as merged, or not.
+  static void mark_merged(const ChainState& state, bool is_merged) {
+    for (int64_t n = 0; n < state.chain.size(); ++n) state.layer(n)->is_merged_ = is_merged;
+  }
+
+  static const std::shared_ptr<ChainState>& of(const ResLoraLinearImpl& layer) {
+    return layer.state_;
+  }
+  static int64_t position_of(const ResLoraLinearImpl& layer) { return layer.position_; }
+
+  /// The pass of this thread.
+  Pass& pass() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return passes[std::this_thread::get_id()];
+  }
+
+  void end_pass() {
+    std::lock_guard<std::mutex> lock(mutex);
+    passes.erase(std::this_thread::get_id());
+  }
+
+  /// Returns true for the first one of the chain.
+  bool count_missed(int64_t position) {
+    std::lock_guard<std::mutex> lock(mutex);
+    const bool is_first = std::all_of(missed.begin(), missed.end(), [](int64_t n) { return !n; });
+    ++missed[position];
+    return is_first;
+  }
+
+  static std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
+  Chain chain;
+  std::vector<std::pair<at::Tensor, at::Tensor>> adapters;  // from `allocate` until they join
+  std::vector<std::weak_ptr<ResLoraLinearImpl>> layers;
+  std::vector<int64_t> missed;
+  bool is_enabled = true;
+  FitCollector* collector = nullptr;
+  int64_t collector_index = 0;
+  std::mutex mutex;
+  std::unordered_map<std::thread::id, Pass> passes;
+};
+
+namespace detail {
+
+/// Checks that `layers` can form the chain `links`, and makes its state; changes no layer.
+std::shared_ptr<ChainState> new_state(const std::vector<ResLoraLinear>& layers, Chain links);
+
+/// Adapts and links the layers that `new_state` was given.
+LinkedChain join(const std::shared_ptr<ChainState>& state);
+
+}  // namespace detail
+}  // namespace reslora

@@ -1,0 +1,311 @@
+// Layers, the state that a chain of them shares, and how passes begin and end.
+//
+// A layer holds its chain's state strongly, the state holds its layers weakly: no cycle, and a
+// model that is gone takes its chains along.
+#include <reslora/linear.h>
+#include <reslora/ops.h>
+#include <torch/nn/functional/linear.h>
+#include <torch/nn/init.h>
+#include <torch/serialize/archive.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/check.h"
+#include "nn/chain_state.h"
+
+namespace reslora {
+namespace {
+
+/// Runs `body`; an error that it throws names the layer.
+template <typename Body>
+auto naming(const std::string& layer, const Body& body) {
+  try {
+    return body();
+  } catch (c10::Error& error) {
+    error.add_context("layer " + layer);
+    throw;
+  }
+}
+
+constexpr const char* kMergedKey = "reslora_merged";  // in the archives of torch::save
+
+bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
+  return tap.defined() && tap.dim() == x.dim() &&
+         tap.sizes().slice(0, tap.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
+}
+
+}  // namespace
+
+ResLoraLinearImpl::ResLoraLinearImpl(int64_t in_features, int64_t out_features)
+    : ResLoraLinearImpl(torch::nn::LinearOptions(in_features, out_features)) {}
+
+ResLoraLinearImpl::ResLoraLinearImpl(const torch::nn::LinearOptions& options_) : options(options_) {
+  ResLoraLinearImpl::reset();
+}
+
+void ResLoraLinearImpl::reset() {
+  weight =
+      register_parameter("weight", torch::empty({options.out_features(), options.in_features()}));
+  bias = options.bias() ? register_parameter("bias", torch::empty({options.out_features()}))
+                        : register_parameter("bias", {}, /*requires_grad=*/false);
+  reset_parameters();
+  if (is_adapted()) register_adapter(new_adapter(reslora_A.size(0), true));
+}
+
+void ResLoraLinearImpl::reset_parameters() {
+  torch::NoGradGuard no_grad;
+  torch::nn::init::kaiming_uniform_(weight, std::sqrt(5));
+  if (!bias.defined()) return;
+  const double bound = 1 / std::sqrt(static_cast<double>(options.in_features()));
+  torch::nn::init::uniform_(bias, -bound, bound);
+}
+
+/// A and B as `init` fills them, registered nowhere.
+std::pair<at::Tensor, at::Tensor> ResLoraLinearImpl::new_adapter(
+    int64_t r, const InitLoraWeights& init) const {
+  const torch::NoGradGuard no_grad;
+  const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto made = weight.options().dtype(dtype).requires_grad(false);
+  at::Tensor A = torch::empty({r, options.in_features()}, made);
+  at::Tensor B = torch::zeros({options.out_features(), r}, made);
+  if (std::holds_alternative<std::string>(init)) {  // "gaussian"
+    torch::nn::init::normal_(A, 0, 1 / static_cast<double>(r));
+  } else {
+    torch::nn::init::kaiming_uniform_(A, std::sqrt(5));
+    if (!std::get<bool>(init)) torch::nn::init::kaiming_uniform_(B, std::sqrt(5));
+  }
+  return {A, B};
+}
+
+void ResLoraLinearImpl::register_adapter(const std::pair<at::Tensor, at::Tensor>& adapter) {
+  reslora_A = register_parameter("reslora_A", adapter.first);
+  reslora_B = register_parameter("reslora_B", adapter.second);
+  weight.set_requires_grad(false);
+  if (bias.defined()) bias.set_requires_grad(false);
+}
+
+bool ResLoraLinearImpl::is_linked() const {
+  return is_adapted() && state_->layers[position_].lock().get() == this;
+}
+
+const std::string& ResLoraLinearImpl::name() const { return state_->chain.layer(position_).name; }
+
+void ResLoraLinearImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "reslora::ResLoraLinear(in_features=" << options.in_features()
+         << ", out_features=" << options.out_features() << ", bias=" << options.bias();
+  if (is_adapted())
+    stream << ", r=" << reslora_A.size(0)
+           << ", res_mode=" << shortcut_name(state_->chain.shortcut())
+           << ", position=" << position_;
+  stream << ")";
+}
+
+std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  auto copy = torch::nn::Cloneable<ResLoraLinearImpl>::clone(device);
+  auto& layer = static_cast<ResLoraLinearImpl&>(*copy);
+  if (norms.is_defined()) layer.norms = NormWindow(norms.norms().clone(), norms.count().clone());
+  if (is_adapted()) {
+    layer.weight.set_requires_grad(weight.requires_grad());
+    if (bias.defined()) layer.bias.set_requires_grad(bias.requires_grad());
+  }
+  return copy;
+}
+
+void ResLoraLinearImpl::save(torch::serialize::OutputArchive& archive) const {
+  torch::nn::Cloneable<ResLoraLinearImpl>::save(archive);
+  if (is_merged_) archive.write(kMergedKey, at::ones({1}));
+}
+
+void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
+  at::Tensor mark;
+  const bool is_stored_merged = archive.try_read(kMergedKey, mark);
+  RESLORA_CHECK(!is_adapted() || is_stored_merged == is_merged_,
+                "[load] a file that torch::save wrote of {} model must be loaded into such a one, "
+                "or into a plain one; got the layer {}, which is {}",
+                is_stored_merged ? "a merged" : "an unmerged", name(),
+                is_merged_ ? "merged" : "not merged");
+  torch::nn::Cloneable<ResLoraLinearImpl>::load(archive);
+}
+
+bool ResLoraLinearImpl::is_plain() const { return !is_adapted() || !state_->is_enabled; }
+
+at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
+  if (is_plain()) return torch::nn::functional::linear(x, weight, bias);
+  std::vector<at::Tensor> outside;
+  std::vector<at::Tensor>& taps = enter_pass(outside);
+  const AdaptInput in = input_of(x, taps);
+  at::Tensor y = take(in, naming(name(), [&] { return adapt(in); }), taps);
+  leave_pass();
+  return y;
+}
+
+std::pair<at::Tensor, Taps> ResLoraLinearImpl::forward_with_taps(const at::Tensor& x, Taps taps) {
+  RESLORA_CHECK(is_adapted(),
+                "[linear] forward_with_taps needs a layer that reslora::link adapted");
+  const auto size = static_cast<size_t>(state_->chain.size());
+  RESLORA_CHECK(taps.by_position.empty() || taps.by_position.size() == size,
+                "[linear] taps must be empty or of the chain, of {} layers; got {} (layer {})",
+                size, taps.by_position.size(), name());
+  taps.by_position.resize(size);
+  const AdaptInput in = input_of(x, taps.by_position);
+  at::Tensor y = take(in, naming(name(), [&] { return adapt(in); }), taps.by_position);
+  return {std::move(y), std::move(taps)};
+}
+
+std::vector<at::Tensor> forward_together(
+    const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x) {
+  std::vector<at::Tensor> y;
+  for (const auto& layer : layers)
+    RESLORA_CHECK(layer != nullptr, "[linear] forward_together needs layers; got a null pointer");
+  if (layers.empty() ||
+      std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l->is_plain(); })) {
+    for (const auto& layer : layers) y.push_back(layer->forward(x));
+    return y;
+  }
+  for (size_t k = 0; k < layers.size(); ++k)
+    for (size_t j = 0; j < k; ++j)
+      RESLORA_CHECK(layers[j]->state_ != layers[k]->state_,
+                    "[linear] layers that are evaluated together must be of different chains; got "
+                    "{} and {} of one",
+                    layers[j]->name(), layers[k]->name());
+  std::vector<std::vector<at::Tensor>> outside(layers.size());
+  std::vector<std::vector<at::Tensor>*> taps;
+  std::vector<AdaptInput> inputs;
+  for (size_t k = 0; k < layers.size(); ++k) {
+    taps.push_back(&layers[k]->enter_pass(outside[k]));
+    inputs.push_back(layers[k]->input_of(x, *taps[k]));
+  }
+  const bool want_norms =
+      std::any_of(inputs.begin(), inputs.end(), [](const AdaptInput& in) { return in.want_norms; });
+  std::vector<AdaptInput> asked = inputs;
+  for (AdaptInput& in : asked) in.want_norms = want_norms;
+  std::vector<AdaptOutput> out = naming(layers[0]->name(), [&] { return adapt_together(asked); });
+  for (size_t k = 0; k < layers.size(); ++k) {
+    y.push_back(layers[k]->take(inputs[k], std::move(out[k]), *taps[k]));
+    layers[k]->leave_pass();
+  }
+  return y;
+}
+
+/// The taps of the pass that this call belongs to; `outside`, made empty, where there is none.
+std::vector<at::Tensor>& ResLoraLinearImpl::enter_pass(std::vector<at::Tensor>& outside) {
+  ChainState::Pass& pass = state_->pass();
+  if (position_ == 0 && (!pass.is_open || pass.last_position >= 0)) pass = {{}, -1, true};
+  // Positions grow within a pass: anything else would read what another forward left behind.
+  if (pass.is_open && position_ <= pass.last_position) pass = {};
+  if (!pass.is_open) {
+    outside.assign(state_->chain.size(), {});
+    return outside;
+  }
+  pass.taps.resize(state_->chain.size());
+  pass.last_position = position_;
+  return pass.taps;
+}
+
+void ResLoraLinearImpl::leave_pass() {
+  if (position_ == state_->chain.size() - 1) state_->end_pass();
+}
+
+AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
+                                       const std::vector<at::Tensor>& taps) const {
+  const Chain& chain = state_->chain;
+  const ResLoraConfig& config = chain.config();
+  const Wiring& wiring = chain.wiring(position_);
+  RESLORA_CHECK(
+      is_linked(),
+      "[linear] this layer ({}) is a copy that is in no chain; call reslora::relink on the "
+      "cloned model",
+      name());
+  RESLORA_CHECK(x.defined(), "[adapt] x must be a tensor; got an undefined one (layer {})", name());
+  AdaptInput in;
+  in.x = x;
+  in.weight = weight;
+  if (bias.defined()) in.bias = bias;
+  for (int64_t k : wiring.a) in.A.push_back(state_->layer(k)->reslora_A);
+  for (int64_t k : wiring.b) in.B.push_back(state_->layer(k)->reslora_B);
+  in.scaling = wiring.scaling;
+  for (int64_t k : wiring.taps) {
+    if (has_rows_of(taps[k], x)) {
+      in.taps.push_back(config.detach_taps() ? taps[k].detach() : taps[k]);
+    } else {
+      RESLORA_CHECK(!config.strict_links(),
+                    "[linear] strict_links demands every link; got {} without one: {} did not run "
+                    "before it on as many rows (begin_forward, or the first layer of the chain, "
+                    "starts a pass)",
+                    name(), chain.layer(k).name);
+      if (state_->count_missed(position_)) {
+        TORCH_WARN("[linear] ", name(), " ran without its shortcut: ", chain.layer(k).name,
+                   " did not run before it on as many rows (print_links counts what follows)");
+      }
+    }
+  }
+  in.dropout = is_training() ? config.lora_dropout() : 0;
+  in.keep_tap = wiring.handed == Handed::kTap && wiring.a.size() == wiring.b.size();
+  in.want_norms = is_training() && torch::GradMode::is_enabled() && config.norm_window() > 0;
+  return in;
+}
+
+/// Takes what belongs to this layer from the op's output; returns y.
+at::Tensor ResLoraLinearImpl::take(const AdaptInput& in, AdaptOutput out,
+                                   std::vector<at::Tensor>& taps) {
+  if (state_->collector) state_->collector->add(state_->collector_index, position_, in.x, out.s);
+  if (in.want_norms) {
+    if (!norms.is_defined() || norms.norms().device() != in.x.device())
+      norms = NormWindow(state_->chain.config().norm_window(), in.x.device());
+    record_norms(out.norms, norms.norms(), norms.count());
+  }
+  const Handed handed = state_->chain.wiring(position_).handed;
+  if (handed != Handed::kNothing) taps[position_] = handed == Handed::kS ? out.s : out.tap;
+  return out.y;
+}
+
+const Chain& LinkedChain::chain() const { return state_->chain; }
+
+void LinkedChain::begin_forward() const { state_->pass() = {{}, -1, true}; }
+
+std::vector<at::Tensor> LinkedChain::parameters() const {
+  std::vector<at::Tensor> all;
+  for (int64_t n = 0; n < state_->chain.size(); ++n) {
+    all.push_back(state_->layer(n)->reslora_A);
+    all.push_back(state_->layer(n)->reslora_B);
+  }
+  return all;
+}
+
+ChainView LinkedChain::view() const {
+  ChainView view{state_->chain, {}};
+  for (int64_t n = 0; n < state_->chain.size(); ++n) {
+    const auto layer = state_->layer(n);
+    view.layers.push_back(
+        {layer->weight, layer->reslora_A, layer->reslora_B, layer->norms, layer->bias, {}});
+  }
+  return view;
+}
+
+void LinkedChain::set_enabled(bool is_enabled) const { state_->is_enabled = is_enabled; }
+
+bool LinkedChain::is_enabled() const { return state_->is_enabled; }
+
+void LinkedChain::mark_merged(bool is_merged) const { ChainState::mark_merged(*state_, is_merged); }
+
+void LinkedChain::collect(FitCollector* collector, int64_t index) const {
+  state_->collector = collector;
+  state_->collector_index = index;
+}
+
+void LinkedChain::set_norms(int64_t position, const NormWindow& norms) const {
+  const auto layer = state_->layer(position);
+  layer->norms = norms.is_defined() ? NormWindow(norms.norms().to(layer->reslora_A.device()),
+                                                 norms.count().to(layer->reslora_A.device()))
+                                    : NormWindow();
+}
+
+bool LinkedChain::is_training(int64_t position) const {
+  return state_->layer(position)->is_training();
+}
+
+int64_t LinkedChain::missed_links(int64_t position) const { return state_->missed.at(position); }
+
+}  // namespace reslora
