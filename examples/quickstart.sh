@@ -15,7 +15,10 @@ program=quickstart
 # shellcheck source=../tests/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../tests/setup.sh"
 script=$repository/examples/python/finetune.py
-cache=${XDG_CACHE_HOME:-${HOME:-/nowhere}/.cache}/reslora
+caches=${XDG_CACHE_HOME:-}
+# As the XDG standard has it, a relative path counts as none; ~ is known where HOME is not set.
+if [[ $caches != /* ]]; then caches=$(echo ~)/.cache; fi
+cache=$caches/reslora
 venv=$cache/venv
 logs=$cache
 

@@ -20,6 +20,7 @@
 # RESLORA_JOBS      compile jobs (default: what cores and memory allow)
 # PYTHON            interpreter for a new virtual environment (default: the first that is new enough)
 
+unset CDPATH  # with it, cd prints where it goes
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 constraints=$repository/tests/constraints.txt
 # Without these the tests run, and say what they miss.
@@ -47,7 +48,9 @@ check_folder() {
   local folder=$1 needed=$2 free
   { mkdir -p "$folder" && [[ -w $folder ]]; } 2>/dev/null ||
     die "$folder cannot be written; name another folder with $3"
-  free=$(($(df --output=avail -k "$folder" | tail -n 1) / 1000000))
+  free=$(df --output=avail -k "$folder" 2>/dev/null | tail -n 1 | tr -cd 0-9) || true
+  # Some file systems do not tell.
+  free=$((${free:-$((needed * 1000000))} / 1000000))
   ((free >= needed)) ||
     die "$needed GB are needed in $folder, for torch and other packages; got $free GB free: free" \
       "some, or name another folder with $3"
@@ -56,10 +59,15 @@ check_folder() {
 # Prints how many GB environment $1 will take: none where it is complete.
 space_for() { if [[ -e $1/reslora-packages.txt ]]; then echo 0; else echo 8; fi; }
 
-# Waits until nobody else is at work in folder $1, and keeps others out until `unlock`.
+# Waits until nobody else is at work in folder $1, and keeps others out until `unlock`. Where the file
+# system has no locks, nobody is waited for.
 lock_folder() {
+  local code=0
   exec 9>"$1/lock"
-  flock --nonblock 9 || { say "waiting for another run that is at work in $1"; flock 9; }
+  flock --nonblock --conflict-exit-code 75 9 2>/dev/null || code=$?
+  ((code == 75)) || return 0
+  say "waiting for another run that is at work in $1"
+  flock 9
 }
 unlock() { exec 9>&-; }
 
@@ -68,8 +76,9 @@ is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/
 
 # Prints the first interpreter that is new enough, or nothing.
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 /usr/bin/python3}; do
+  local candidate candidates=(python3 python3.14 python3.13 python3.12 python3.11 /usr/bin/python3)
+  if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
     if is_new_enough "$candidate"; then command -v "$candidate"; return; fi
   done
 }
@@ -77,7 +86,8 @@ find_python() {
 # Prints the Debian packages that are absent. $1: what for, `use`, `test` or `full`.
 missing_packages() {
   local python tool
-  have "${CXX:-c++}" || echo g++
+  tool=${CXX:-c++}
+  have "${tool%% *}" || echo g++  # CXX may hold options, or ccache before the compiler
   python=$(find_python)
   if [[ -z $python ]]; then
     printf '%s\n' python3 python3-venv python3-dev
@@ -96,6 +106,7 @@ raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))' || ec
 # Installs what is absent where that is allowed; otherwise says it in one sentence and ends.
 require_packages() {
   local missing command=(apt-get install -y -qq --no-install-recommends) log
+  [[ -z ${PYTHON:-} ]] || have "$PYTHON" || die "PYTHON must name an interpreter; got '$PYTHON'"
   missing=$(missing_packages "$1" | xargs)
   [[ -n $missing ]] || return 0
   if [[ $(id -u) == 0 ]] && have apt-get; then
@@ -121,7 +132,8 @@ require_packages() {
 compile_jobs() {
   local cores gigabytes jobs
   cores=$(nproc)
-  gigabytes=$(awk '/^MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)
+  gigabytes=$(awk '/^MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo 2>/dev/null) || true
+  gigabytes=${gigabytes:-4}
   jobs=$((gigabytes / 2 < cores ? gigabytes / 2 : cores))
   echo "${RESLORA_JOBS:-$((jobs > 1 ? jobs : 1))}"
 }

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+LARGEST = 2**63 - 1  # of a seed, and of whatever else torch takes as an int64
+
 
 class UserError(Exception):
     """A request that cannot be served; the message is one sentence, shown without a traceback."""
@@ -37,9 +39,18 @@ def at_least(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}; got {value}")
+        if value > LARGEST:
+            raise argparse.ArgumentTypeError(f"must be at most {LARGEST}; got {value}")
         return value
 
     return whole_number
+
+
+def names(text: str) -> str:
+    """Return names separated by commas, none of them empty, for argparse."""
+    if not all(text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be names separated by commas; got {text!r}")
+    return text
 
 
 def positive(text: str) -> float:
@@ -51,6 +62,8 @@ def positive(text: str) -> float:
 
 def folder(text: str) -> Path:
     """Return a folder, which may be absent, for argparse."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder; got nothing")
     if (path := Path(text).expanduser()).exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"must name a folder; got the file {text!r}")
     return path

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from console import Parser, UserError, at_least, folder, positive, text_file
+from console import Parser, UserError, at_least, folder, names, positive, text_file
 
 MODES = ("is", "bs", "ms", "all", "none")
 
@@ -32,7 +32,7 @@ _OPTIONS = (
     ),
     ("--r", 8, at_least(1), "rank of the adapters (default: %(default)s)"),
     ("--lora-alpha", 16.0, positive, "the scale is lora_alpha / r (default: %(default)g)"),
-    ("--target-modules", "all-linear", str, "comma-separated names (default: %(default)s)"),
+    ("--target-modules", "all-linear", names, "comma-separated names (default: %(default)s)"),
     ("--steps", 150, at_least(1), "training steps of each method (default: %(default)s)"),
     ("--batch-size", 8, at_least(1), "blocks per step (default: %(default)s)"),
     ("--seq-len", 128, at_least(8), "tokens per block (default: %(default)s)"),
@@ -86,8 +86,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.add_argument(name, default=default, type=kind, help=text)
     options = parser.parse_args(arguments)
     if options.cache is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        options.cache = Path(home) / "reslora"
+        caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        # As the XDG standard has it, a relative path counts as none.
+        options.cache = (caches if caches.is_absolute() else Path.home() / ".cache") / "reslora"
     _check_names(options)
     return options
 

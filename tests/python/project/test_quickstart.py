@@ -207,6 +207,10 @@ BAD = {
     "pre-num below -1": (["--pre-num", "-2"], "--pre-num must be at least -1; got -2"),
     "no rate": (["--lr", "nan"], "--lr must be above 0 and finite; got nan"),
     "unknown option": (["--rank", "4"], "unrecognized arguments: --rank 4"),
+    "empty target": (["--target-modules", "q_proj,"], "must be names separated by commas"),
+    "no target": (["--target-modules", ""], "--target-modules must be names separated by commas"),
+    "seed too large": (["--seed", "9" * 20], f"--seed must be at most {2**63 - 1}; got 99"),
+    "no output": (["--output", ""], "--output must name a folder; got nothing"),
     "unknown device": (["--device", "tpu"], "--device must be cpu or cuda; got 'tpu'"),
     "file as output": (["--output", __file__], "--output must name a folder"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -238,14 +239,59 @@ def test_the_tests_need_no_home(machine: Machine, tests_script: Path) -> None:
     assert "tests/summary.py" in printed
 
 
+def ask(machine: Machine, words: str, **variables: str) -> str:
+    """Return what a line of shell prints after setup.sh was read."""
+    line = f"program=test; source {REPOSITORY}/tests/setup.sh; {words}"
+    own = {"PATH": str(machine.bin), "HOME": str(machine.home), "STUB_LOG": str(machine.log)}
+    done = subprocess.run(
+        ["/bin/bash", "-c", line], env=own | variables, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
 def test_readme_names_the_packages_that_a_bare_machine_lacks(machine: Machine) -> None:
-    machine.program("id", "#!/bin/sh\necho 1000\n")
-    for name in ("c++", "python3"):
-        (machine.bin / name).unlink()
-    _, _, errors = machine.run(PYTHON="nowhere")
-    said = re.search(r"'sudo apt-get install (.*)'", errors)
+    (machine.bin / "c++").unlink()
+    said = ask(machine, "find_python() { :; }; missing_packages use")
     (line,) = re.findall(r"^sudo apt-get install (.*?) +#", README, re.M)
-    assert said and set(said[1].split()) | {"git"} == set(line.split())
+    assert {*said.split(), "git"} == set(line.split())
+
+
+def test_a_compiler_may_come_with_options(machine: Machine) -> None:
+    assert ask(machine, "missing_packages use", CXX="g++ -m64") == ""
+    assert ask(machine, "missing_packages use", CXX="nowhere -m64") == "g++\n"
+
+
+def test_an_interpreter_may_have_a_space_in_its_path(machine: Machine) -> None:
+    place = machine.home / "my py"
+    place.mkdir()
+    (machine.bin / "python3").rename(place / "python3")
+    assert ask(machine, "find_python", PYTHON=str(place / "python3")) == f"{place}/python3\n"
+
+
+def test_a_wrong_interpreter_is_named(machine: Machine) -> None:
+    code, _, errors = machine.run(PYTHON="/nowhere/python")
+    assert code == 1
+    assert errors == "quickstart: PYTHON must name an interpreter; got '/nowhere/python'\n"
+
+
+@pytest.mark.parametrize("folder", [".:/root", "/usr"])
+def test_an_exported_cdpath_changes_nothing(machine: Machine, folder: str) -> None:
+    assert ask(machine, "echo $repository", CDPATH=folder) == f"{REPOSITORY}\n"
+
+
+def test_a_system_without_locks_or_sizes_is_worked_on(machine: Machine) -> None:
+    machine.program("flock", "#!/bin/sh\necho 'flock: 9: No locks available' >&2\nexit 65\n")
+    machine.program("df", "#!/bin/sh\necho Avail\necho -\n")
+    code, printed, errors = machine.run()
+    assert code == 0, errors
+    assert "ran " in printed and "waiting" not in errors and "syntax" not in errors
+
+
+@pytest.mark.parametrize("caches", ["relative/folder", ""])
+def test_a_relative_cache_counts_as_none(machine: Machine, caches: str) -> None:
+    assert machine.run(XDG_CACHE_HOME=caches)[0] == 0
+    assert (environment_of(machine) / "bin/python").is_file()
 
 
 # ---- At once, and stopped
