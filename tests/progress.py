@@ -36,6 +36,8 @@ def show_build(program: str, line: str) -> None:
     """Show what is worth showing of a line of a build by Ninja."""
     if count := re.match(r"(?:.* )?\[(\d+)/(\d+)\] ", line):
         done, total = int(count[1]), int(count[2])
+        if done == 0:  # Ninja is still looking
+            return
         if sys.stderr.isatty():
             print("\r", end="", file=sys.stderr)
             tell(program, f"compiling, {done} of {total}", "\n" if done == total else "")

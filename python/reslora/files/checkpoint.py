@@ -150,17 +150,21 @@ def read_config(folder: Path) -> ResLoraConfig:
 
 
 def read_adapter(folder: Path) -> tuple[AdapterFile, ResLoraConfig]:
-    """Read an adapter's folder; its two files must agree."""
+    """Read an adapter's folder; its two files must agree on all but the base's revision.
+
+    That is a name that people change by hand, and changes nothing that the adapter computes.
+    """
     beside, path = read_config(folder), folder / WEIGHTS_NAME
     adapter = load_adapter(path)
     config = ResLoraConfig.from_json(adapter.config_json, os.fspath(path))
     other = beside.to_dict()
     for name, value in config.to_dict().items():
-        if other[name] != value:
+        if name != "revision" and other[name] != value:
             raise ValueError(
                 f"[load] {CONFIG_NAME} and {WEIGHTS_NAME} must agree on {name}; got "
                 f"{other[name]!r} and {value!r} in {folder}"
             )
+    config.revision = beside.revision
     return adapter, config
 
 

@@ -186,6 +186,14 @@ def test_damaged_files_are_refused(tmp_path, damage, kind, sentence, is_adapted)
     assert_unchanged(target, before)
 
 
+def test_a_revision_changed_by_hand_is_taken(tmp_path):
+    save_pretrained(adapted(), tmp_path)
+    change_config(tmp_path, revision="v2")
+    model = load(Net().double(), tmp_path)
+    save_pretrained(model, tmp_path / "again")
+    assert json.loads((tmp_path / "again/adapter_config.json").read_text())["revision"] == "v2"
+
+
 @pytest.mark.parametrize(
     ("target", "sentence"),
     [

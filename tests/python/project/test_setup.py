@@ -20,7 +20,7 @@ echo "  Downloading tqdm-4.70.1-py3-none-any.whl (78 kB)"
 echo "Installing collected packages: torch, tqdm"
 """
 BUILD_PRINTS = """
-for i in 1 9 10 11 20; do echo "  [$i/21] Building CXX object src/file.cpp.o"; done
+for i in 0 1 9 10 11 20; do echo "  [$i/21] Building CXX object src/file.cpp.o"; done
 echo "  -- reslora: without CUDA kernels, since no CUDA toolkit was found; put nvcc on PATH"
 echo "  [21/21] Linking CXX shared module _C.so"
 """
