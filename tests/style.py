@@ -5,7 +5,8 @@
 
 Each check is a function `check(tree) -> [sentence, ...]`; a sentence starts with `file:line:`. The
 rules are those that a tool can see: formatting, lint, types, who may include whom, lengths, where
-formulas live. tests/python/test_structure.py plants a violation of each and sees it reported.
+formulas live. tests/python/project/test_structure.py plants a violation of each and sees it
+reported.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 import reslora
 from reslora import _C
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 spec = importlib.util.spec_from_file_location("make_parity", DATA / "make_parity.py")
 make_parity = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_parity)

@@ -13,7 +13,7 @@ import torch
 
 from reslora.commands.options import cmake_prefix_path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 TORCH = Path(torch.__file__).parent
 BUILDS = REPOSITORY / "build"  # as deep as the package's own: ccache knows the files then
 

@@ -1,6 +1,6 @@
 """What PEFT's LoRA offers, whether ResLoRA does, and the test that shows it.
 
-    python tests/python/features.py    # writes the table into examples/guides/peft.md
+    python tests/python/helpers/features.py    # writes the table into examples/guides/peft.md
 
 A line without a test says why there is none.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-GUIDE = HERE.parents[1] / "examples/guides/peft.md"
+TESTS = Path(__file__).resolve().parents[1]
+GUIDE = TESTS.parents[1] / "examples/guides/peft.md"
 BEGIN, END = "<!-- features: begin -->", "<!-- features: end -->"
 
 PEFT = "test_peft.py::"
@@ -94,7 +94,8 @@ def table() -> str:
 
 def tests_of(name: str) -> set[str]:
     """Return the test functions of a file."""
-    tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
+    (file,) = TESTS.rglob(name)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 QUICKSTART = REPOSITORY / "examples/quickstart.sh"
 TOOLS = (
     "awk", "bash", "cat", "chmod", "cp", "cut", "df", "dirname", "echo", "env", "find", "flock",

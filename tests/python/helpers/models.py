@@ -179,3 +179,16 @@ def tiny_vit() -> nn.Module:
 
 def tokens(batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(3, 40, (batch, length))
+
+
+def tokenizer():
+    """Return a tokenizer of letters, in the vocabulary of the tiny models."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: n for n, word in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghijklmnop"])}
+    own = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "quickstart.sh"
+SCRIPT = Path(__file__).resolve().parents[3] / "examples" / "quickstart.sh"
 TINY = "--steps 4 --pretrain-steps 2 --eval-blocks 8 --seq-len 32 --batch-size 2".split()
 
 

@@ -27,7 +27,7 @@ from reslora import (
 from reslora._former_paths import NOW
 from reslora.injection.adapted import injection_of
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 FILES = ("pickled_models.pt", "pickled_peft_model.pt")
 
 

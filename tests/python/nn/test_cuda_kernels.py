@@ -19,7 +19,7 @@ from samples import adapt
 
 from reslora import _C
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 LIBRARY = Path(_C.__file__).parent / "libreslora.so"
 KERNELS = {"project_kernel", "project_grad_kernel", "expand_kernel", "expand_grad_kernel"}
 ARCHITECTURES = {"sm_80", "sm_90"}

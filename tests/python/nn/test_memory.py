@@ -14,7 +14,7 @@ from reslora.nn import ops
 from reslora.nn.grouping import Group
 from reslora.nn.layer import ALONE
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from memory import allocations, changes_of, peak_bytes, saved_bytes
 
 T, WIDTH, RANK, DEPTH = 2048, 256, 2, 3

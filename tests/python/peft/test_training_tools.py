@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_llama, tokens
+from models import tiny_llama, tokenizer, tokens
 
 import reslora
 from reslora.injection.adapted import find_layers
@@ -17,18 +17,6 @@ from reslora.peft import ResLoraConfig
 from reslora.trainer import ResLoraCallback
 
 TARGETS = ["q_proj", "v_proj"]
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: n for n, word in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghijklmnop"])}
-    own = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    own.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=own, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
 
 
 @pytest.mark.parametrize("res_mode", ["is", "bs"])
@@ -81,7 +69,7 @@ def test_a_plain_loop_with_accelerate():
     reslora.merge(plain)
 
 
-PROGRAM = Path(__file__).with_name("accelerate_program.py")
+PROGRAM = Path(__file__).parents[1] / "helpers/accelerate_program.py"
 
 
 def test_accelerate_launch_on_two_processes(tmp_path):

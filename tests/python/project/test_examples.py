@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "examples" / "python"
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(

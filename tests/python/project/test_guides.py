@@ -9,8 +9,8 @@ import matplotlib
 import pytest
 import torch
 from cpp_programs import REPOSITORY
+from models import tokenizer
 from test_readme import adapted, small_llama, train
-from test_training_tools import tokenizer
 
 import reslora
 from reslora.commands.cli import main
@@ -70,7 +70,7 @@ def test_the_commands_of_the_guides_are_understood(capsys):
 
 def test_the_features_are_those_that_tests_show():
     guide = features.GUIDE.read_text(encoding="utf-8")
-    assert guide == features.filled(guide), "run python tests/python/features.py"
+    assert guide == features.filled(guide), "run python tests/python/helpers/features.py"
     for feature, test in features.FEATURES:
         if "::" in test:
             name, _, function = test.partition("::")

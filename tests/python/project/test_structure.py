@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-TESTS = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parents[2]
 
 
 def load(name: str) -> ModuleType:
