@@ -139,7 +139,7 @@ class ResLoraLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what a file holds: where it is of an older version, a layer alone has no group."""
-        super().__setstate__({**state, "group": state["group"] or ALONE})
+        super().__setstate__({**state, "group": state.get("group") or ALONE})
 
     @property
     def weight(self) -> Any:
