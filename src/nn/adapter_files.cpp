@@ -14,6 +14,7 @@
 #include "io/folders.h"
 #include "io/saved_adapter.h"
 #include "nn/adapter_tensors.h"
+#include "nn/adapters_state.h"
 #include "nn/chain_state.h"
 #include "nn/injection.h"
 

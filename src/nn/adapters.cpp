@@ -6,8 +6,8 @@
 #include <utility>
 
 #include "nn/adapter_tensors.h"
+#include "nn/adapters_state.h"
 #include "nn/chain_state.h"
-#include "nn/injection.h"
 
 namespace reslora {
 

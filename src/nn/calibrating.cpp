@@ -6,8 +6,8 @@
 
 #include "merge/merge_rules.h"
 #include "nn/adapter_tensors.h"
+#include "nn/adapters_state.h"
 #include "nn/chain_state.h"
-#include "nn/injection.h"
 
 namespace reslora {
 namespace {

@@ -13,6 +13,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "nn/adapters_state.h"
 #include "nn/chain_state.h"
 
 namespace reslora {

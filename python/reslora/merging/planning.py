@@ -1,7 +1,7 @@
 """From an adapted model to a plan of its merge: views of its tensors, and which rule serves.
 
 The plan itself (alpha*, factors, W*) is made by the C++ library; the one function that chooses a
-rule where none is named is there too (`choose_rule` in src/internal/merge_rules.cpp).
+rule where none is named is there too (`choose_rule` in src/merge/merge_rules.cpp).
 """
 
 from __future__ import annotations
