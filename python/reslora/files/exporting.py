@@ -76,9 +76,7 @@ def export_lora(
     """
     model = plain_model(model)
     injection = injection_of(model, "export_lora")
-    request = MergeRequest(
-        "export_lora", merge_method, data=data, refine_steps=refine_steps, progressbar=progressbar
-    )
+    request = MergeRequest("export_lora", merge_method, data, refine_steps, progressbar=progressbar)
     plan = _planned(model, injection, request)
     refuse_tied(model, saved_names(model, injection), "export_lora")
     layers, error = reduced(plan.layers, rank, tolerance)
@@ -125,7 +123,8 @@ def export_diffusers(
         The largest relative error of the reduction over the layers; 0.0 without `rank`.
     """
     model = plain_model(model)
-    injection = injection_of(model, "export_diffusers")
+    op = "export_diffusers"
+    injection = injection_of(model, op)
     if not component.isidentifier():
         raise ValueError(
             f"[export_diffusers] component must be a pipeline's name for it, such as 'unet'; got "
@@ -136,10 +135,7 @@ def export_diffusers(
             f"[export_diffusers] such files hold LoRA alone; got modules_to_save {heads} "
             "(merge_and_unload keeps them)"
         )
-    request = MergeRequest(
-        "export_diffusers", merge_method, data=data, refine_steps=refine_steps,
-        progressbar=progressbar,
-    )  # fmt: skip
+    request = MergeRequest(op, merge_method, data, refine_steps, progressbar=progressbar)
     plan = _planned(model, injection, request)
     layers, error = reduced(plan.layers, rank, tolerance)
     tensors: dict[str, Tensor] = {}

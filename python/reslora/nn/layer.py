@@ -259,8 +259,8 @@ class ResLoraLinear(nn.Module):
                     "meta device (keep reslora's parameters out of offloading)"
                 )
 
-    def count_link(self, j: int, reason: str | None) -> None:
-        """Note that the tap of layer `j` was used (no reason) or left out in a real forward."""
+    def count_link(self, reason: str | None) -> None:
+        """Note that a tap was used (no reason) or left out in a real forward."""
         if reason is not None and self.chain.config.strict_links:
             raise RuntimeError(
                 f"[session] strict_links demands every link; got {self.name} without one: {reason}"

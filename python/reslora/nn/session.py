@@ -84,8 +84,8 @@ class Linked(Protocol):
     def reslora_A(self) -> Tensor:  # noqa: N802
         """A [r, in]."""
 
-    def count_link(self, j: int, reason: str | None) -> None:
-        """Note that the tap of layer `j` was used, or why not."""
+    def count_link(self, reason: str | None) -> None:
+        """Note that a tap was used, or why not."""
 
 
 class Waiting(Protocol):
@@ -279,7 +279,7 @@ class Session:
             else:
                 taps.append(tap)
             if is_forward:
-                layer.count_link(j, reason)
+                layer.count_link(reason)
         return taps
 
     def _read_outside(self, layer: Linked) -> list[Tensor | None] | None:
@@ -291,8 +291,8 @@ class Session:
                 f"[session] {layer.name} must run inside a call of {self.root_name or 'the model'} "
                 "(this torch has no way to find it in a recompute: train without checkpointing)"
             )
-        for j in layer.wiring.taps:
-            layer.count_link(j, NOT_CALLED)
+        for _ in layer.wiring.taps:
+            layer.count_link(NOT_CALLED)
         if not self.has_warned:
             self.has_warned = True
             warnings.warn(
