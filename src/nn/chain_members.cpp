@@ -1,4 +1,4 @@
-// Making chains of layers: by hand, and again for a model that was cloned.
+// Layers become members of a chain: by hand, and again in a model that was cloned.
 #include <reslora/linear.h>
 
 #include <map>

@@ -1,5 +1,5 @@
 // Random words in lanes, biased bits from fair ones, and masks by table look-up.
-#include "ops/dropout/bits.h"
+#include "ops/dropout/bit_lanes.h"
 
 #include <array>
 #include <cstring>

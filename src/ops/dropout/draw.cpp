@@ -8,7 +8,7 @@
 #include <cmath>
 #include <mutex>
 
-#include "ops/dropout/bits.h"
+#include "ops/dropout/bit_lanes.h"
 
 namespace reslora::ops {
 

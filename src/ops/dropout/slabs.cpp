@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "ops/adapt_kernels.h"
-#include "ops/dropout/bits.h"
+#include "ops/dropout/bit_lanes.h"
 
 namespace reslora::ops {
 namespace {

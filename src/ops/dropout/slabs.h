@@ -1,7 +1,7 @@
 // The small products of `adapt` with dropout, for the CPU and types other than fp32: a few rows of
 // x at a time are masked into a buffer that stays in cache, so that no dropped copy of x is made.
 //
-// x [T, in] and dx [T, in] are masked by bits [T, ceil(in/8)]; see dropout/bits.h.
+// x [T, in] and dx [T, in] are masked by bits [T, ceil(in/8)]; see dropout/bit_lanes.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
