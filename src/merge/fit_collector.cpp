@@ -3,8 +3,6 @@
 // Layers join a pass in the order in which they run, while their sums fit; the others are deferred
 // to the next pass. A layer that reads the very tensor that the layer before it read shares that
 // layer's `Input`, so its rows are summed once.
-#include <ATen/Functions.h>
-#include <ATen/TensorOperators.h>
 #include <reslora/regression.h>
 
 #include <algorithm>
@@ -14,6 +12,7 @@
 #include "core/check.h"
 #include "core/precision.h"
 #include "merge/regression.h"
+#include "merge/rows.h"
 
 namespace reslora {
 namespace {
@@ -64,13 +63,10 @@ void add_columns_(const Tensor& sum, const Tensor& rows) {
   sum.add_(rows.sum(at::IntArrayRef{0}, /*keepdim=*/false, at::kDouble).to(sum.device()));
 }
 
-double square_sum(const Tensor& rows) { return rows.to(at::kDouble).square().sum().item<double>(); }
-
-/// [..., columns] -> [T, columns] in fp32 (fp64 for fp64) without the rows that `mask` leaves out.
-Tensor as_rows(const Tensor& tensor, const std::optional<Tensor>& mask) {
+/// Rows in fp32, of fp64 in fp64.
+Tensor wide_rows(const Tensor& tensor, const std::optional<Tensor>& mask) {
   const auto dtype = tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor rows = tensor.detach().reshape({-1, tensor.size(-1)}).to(dtype);
-  return mask ? rows.index({mask->reshape({-1}).to(rows.device(), at::kBool)}) : rows;
+  return detail::as_rows(tensor, dtype, mask);
 }
 
 }  // namespace
@@ -204,21 +200,21 @@ void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const T
       "[calibrate] layers that read one tensor must do so in every forward; got layer {} "
       "with another partner than in its first forward: calibrate on batches of one kind",
       layer.name);
-  const Tensor rows = as_rows(x, mask);
+  const Tensor rows = wide_rows(x, mask);
   if (!is_shared) {
     state.last_x = x;
     state.last_version = State::version_of(x);
     state.last_input = slot.input;
     state.add_input(*slot.input, rows);
   }
-  const Tensor targets = as_rows(v, mask).to(rows.scalar_type());
+  const Tensor targets = wide_rows(v, mask).to(rows.scalar_type());
   add_product_(slot.vx, targets, rows);
   if (slot.input->file) {
     const Tensor own = state.views[chain].layers[position].A.detach().to(rows.options());
     add_product_(slot.ux, at::mm(rows, own.t()), rows);
   }
   add_columns_(slot.v_sum, targets);
-  slot.vv += square_sum(targets);
+  slot.vv += detail::square_sum(targets);
   slot.rows += targets.size(0);
 }
 

@@ -1,27 +1,15 @@
 // Errors of planned merges; see merge_errors.h.
-#include <ATen/Functions.h>
-#include <ATen/TensorOperators.h>
 #include <reslora/merge_errors.h>
 
 #include "core/check.h"
 #include "core/precision.h"
+#include "merge/rows.h"
 
 namespace reslora {
-namespace {
 
 using at::Tensor;
-
-double square_sum(const Tensor& tensor) {
-  return tensor.to(at::kDouble).square().sum().item<double>();
-}
-
-/// [..., columns] -> [T, columns] without the rows that `mask` leaves out.
-Tensor as_rows(const Tensor& tensor, const Tensor& like, const std::optional<Tensor>& mask) {
-  const Tensor rows = tensor.detach().reshape({-1, tensor.size(-1)}).to(like.scalar_type());
-  return mask ? rows.index({mask->reshape({-1}).to(rows.device(), at::kBool)}) : rows;
-}
-
-}  // namespace
+using detail::as_rows;
+using detail::square_sum;
 
 LayerErrors layer_errors(const LayerMerge& planned, const Tensor& x, const Tensor& s,
                          const Tensor& y, const std::vector<Tensor>& B,
@@ -32,18 +20,19 @@ LayerErrors layer_errors(const LayerMerge& planned, const Tensor& x, const Tenso
                 "{})",
                 B.size(), scaling.size(), planned.name);
   const detail::FullPrecision guard;
-  const Tensor rows = as_rows(x, planned.A, mask);
+  const auto dtype = planned.A.scalar_type();
+  const Tensor rows = as_rows(x, dtype, mask);
   const auto options = rows.options();
   std::vector<Tensor> blocks;
   for (size_t k = 0; k < B.size(); ++k) blocks.push_back(B[k].detach().to(options) * scaling[k]);
   // The base product is the same on both sides: only the low-rank terms are compared.
-  const Tensor wanted = at::mm(as_rows(s, planned.A, mask), at::cat(blocks, 1).t());
+  const Tensor wanted = at::mm(as_rows(s, dtype, mask), at::cat(blocks, 1).t());
   Tensor error =
       at::mm(at::mm(rows, planned.A.to(options).t()), planned.B.to(options).t()) - wanted;
   if (planned.bias.defined()) error = error + planned.bias.to(options);
   LayerErrors errors;
   errors.method = square_sum(error);
-  errors.whole = square_sum(as_rows(y, planned.A, mask));
+  errors.whole = square_sum(as_rows(y, dtype, mask));
   errors.both = errors.method;
   if (!weight.defined()) return errors;
   const Tensor exact = merged_weight(weight.detach(), planned);
