@@ -1,8 +1,9 @@
-"""The style checks and the summary of tests/run.sh can fail: each planted violation is reported."""
+"""The style checks and the summary of tests/run.sh can fail; pages name what is there."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -294,3 +295,25 @@ def test_summary_counts_a_failed_style_check(summarize: Summarize, tmp_path: Pat
 def test_the_readme_shows_the_results_that_are_committed() -> None:
     script = TESTS.parent / "benchmarks" / "readme_table.py"
     assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
+
+
+PATH = re.compile(r"`((?:src|include|python|tests|benchmarks|examples)/[\w./-]+)`")
+
+
+@pytest.mark.parametrize("page", ["ARCHITECTURE", "CONTRIBUTING"])
+def test_the_paths_on_a_page_are_there(page: str) -> None:
+    paths = PATH.findall((TESTS.parent / f".github/{page}.md").read_text(encoding="utf-8"))
+    assert len(paths) > 5
+    assert [path for path in paths if not (TESTS.parent / path).exists()] == []
+
+
+def test_the_page_of_the_architecture_names_every_room() -> None:
+    page = (TESTS.parent / ".github/ARCHITECTURE.md").read_text(encoding="utf-8")
+    rooms = [
+        folder.relative_to(TESTS.parent)
+        for top in ("src", "python/reslora")
+        for folder in (TESTS.parent / top).iterdir()
+        if folder.is_dir() and folder.name not in ("cmake", "__pycache__")
+    ]
+    assert len(rooms) > 10
+    assert [str(room) for room in rooms if f"`{room}`" not in page] == []
