@@ -47,6 +47,7 @@ struct PlainLora {
   bool fan_in_fan_out = false;                    ///< the base holds W^T, as transformers' Conv1D
   std::string base_model_name_or_path = {};       ///< empty: null
   std::string task_type = {};                     ///< empty: null
+  std::string revision = {};                      ///< of a base of the Hub; empty: null
 };
 
 /// Writes adapter_config.json and adapter_model.safetensors in PEFT's format: every pair padded to

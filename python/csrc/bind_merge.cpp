@@ -258,14 +258,15 @@ void bind_pairs(py::module_& m) {
       [](const std::filesystem::path& folder, const std::vector<LayerMerge>& layers,
          const std::map<std::string, Tensor>& heads, const std::vector<std::string>& target_modules,
          const std::vector<std::string>& modules_to_save, bool fan_in_fan_out,
-         const std::string& base_model_name_or_path, const std::string& task_type) {
+         const std::string& base_model_name_or_path, const std::string& task_type,
+         const std::string& revision) {
         return save_plain_lora(folder.string(),
                                {layers, heads, target_modules, modules_to_save, fan_in_fan_out,
-                                base_model_name_or_path, task_type});
+                                base_model_name_or_path, task_type, revision});
       },
       py::arg("folder"), py::arg("layers"), py::arg("heads"), py::arg("target_modules"),
       py::arg("modules_to_save"), py::arg("fan_in_fan_out"), py::arg("base_model_name_or_path"),
-      py::arg("task_type"), NoGil(),
+      py::arg("task_type"), py::arg("revision"), NoGil(),
       "Write a plain LoRA in PEFT's format, padded to the largest rank, which is returned.");
   m.def("padded_factors", &padded_factors, py::arg("layer"), py::arg("R"),
         "Pad a planned pair with zeros to rank R.");

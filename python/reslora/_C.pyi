@@ -237,6 +237,7 @@ def save_plain_lora(
     fan_in_fan_out: bool,
     base_model_name_or_path: str,
     task_type: str,
+    revision: str,
 ) -> int:
     """Write a plain LoRA in PEFT's format, padded to the largest rank, which is returned."""
 

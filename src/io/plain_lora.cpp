@@ -54,6 +54,7 @@ std::string peft_config(const PlainLora& lora, int64_t R) try {
   json.key("use_dora").boolean(false).key("rank_pattern").begin_object().end_object();
   json.key("alpha_pattern").begin_object().end_object();
   text_or_null(json, "base_model_name_or_path", lora.base_model_name_or_path);
+  text_or_null(json, "revision", lora.revision);
   text_or_null(json, "task_type", lora.task_type);
   return json.end_object().text() + "\n";
 } catch (const detail::ContentError& error) {

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <reslora/adapter_io.h>
+#include <reslora/plain_lora.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -372,6 +373,20 @@ TEST_F(AdapterIo, WarnsOfAnAdapterThatChangesNothing) {
   reslora::save_adapter(path_, sample_adapter());
   reslora::load_adapter(path_);
   EXPECT_TRUE(warnings.all.empty());
+}
+
+TEST_F(AdapterIo, APlainLoraNamesTheRevisionOfItsBaseWhereThereIsOne) {
+  reslora::PlainLora lora;
+  lora.layers.resize(1);
+  lora.layers[0].name = "l.0.q";
+  lora.layers[0].A = at::ones({1, 4});
+  lora.layers[0].B = at::ones({3, 1});
+  path_ = folder_ + "/adapter_config.json";
+  reslora::save_plain_lora(folder_, lora);
+  EXPECT_THAT(content(), HasSubstr("\"revision\": null"));
+  lora.revision = "v2";
+  reslora::save_plain_lora(folder_, lora);
+  EXPECT_THAT(content(), HasSubstr("\"revision\": \"v2\""));
 }
 
 TEST_F(AdapterIo, MutatedAdaptersAreRefused) {

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -188,8 +189,9 @@ def _write_lora(
     folder = make_folder(directory)
     saved = config.modules_to_save or []
     R = save_plain_lora(
-        folder, layers, heads, targets, saved, fan_in_fan_out, base or "", task_type or ""
-    )
+        folder, layers, heads, targets, saved, fan_in_fan_out,
+        base or "", task_type or "", config.revision or "",
+    )  # fmt: skip
     write_text(folder / "README.md", _card(config.res_mode, layers, base))
     return R
 
@@ -260,7 +262,8 @@ def export_folder(
         tolerance: as in `export_lora`.
         revision: of the adapter, as in `load`.
         subfolder: of the adapter, as in `load`.
-        base_revision: of a `base` of the Hub; None: what the adapter's config names.
+        base_revision: of a `base` of the Hub, also for the written config; None: what the
+            adapter's config names.
 
     Returns:
         The rank of the file and the largest relative error of the reduction.
@@ -270,6 +273,8 @@ def export_folder(
         revision=revision, subfolder=subfolder, base_revision=base_revision,
     )  # fmt: skip
     layers, error = reduced(plan.layers, rank, tolerance)
+    if base_revision is not None:
+        config = replace(config, revision=base_revision)
     values = json.loads(read.config_json)
     transposed = set(values.get("fan_in_fan_out") or ())
     R = _write_lora(

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from models import adapted, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from reslora import export_lora, merge, unmerge
 
@@ -126,6 +126,12 @@ def test_targets_are_short_where_that_means_the_same(tmp_path):
     assert_same_in_peft(model, base, tmp_path / "b", "weight")
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["target_modules"] == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 2)]
+
+
+def test_peft_knows_the_revision_of_the_base(tmp_path):
+    model = adapted(tiny_llama(), target_modules=["q_proj"], res_mode="none", revision="v2")
+    export_lora(model, tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).revision == "v2"
 
 
 def test_a_merged_model_exports_what_was_merged(tmp_path):
