@@ -6,18 +6,21 @@ Example::
 
 A folder that is there is taken before a name of the Hub, as in PEFT. huggingface_hub keeps the
 files in its own cache, by its own settings (HF_TOKEN, HF_HUB_OFFLINE, HF_HUB_CACHE). The Hub is
-asked once, within a time limit: where it does not answer, what the cache holds is taken at once.
+asked once, within a time limit: where it does not answer, what the cache holds is taken at once,
+and where the cache holds all that its answer names, nothing more is asked.
 """
 
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
+logger = logging.getLogger("reslora")
 TIMEOUT = 10.0  # seconds
 
 
@@ -97,43 +100,112 @@ def _refuse(op: str, what: str, shown: str, reason: str) -> NoReturn:
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str] | None) -> Path:
-    """Return where the cache has a commit; what it lacks of it is fetched."""
-    from huggingface_hub import HfApi, errors, snapshot_download
+    """Return where the cache has a commit; what it lacks of it is fetched.
 
-    escaped = None if patterns is None else [glob.escape(pattern) for pattern in patterns]
-    refusal: Exception | None = None
+    Where the Hub answers once and then fails, what the cache holds of the revision is taken.
+    """
+    from huggingface_hub import HfApi, errors
+
     try:
-        HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
+        info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
     except (errors.HFValidationError, errors.RevisionNotFoundError):
         raise
-    except Exception as error:  # no network or no access: the cache may hold it
-        refusal = error
+    except Exception:  # no network or no access: the cache may hold it
+        kept = _cached(name, revision, patterns)
+        if kept is None:
+            raise
+        return kept
+    kept = _cached(name, revision, patterns)
+    names = [file.rfilename for file in info.siblings or ()]
+    wanted = [file for file in names if patterns is None or file in patterns]
+    older = kept if kept is not None and kept.name != info.sha else None
+    if kept is not None and older is None and wanted and _holds(kept, wanted):
+        return kept
+    try:
+        return _downloaded(name, revision, patterns, wanted, older)
+    except Exception as error:
+        if older is None:
+            raise
+        logger.warning(
+            "[hub] %s is taken from the cache, at commit %s, which is older: commit %s cannot be "
+            "fetched (%s)", name, older.name, info.sha, _first_line(error),
+        )  # fmt: skip
+        return older
+
+
+def _downloaded(
+    name: str,
+    revision: str | None,
+    patterns: list[str] | None,
+    wanted: list[str],
+    older: Path | None,
+) -> Path:
+    """Fetch what the cache lacks of a revision.
+
+    Where the Hub fails meanwhile, huggingface_hub returns what it has, be it a part or the older
+    commit that the cache holds: that is an error here.
+    """
+    from huggingface_hub import snapshot_download
+
+    allowed = _escaped(patterns)
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=allowed))
+    if folder == older or not _holds(folder, wanted):
+        raise ConnectionError("it did not send all files")
+    return folder
+
+
+def _cached(name: str, revision: str | None, patterns: list[str] | None) -> Path | None:
+    """Return where the cache has a revision, without asking the Hub."""
+    from huggingface_hub import errors, snapshot_download
+
     try:
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=escaped, local_files_only=refusal is not None
+            name, revision=revision, allow_patterns=_escaped(patterns), local_files_only=True
         )
     except errors.LocalEntryNotFoundError:
-        if refusal is None:
-            raise
-        raise refusal from None
+        return None
     return Path(folder)
 
 
-def _reason(error: Exception) -> str:
+def _escaped(patterns: list[str] | None) -> list[str] | None:
+    return None if patterns is None else [glob.escape(pattern) for pattern in patterns]
+
+
+def _holds(folder: Path, files: list[str]) -> bool:
+    return all((folder / file).is_file() for file in files)
+
+
+def _reason(error: BaseException) -> str:
     """Return why a name cannot be had, and the way out."""
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
     token = "`hf auth login`, or set HF_TOKEN"
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, errors.HFValidationError | errors.LocalEntryNotFoundError):
-        return first
+        return _first_line(error)
     if isinstance(error, errors.GatedRepoError):
-        return f"access is restricted: ask for it on the page of the model, then {token}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"the Hub has no such model, or a private one: then {token}"
+        return f"access is refused: ask for it on its page, then {token}"
+    if isinstance(error, errors.RepositoryNotFoundError) or _status(error) in (401, 403):
+        return (
+            "access is refused, or there is no such model: check the spelling of the name; what is "
+            f"private needs a token: {token}"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return "there is no such revision"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "it is not in the cache, and HF_HUB_OFFLINE is set: unset it, or give a folder"
-    return f"it is not in the cache, and the Hub cannot be reached: {first}; or give a folder"
+    return (
+        f"it is not, or not whole, in the cache, and the Hub cannot be reached: "
+        f"{_first_line(error)}; or give a folder"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the status of the answer that an error of huggingface_hub tells of."""
+    return getattr(getattr(error, "response", None), "status_code", None)

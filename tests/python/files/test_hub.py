@@ -1,65 +1,42 @@
 """Names of the Hub wherever an adapter is taken: a cache laid out by hand, and no network."""
 
-import hashlib
 import json
-import shutil
 import sys
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import safetensors.torch
 import torch
 from cli_samples import LETTERS, run, write_tokenizer
-from models import adapted, randomize, tiny_llama, tokens
+from hub_samples import (
+    BASE,
+    FIRST,
+    NAME,
+    OPTIONS,
+    SECOND,
+    empty_cache,
+    lay,
+    refusal,
+    serving,
+    write_adapter,
+    write_base,
+)
+from models import randomize, tiny_llama
 
 import reslora
 from reslora import ResLoraConfig, inject, load, merge_and_unload, plots, save_pretrained
 from reslora.commands.check_export import check_export
 from reslora.commands.inspect import inspect
-from reslora.files import hub
-from reslora.files.exporting import export_folder
+from reslora.files.exporting import export_folder, export_lora
 from reslora.files.model_folder import merge_folder
 
-NAME, BASE = "user/adapter", "user/base"
-FIRST, SECOND = "1" * 40, "2" * 40  # commits
 RANKS = {1: 2, 2: 32}  # of plain LoRAs, by seed
-OPTIONS = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"], "res_mode": "bs"}
-
-
-def lay(cache, name, commit, source, refs=(), below="."):
-    """Lay a folder into a cache, as huggingface_hub does: blobs, links of a commit, refs."""
-    place = cache / f"models--{name.replace('/', '--')}"
-    for path in source.iterdir():
-        blob = place / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
-        link = place / "snapshots" / commit / below / path.name
-        for parent in (blob.parent, link.parent, place / "refs"):
-            parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, blob)
-        link.symlink_to(blob)
-    for ref in refs:
-        (place / "refs" / ref).write_text(commit)
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Return an empty cache, of a machine without network."""
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache"
-
-
-def write_adapter(folder, seed, **options):
-    torch.manual_seed(seed)
-    model = adapted(tiny_llama(), **OPTIONS | options)
-    model.train()(tokens())  # for the norms
-    save_pretrained(model, folder, statistics=True)
-    return model
+    return empty_cache(tmp_path, monkeypatch)
 
 
 def write_shortcuts(folder, seed):
@@ -169,12 +146,25 @@ def test_a_name_is_read_as_a_folder_is(cache, tmp_path, write, read):
     assert same(got, wanted[1])
 
 
-def test_a_folder_wins_over_a_name(cache, tmp_path):
+def test_a_folder_wins_over_a_name(cache, tmp_path, monkeypatch):
     model = write_adapter(tmp_path / "user" / "adapter", 1)
     write_adapter(tmp_path / "other", 2)
     lay(cache, NAME, SECOND, tmp_path / "other", ["main"])
-    got, want = load(tiny_llama(), NAME).state_dict(), model.state_dict()
+    with serving(monkeypatch, folder=tmp_path / "other") as server:
+        got, want = load(tiny_llama(), NAME).state_dict(), model.state_dict()
     assert all(torch.equal(got[key], want[key]) for key in want if "reslora" in key)
+    assert not server.asked
+
+
+def test_a_folder_of_a_base_wins_over_a_name(cache, tmp_path, monkeypatch):
+    write_adapter(tmp_path / "adapter", 1, revision="v1")
+    write_base(tmp_path / "other", 2)
+    lay(cache, BASE, SECOND, tmp_path / "other", ["v1", "main"])
+    base = load(write_base(tmp_path / BASE, 1), tmp_path / "adapter")
+    with serving(monkeypatch, folder=tmp_path / "other") as server:
+        merge_folder(BASE, tmp_path / "adapter", tmp_path / "out")
+    assert_merged(tmp_path / "out", merge_and_unload(base).state_dict())
+    assert not server.asked
 
 
 def test_only_a_string_with_a_user_is_a_name(cache, tmp_path):
@@ -201,16 +191,6 @@ def test_places_that_mean_nothing_are_refused(cache, tmp_path, place, sentence):
 
 
 # ---- What cannot be had -------------------------------------------------------------------------
-
-
-def refusal(name=NAME, **place):
-    """The sentence that `load` ends in."""
-    with pytest.raises(FileNotFoundError) as caught:
-        load(tiny_llama(), name, **place)
-    text = str(caught.value)
-    head = f"[load] the adapter must be a folder or a name of the Hub that can be had; got {name}"
-    assert text.startswith(head) and "\n" not in text
-    return text.removeprefix(head)
 
 
 def test_without_network_and_cache_a_sentence_names_adapter_and_revision(cache):
@@ -241,140 +221,7 @@ def test_without_huggingface_hub_names_are_refused(cache, monkeypatch):
         load(tiny_llama(), NAME)
 
 
-class Hub(ThreadingHTTPServer):
-    """A Hub of one repository on loopback: a folder, or an answer that refuses."""
-
-    def __init__(self, folder=None, status=200, code=""):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.status, self.code = folder, status, code
-        self.asked = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        hub, path = self.server, self.path.partition("?")[0]
-        hub.asked.append(f"{self.command} {path}")
-        if hub.status != 200:
-            return self.answer(b"", hub.status)
-        if "/tree/" in path:
-            files = [p for p in hub.folder.rglob("*") if p.is_file()]
-            rows = [
-                {"type": "file", "path": str(p.relative_to(hub.folder)), "size": 1, "oid": p.name}
-                for p in files
-            ]
-            return self.answer(json.dumps(rows).encode())
-        if path.startswith("/api/"):
-            return self.answer(json.dumps({"id": NAME, "sha": FIRST, "siblings": []}).encode())
-        return self.answer((hub.folder / path.partition(f"/resolve/{FIRST}/")[2]).read_bytes())
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def answer(self, body, status=200):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/json")
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", FIRST)
-        if self.server.code:
-            self.send_header("X-Error-Code", self.server.code)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def serving(monkeypatch, **answers):
-    """Run a Hub that huggingface_hub asks."""
-    server = Hub(**answers)
-    constants = huggingface_hub.constants
-    with monkeypatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        address = f"http://127.0.0.1:{server.server_port}"
-        patch.setattr(constants, "ENDPOINT", address)
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-            server.server_close()
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "reason"),
-    [
-        (404, "RepoNotFound", "the Hub has no such model, or a private one: then `hf auth login`"),
-        (401, "RepoNotFound", "the Hub has no such model, or a private one: then `hf auth login`"),
-        (403, "GatedRepo", "access is restricted: ask for it on the page of the model, then"),
-        (404, "RevisionNotFound", "there is no such revision"),
-        (503, "", "it is not in the cache, and the Hub cannot be reached: "),
-    ],
-)
-def test_a_refusing_hub_is_asked_once_and_its_reason_told(
-    cache, tmp_path, monkeypatch, status, code, reason
-):
-    with serving(monkeypatch, status=status, code=code) as server:
-        text = refusal(revision="v2")
-        assert text.startswith(f" at revision 'v2' ({reason}")
-        assert len(server.asked) == 1
-        write_adapter(tmp_path / "first", 1)
-        lay(cache, NAME, FIRST, tmp_path / "first", ["v2"])
-        if code == "RevisionNotFound":  # it was there, and is so no more
-            assert refusal(revision="v2") == text
-        else:
-            load(tiny_llama(), NAME, revision="v2")
-
-
-def test_a_hub_that_cannot_be_reached_or_does_not_answer_is_not_waited_for(
-    cache, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(hub, "TIMEOUT", 0.1)
-    with serving(monkeypatch) as server:
-        released = threading.Event()
-        monkeypatch.setattr(Handler, "do_GET", lambda _: released.wait())
-        assert "and the Hub cannot be reached: " in refusal()
-        released.set()
-        server.shutdown()
-        server.socket.close()  # from now on it is refused
-        assert "and the Hub cannot be reached: " in refusal()
-        write_adapter(tmp_path / "first", 1)
-        lay(cache, NAME, FIRST, tmp_path / "first", ["main"])
-        load(tiny_llama(), NAME)
-
-
-@pytest.mark.parametrize("below", [".", "some/where"])
-def test_the_files_of_an_adapter_alone_are_fetched_and_kept(cache, tmp_path, monkeypatch, below):
-    model = write_adapter(tmp_path / "online" / below, 1)
-    others = ("optimizer.pt", "model.safetensors", "README.md", "some/adapter_model.safetensors")
-    for name in others:
-        (tmp_path / "online" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "online" / name).write_text("something else")
-    place = {} if below == "." else {"subfolder": below}
-    with serving(monkeypatch, folder=tmp_path / "online") as server:
-        got = load(tiny_llama(), NAME, **place).state_dict()
-    fetched = {line.rpartition("/resolve/")[2] for line in server.asked if "/resolve/" in line}
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    assert fetched == {str(Path(FIRST) / below / name) for name in names}
-    want = model.state_dict()
-    assert all(torch.equal(got[key], want[key]) for key in want if "reslora" in key)
-    again = load(tiny_llama(), NAME, **place).state_dict()  # the network is gone
-    assert all(torch.equal(again[key], want[key]) for key in want if "reslora" in key)
-
-
 # ---- The revision of the base -------------------------------------------------------------------
-
-
-def write_base(folder, seed):
-    torch.manual_seed(seed)
-    model = tiny_llama()
-    model.save_pretrained(folder)
-    return model
 
 
 def saved_by_us(model, folder, revision):
@@ -399,8 +246,7 @@ def bases(cache, tmp_path, request):
     lay(cache, BASE, FIRST, tmp_path / "v1", ["v1"])
     lay(cache, BASE, SECOND, tmp_path / "main", ["main"])
     request.param(write_base(tmp_path / "v1", 1), tmp_path / "adapter", "v1")
-    values = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert values["revision"] == "v1"
+    assert revision_in(tmp_path / "adapter") == "v1"
     return {
         ref: merge_and_unload(load(model, tmp_path / "adapter")).state_dict()
         for ref, model in models.items()
@@ -421,6 +267,23 @@ def test_a_merge_goes_into_the_revision_that_the_adapter_names(bases, tmp_path):
     assert_merged(tmp_path / "third", bases["main"])
     with pytest.raises(ValueError, match="a revision is of a name of the Hub; got 'v1' and "):
         merge_folder(tmp_path / "v1", tmp_path / "adapter", tmp_path / "no", base_revision="v1")
+
+
+def revision_in(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["revision"]
+
+
+def test_an_export_names_the_revision_of_the_base(bases, tmp_path):
+    export_folder(tmp_path / "adapter", tmp_path / "a")
+    place = {"base": BASE, "base_revision": "main"}
+    export_folder(tmp_path / "adapter", tmp_path / "b", **place)
+    export_folder(tmp_path / "adapter", tmp_path / "c", base=tmp_path / "main")
+    export_lora(load(tiny_llama(), tmp_path / "adapter"), tmp_path / "d")
+    assert [revision_in(tmp_path / folder) for folder in "abcd"] == ["v1", "main", "v1", "v1"]
+    write_adapter(tmp_path / "other", 1)
+    export_folder(tmp_path / "other", tmp_path / "e", **place)
+    export_folder(tmp_path / "other", tmp_path / "f")
+    assert [revision_in(tmp_path / folder) for folder in "ef"] == ["main", None]
 
 
 def test_a_named_revision_that_is_not_there_is_refused(cache, tmp_path):
@@ -545,6 +408,7 @@ def test_exports_and_plots_read_the_revision_of_the_base_that_is_named(bases, tm
     assert same(weighed(BASE, "a"), weighed("v1", "b"))
     assert same(weighed(BASE, "c", "--base-revision", "main"), weighed("main", "d"))
     assert not same(tensors_of("a"), tensors_of("c"))
+    assert [revision_in(Path(folder)) for folder in "abcd"] == ["v1", "v1", "main", "v1"]
 
 
 @pytest.mark.parametrize(
