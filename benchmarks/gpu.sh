@@ -3,8 +3,10 @@
 #
 #   bash benchmarks/gpu.sh        # under 8 minutes after the build
 #
-# Uses the python at hand where it has torch with CUDA, else makes .venv-gpu. Builds the CUDA kernels
-# where nvcc is found; without it the op takes its ATen form, and the file says so.
+# Uses the python at hand where it has torch with CUDA, and installs there only what is absent; else
+# makes .venv-gpu. Builds the CUDA kernels where nvcc is found; without it the op takes its ATen form,
+# and the file says so.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # `sh` may name another shell
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 program=gpu.sh logs=$PWD/build
@@ -14,18 +16,26 @@ if ! ls /dev/nvidia[0-9]* >/dev/null 2>&1 && ! have nvidia-smi; then
   die "a GPU of NVIDIA must be there; got none (no nvidia-smi, no /dev/nvidia0)"
 fi
 require_packages use
-mkdir -p "$logs"
-# The torch at hand, where it sees the GPU, is the one to measure: it is not replaced.
+check_folder "$logs" 0 "a clone of your own"
+sees_gpu() { "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
+lacking() { "$python" tests/lacking.py "$@"; }
 python=$(find_python)
-if ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+absent=torch
+if sees_gpu; then absent=$(requirements build example | lacking); fi
+if [[ $absent != *torch* ]]; then
+  # That torch is the one to measure: nothing that is there is replaced.
+  say "taking torch and all else that $(command -v "$python") has"
+  if [[ -n $absent ]]; then
+    say "installing what is absent there: ${absent//$'\n'/ }"
+    bounds | lacking --any-version >"$logs/bounds.txt"
+    printf '%s\n' "$absent" >"$logs/requirements.txt"
+    "$python" -m pip install --quiet -c "$logs/bounds.txt" -r "$logs/requirements.txt" ||
+      die "pip could not install what is absent; its words stand above"
+  fi
+else
   make_environment .venv-gpu example
   python=.venv-gpu/bin/python
-  "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
-    die "torch must see a GPU; got none"
-else
-  RESLORA_TORCH=torch bounds >"$logs/bounds.txt"
-  # shellcheck disable=SC2046  # a list of words
-  "$python" -m pip install --quiet -c "$logs/bounds.txt" $(requirements build example | tr -d ' ')
+  sees_gpu || die "torch must see a GPU; got none"
 fi
 "$python" -m pip install --quiet --no-build-isolation --no-deps .
 if command -v compute-sanitizer >/dev/null; then

@@ -9,6 +9,7 @@
 # example needs there (again only when something changed), and passes its arguments on. About 8 GB are
 # needed there. tests/setup.sh lists the variables that change what is installed.
 # For developers: RESLORA_PYTHON=<python with reslora installed> skips all of that.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # `sh` may name another shell
 set -euo pipefail
 
 program=quickstart

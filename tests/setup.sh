@@ -35,6 +35,10 @@ say() { printf '%s: %s\n' "$program" "$*" >&2; }
 die() { say "$@"; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
+if [[ -n ${RESLORA_JOBS+set} && ! $RESLORA_JOBS =~ ^[1-9][0-9]*$ ]]; then
+  die "RESLORA_JOBS must be a whole number of at least 1; got '$RESLORA_JOBS'"
+fi
+
 remove_unfinished() { [[ -z $unfinished ]] || rm -rf "$unfinished"; }
 trap remove_unfinished EXIT
 trap 'echo >&2; say "interrupted; run it again to go on"; exit 130' INT

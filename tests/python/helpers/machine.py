@@ -22,6 +22,12 @@ TOOLS = (
     "grep", "id", "mkdir", "mktemp", "nproc", "rm", "sed", "sh", "sha256sum", "sleep", "sort",
     "tail", "touch", "tr", "uname", "xargs", "c++", "g++", "gcc", "as", "ld",
 )  # fmt: skip
+CHECKOUT = (
+    "CMakeLists.txt", "pyproject.toml", "benchmarks/gpu.sh", "examples/quickstart.sh",
+    "include/reslora/merge.h", "python/reslora/__init__.py", "src/core/chain.cpp",
+    "tests/constraints.txt", "tests/lacking.py", "tests/progress.py", "tests/run.sh",
+    "tests/setup.sh",
+)  # fmt: skip
 # Asked to install or to build, it does what the variable STUB_PIP holds.
 PYTHON = f"""#!/bin/bash
 echo "$*" >>"$STUB_LOG"
@@ -58,11 +64,13 @@ class Machine:
         path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
-    def start(self, script: Path = QUICKSTART, **variables: str) -> subprocess.Popen[str]:
+    def start(
+        self, script: Path = QUICKSTART, shell: str = "bash", **variables: str
+    ) -> subprocess.Popen[str]:
         """Start a script in a process group of its own, which Ctrl-C reaches."""
         own = {"PATH": str(self.bin), "HOME": str(self.home), "STUB_LOG": str(self.log)}
         return subprocess.Popen(
-            [shutil.which("bash") or "bash", script],
+            [*shell.split(), script],
             env={**own, "PYTHON": "python3", **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -73,9 +81,11 @@ class Machine:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def run(self, script: Path = QUICKSTART, **variables: str) -> tuple[int, str, str]:
+    def run(
+        self, script: Path = QUICKSTART, shell: str = "bash", **variables: str
+    ) -> tuple[int, str, str]:
         """Run a script to its end; return exit code, stdout and stderr."""
-        started = self.start(script, **variables)
+        started = self.start(script, shell, **variables)
         printed, errors = started.communicate(timeout=120)
         return started.returncode, printed, errors
 
@@ -89,6 +99,14 @@ class Machine:
     def asked(self, words: str) -> int:
         """Return how often the interpreter was asked for something."""
         return sum(words in line for line in self.log.read_text().splitlines())
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    """Copy the scripts of the repository, what they read and a few sources; return the folder."""
+    for name in CHECKOUT:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, folder / name)
+    return folder
 
 
 def wait_for(condition: object, seconds: float = 30) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from machine import REPOSITORY, Machine, wait_for
+from machine import QUICKSTART, REPOSITORY, Machine, copy_of_checkout, wait_for
 
 PIP_PRINTS = """
 echo "Collecting torch"
@@ -41,18 +42,8 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def tests_script(tmp_path: Path) -> Path:
-    """Return a copy of tests/run.sh with what it reads: the real one may be what runs this test."""
-    folder = tmp_path / "checkout"
-    (folder / "tests").mkdir(parents=True)
-    for name in (
-        "tests/run.sh",
-        "tests/setup.sh",
-        "tests/progress.py",
-        "tests/constraints.txt",
-        "pyproject.toml",
-    ):
-        shutil.copy(REPOSITORY / name, folder / name)
-    return folder / "tests/run.sh"
+    """Return a copy of tests/run.sh: the real one may be what runs this test."""
+    return copy_of_checkout(tmp_path / "checkout") / "tests/run.sh"
 
 
 def environment_of(machine: Machine) -> Path:
@@ -292,6 +283,57 @@ def test_a_system_without_locks_or_sizes_is_worked_on(machine: Machine) -> None:
 def test_a_relative_cache_counts_as_none(machine: Machine, caches: str) -> None:
     assert machine.run(XDG_CACHE_HOME=caches)[0] == 0
     assert (environment_of(machine) / "bin/python").is_file()
+
+
+# ---- How it is called
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "abc", "", "2.5"])
+def test_jobs_that_are_no_number_are_refused_before_anything_is_made(
+    machine: Machine, tests_script: Path, jobs: str
+) -> None:
+    for script, name in ((QUICKSTART, "quickstart"), (tests_script, "run.sh")):
+        code, _, errors = machine.run(script, RESLORA_JOBS=jobs)
+        assert code == 1
+        assert errors == (
+            f"{name}: RESLORA_JOBS must be a whole number of at least 1; got '{jobs}'\n"
+        )
+    assert not list(machine.home.iterdir()) and not machine.log.read_text()
+    assert not (tests_script.parents[1] / "build").exists()
+
+
+def test_jobs_that_are_a_number_are_taken(machine: Machine) -> None:
+    _, _, errors = machine.run(RESLORA_JOBS="3")
+    assert "quickstart: building reslora with 3 compile jobs (minutes, the first time)" in errors
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash --posix"])
+def test_another_shell_works_too(machine: Machine, tests_script: Path, shell: str) -> None:
+    code, printed, errors = machine.run(shell=shell)
+    assert code == 0, errors
+    assert printed.startswith("ran ")
+    code, _, errors = machine.run(tests_script, shell, RESLORA_JOBS="0")
+    assert (code, errors.count("\n")) == (1, 1) and errors.startswith("run.sh: RESLORA_JOBS must")
+
+
+def test_a_private_umask_and_a_checkout_of_others_do_for_quickstart(
+    machine: Machine, tmp_path: Path
+) -> None:
+    checkout = copy_of_checkout(tmp_path / "checkout")
+    files = [*checkout.rglob("*")]
+    for path in (*files, checkout):
+        path.chmod(path.stat().st_mode & ~0o222)
+    before = os.umask(0o077)
+    try:
+        code, printed, errors = machine.run(checkout / "examples/quickstart.sh")
+    finally:
+        os.umask(before)
+        checkout.chmod(0o755)
+    assert code == 0, errors
+    assert printed.startswith("ran ")
+    assert [*checkout.rglob("*")] == files  # root may write, and must not
+    assert machine.run(checkout / "examples/quickstart.sh")[0] == 0
+    assert machine.asked("-m pip install") == 2
 
 
 # ---- At once, and stopped
