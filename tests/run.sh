@@ -9,6 +9,7 @@
 #
 # RESLORA_VENV   folder of the virtual environment (default: .venv here), which takes about 8 GB
 # setup.sh beside this file lists the variables that change what is installed.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # `sh` may name another shell
 set -euo pipefail
 program=run.sh
 # shellcheck source=setup.sh
