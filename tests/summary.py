@@ -19,7 +19,6 @@ from pathlib import Path
 ALLOWED_SKIPS = (
     r"\bdata\b.*\b(absent|not found)\b",  # the folder of data sets beside the checkout
     r"no CUDA (device|toolkit)",
-    r"the installed transformers asks for a newer peft",  # two packages that do not fit
 )
 
 
