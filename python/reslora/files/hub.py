@@ -17,6 +17,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
@@ -122,7 +123,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str] | None) -> Pa
     if kept is not None and older is None and wanted and _holds(kept, wanted):
         return kept
     try:
-        return _downloaded(name, revision, patterns, wanted, older)
+        return _downloaded(name, revision, info.sha, patterns, wanted)
     except Exception as error:
         if older is None:
             raise
@@ -136,21 +137,22 @@ def _snapshot(name: str, revision: str | None, patterns: list[str] | None) -> Pa
 def _downloaded(
     name: str,
     revision: str | None,
+    commit: str | None,
     patterns: list[str] | None,
     wanted: list[str],
-    older: Path | None,
 ) -> Path:
-    """Fetch what the cache lacks of a revision.
+    """Fetch what the cache lacks of a commit, then note there that it is the revision.
 
-    Where the Hub fails meanwhile, huggingface_hub returns what it has, be it a part or the older
-    commit that the cache holds: that is an error here.
+    In this order an older copy keeps its name where fetching fails.
     """
     from huggingface_hub import snapshot_download
 
     allowed = _escaped(patterns)
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=allowed))
-    if folder == older or not _holds(folder, wanted):
+    folder = Path(snapshot_download(name, revision=commit or revision, allow_patterns=allowed))
+    if not _holds(folder, wanted):  # where the Hub fails, huggingface_hub returns what it has
         raise ConnectionError("it did not send all files")
+    with suppress(Exception):  # all files are here
+        snapshot_download(name, revision=revision, allow_patterns=allowed)
     return folder
 
 

@@ -118,6 +118,7 @@ def test_a_hub_that_fails_after_an_answer_leaves_an_older_copy_or_a_sentence(
         got = load(tiny_llama(), NAME).state_dict()
     want = older.state_dict()
     assert all(torch.equal(got[key], want[key]) for key in want if "reslora" in key)
+    assert (cache / "models--user--adapter/refs/main").read_text() == SECOND  # as before
     warned = [record.message for record in caplog.records if record.name == "reslora"]
     assert [f"commit {SECOND}, which is older: commit {FIRST}" in line for line in warned] == [True]
 
