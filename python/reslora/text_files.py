@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+MAX_DEPTH = 100  # of JSON: far more than any file has, and what every function on its values can do
 
 
 def read_object(path: str | os.PathLike[str], op: str) -> dict[str, Any]:
@@ -34,13 +37,40 @@ def parse_object(text: str | bytes, source: str, op: str) -> dict[str, Any]:
 
 def _parse(text: str | bytes, source: str, op: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        is_deep = _is_deeper(value, MAX_DEPTH)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"[{op}] {source} must be UTF-8; got {error.reason} at {error.start}"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"[{op}] {source} must be JSON; got {error}") from None
+    except RecursionError:
+        is_deep = True
+    except ValueError:  # what is left: Python's limit of digits
+        limit = sys.get_int_max_str_digits()
+        raise ValueError(
+            f"[{op}] {source} must hold numbers of at most {limit:,} digits; got a longer one"
+        ) from None
+    if is_deep:
+        raise ValueError(
+            f"[{op}] {source} must be nested at most {MAX_DEPTH} deep; got JSON that is deeper"
+        )
+    return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Tell whether lists and objects lie more than `depth` deep in each other."""
+    level = [value]
+    for _ in range(depth):
+        level = [own for v in level for own in _own_values(v)]
+    return any(isinstance(v, dict | list) for v in level)
+
+
+def _own_values(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _object(values: Any, source: str, op: str) -> dict[str, Any]:

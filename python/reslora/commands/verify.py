@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..files.base_files import base_folder
+from ..files.base_files import base_folder, model_config
 from ..files.checkpoint import load
 from ..files.folders import PathLike
 from ..merging.distance import kl_sum
@@ -65,11 +65,11 @@ def read_blocks(base: PathLike, words: str) -> Tensor:
         ImportError: without transformers.
     """
     try:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer
     except ImportError:
         raise ImportError("--verify needs transformers: pip install transformers") from None
     folder = base_folder(base)
-    config = AutoConfig.from_pretrained(folder)
+    config = model_config(folder)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"[verify] BASE must be a causal language model; got {config.model_type} (in Python, "

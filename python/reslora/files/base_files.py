@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._C import AdapterFile, ModelFiles
 from ..config import ResLoraConfig
+from ..text_files import read_object
 from .folders import PathLike
 from .hub import local_folder
 
@@ -45,17 +46,26 @@ def base_folder(base: PathLike, revision: str | None = None, recorded: str | Non
     return folder
 
 
-def meta_model(base: PathLike) -> nn.Module:
-    """Return a model of transformers without memory (on the meta device), from its config alone."""
+def model_config(base: PathLike) -> Any:
+    """Return the config of a base model as transformers reads it."""
     try:
-        import transformers
+        from transformers import AutoConfig
     except ImportError:
         raise ImportError("the config of a model needs transformers: pip install it") from None
+    if (path := Path(base) / "config.json").is_file():
+        read_object(path, "base")  # what is damaged, in a sentence of ours
     try:
-        config = transformers.AutoConfig.from_pretrained(os.fspath(base))
+        return AutoConfig.from_pretrained(os.fspath(base))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"[base] BASE must have a config.json; got {base} ({first})") from None
+
+
+def meta_model(base: PathLike) -> nn.Module:
+    """Return a model of transformers without memory (on the meta device), from its config alone."""
+    config = model_config(base)
+    import transformers
+
     names = [name for name in config.architectures or () if hasattr(transformers, name)]
     kind: Any = getattr(transformers, names[0]) if names else transformers.AutoModel
     with torch.device("meta"):
@@ -90,7 +100,7 @@ def weight_files(folder: Path) -> WeightFiles:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_object(index, "files")["weight_map"]
         names = sorted(set(weight_map.values()))
         good = bool(names) and all(isinstance(name, str) and "/" not in name for name in names)
     except (ValueError, KeyError, AttributeError, TypeError):
