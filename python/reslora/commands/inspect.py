@@ -16,17 +16,17 @@ from typing import Any
 from torch import Tensor
 
 from .._C import ModelFiles
-from ..files.base_files import weight_files
+from ..files.base_files import STEMS, weight_files
 from ..files.checkpoint import read_adapter
 from ..files.exporting import DIFFUSERS_NAME
 from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder
 from ..files.statistics import read_statistics
 from ..text_files import read_object, read_value
-from .json_kinds import TELLING_NAMES, describe
+from .json_kinds import ADAPTER_KEYS, TELLING_NAMES, chosen, describe
 
 # Where several adapters lie: in PEFT's folders by name and in checkpoints one folder below, in the
-# results of a comparison two.
-BELOW = ("*", "*/*")
+# results of a comparison two, in the checkpoints of several trainings three.
+BELOW = ("*", "*/*", "*/*/*")
 
 
 @dataclass
@@ -113,14 +113,23 @@ def inspect(
 def _inspect_folder(folder: Path, shown: str) -> Inspection:
     found = _inspect_adapter_folder(folder, shown)
     adapters, damaged = _adapters_below(folder)
-    if found is None and (adapters or damaged) and not any(folder.glob("*.safetensors*")):
+    if found is None and (adapters or damaged) and not _is_model(folder):
         number = len(adapters) + len(damaged)
         found = Inspection(shown, f"folder of {number} adapter{'s' if number > 1 else ''}")
+        others = sorted(path.name for path in folder.glob("*.safetensors*"))
+        if others:
+            found.warnings.append(f"{', '.join(others)} beside them: not looked into")
     if found is None:
         found = _inspect_model_folder(folder, shown)
     found.adapters = adapters
     found.warnings += damaged
     return found
+
+
+def _is_model(folder: Path) -> bool:
+    """Tell whether the weights of a model, damaged ones included, lie in a folder itself."""
+    names = [f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json")]
+    return any((folder / name).is_file() for name in names)
 
 
 def _inspect_adapter_folder(folder: Path, shown: str) -> Inspection | None:
@@ -131,8 +140,7 @@ def _inspect_adapter_folder(folder: Path, shown: str) -> Inspection | None:
             return _inspect_adapter(folder, shown)
         found = _inspect_files([folder / WEIGHTS_NAME], shown)
         found.kind = f"plain LoRA ({values.get('peft_type', 'no config')})"
-        keys = ("r", "lora_alpha", "target_modules", "base_model_name_or_path")
-        found.options = {key: values[key] for key in keys if key in values}
+        found.options = chosen(values, ADAPTER_KEYS)
         return found
     if (folder / DIFFUSERS_NAME).is_file():
         found = _inspect_files([folder / DIFFUSERS_NAME], shown)

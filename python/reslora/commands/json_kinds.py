@@ -43,35 +43,38 @@ def describe(value: Any) -> Description:
         return Description("JSON, a value of null, true, false, a number or a text")
     for key, describe_kind in _KINDS.items():
         if key in value:
-            found = describe_kind(value)
-            found.options = {name: _plain(own) for name, own in found.options.items()}
-            return found
+            return describe_kind(value)
     names = ", ".join(list(value)[:SHOWN_KEYS])
     more = f" and {len(value) - SHOWN_KEYS} more" if len(value) > SHOWN_KEYS else ""
     return Description(f"JSON with {names}{more}" if value else "JSON, an empty object")
 
 
-def _chosen(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: values[key] for key in keys if values.get(key) is not None}
+def chosen(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return what an object has of some keys, as values that JSON has."""
+    return {key: _plain(values[key]) for key in keys if values.get(key) is not None}
 
 
 def _plain(value: Any) -> Any:
     """Return a value that JSON has: NaN and infinity, which Python writes, are none."""
+    if isinstance(value, dict):
+        return {key: _plain(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_plain(own) for own in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _adapter(values: dict[str, Any]) -> Description:
     kind = values["peft_type"]
     if kind != "RESLORA":
-        return Description(f"config of a PEFT adapter ({kind})", _chosen(values, ADAPTER_KEYS))
+        return Description(f"config of a PEFT adapter ({kind})", chosen(values, ADAPTER_KEYS))
     keys = ("res_mode", "pre_num", *ADAPTER_KEYS)
-    return Description("config of a ResLoRA adapter", _chosen(values, keys))
+    return Description("config of a ResLoRA adapter", chosen(values, keys))
 
 
 def _theirs(values: dict[str, Any]) -> Description:
     keys = ("rank", "lora_alpha", "res_flag", "pre_num", "merge_flag")
     kind = "config of a checkpoint of the authors' program (reslora convert reads its folder)"
-    return Description(kind, _chosen(values, keys))
+    return Description(kind, chosen(values, keys))
 
 
 def _shards(values: dict[str, Any]) -> Description:
@@ -81,18 +84,18 @@ def _shards(values: dict[str, Any]) -> Description:
         files = len({str(name) for name in places.values()})
         options = {"tensors": len(places), "files": files}
     if isinstance(metadata, dict):
-        options |= _chosen(metadata, ("total_size",))
+        options |= chosen(metadata, ("total_size",))
     return Description("index of a model's files", options)
 
 
 def _training(values: dict[str, Any]) -> Description:
     history = values["log_history"]
     keys = ("global_step", "max_steps", "epoch", "best_metric")
-    options = _chosen(values, keys)
+    options = chosen(values, keys)
     if isinstance(history, list):
         options["entries"] = len(history)
         losses = [entry["loss"] for entry in history if isinstance(entry, dict) and "loss" in entry]
-        options |= {"last_loss": losses[-1]} if losses else {}
+        options |= {"last_loss": _plain(losses[-1])} if losses else {}
     return Description("state of a training (reslora plot losses draws it)", options)
 
 
@@ -106,7 +109,7 @@ def _diffusers(values: dict[str, Any]) -> Description:
 
 def _model(values: dict[str, Any]) -> Description:
     kind = values.get("model_type") or "of no named type"
-    return Description(f"config of a model ({kind})", _chosen(values, MODEL_KEYS))
+    return Description(f"config of a model ({kind})", chosen(values, MODEL_KEYS))
 
 
 # By the key that tells the kind, the most telling first.

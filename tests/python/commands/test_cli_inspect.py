@@ -1,6 +1,8 @@
 """The command `reslora inspect`: what a file or folder is said to hold."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -133,11 +135,48 @@ def test_a_json_file_is_said_to_be_what_it_is(tmp_path, capsys, values, kind, op
     assert lines[0] == f"{path}: {kind}" and len(lines) == 1 + bool(options)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000])
-def test_a_file_that_is_no_json_is_one_line(tmp_path, capsys, text):
-    (tmp_path / "config.json").write_bytes(text)
+TOO_DEEP = "must be nested at most 100 deep; got JSON that is deeper"
+TOO_LONG = "must hold numbers of at most 4,300 digits; got a longer one"
+NO_JSON = [
+    (b"", "must be JSON; got Expecting value"),
+    (b"{", "must be JSON; got Expecting property name"),
+    (b'"\xff', "must be UTF-8; got invalid start byte at 1"),
+    (b"[" * 100_000, TOO_DEEP),
+    (b"[" * 101 + b"]" * 101, TOO_DEEP),
+    (b'{"a":' * 101 + b"1" + b"}" * 101, TOO_DEEP),
+    (b'{"r": ' + b"9" * 5000 + b"}", TOO_LONG),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), NO_JSON)
+def test_a_file_that_is_no_json_is_one_sentence(tmp_path, capsys, text, words):
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    code, out, err = run(capsys, "inspect", path)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"reslora: [inspect] {path} {words}")
+    code, out, nothing = run(capsys, "inspect", path, "--json")
+    assert (code, nothing) == (1, "") and f"reslora: {json.loads(out)['error']}\n" == err
+
+
+def test_json_is_read_as_deep_as_it_may_be(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("[" * 100 + "]" * 100)
+    assert document(capsys, tmp_path / "config.json")["kind"] == "JSON, a list of 1 entries"
+
+
+def test_numbers_that_json_has_not_are_texts_wherever_they_lie(tmp_path, capsys):
+    make(tmp_path)
+    values = {"peft_type": "LORA", "lora_alpha": math.inf, "target_modules": [{"q": math.nan}]}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(values))
+    expected = {"lora_alpha": "inf", "target_modules": [{"q": "nan"}]}
+    assert document(capsys, tmp_path / "adapter")["options"] == expected
+    assert document(capsys, tmp_path / "adapter/adapter_config.json")["options"] == expected
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(r'{"model_type": "\ud800"}')
     code, out, err = run(capsys, "inspect", tmp_path / "config.json")
-    assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("reslora: ")
+    assert (code, err) == (0, "") and out.endswith("config of a model (\\ud800)\n")
 
 
 def test_the_config_beside_a_models_weights_is_a_config(tmp_path, capsys):
@@ -166,6 +205,17 @@ def test_results_with_an_adapter_in_each_folder_are_named(tmp_path, capsys):
     lines = run(capsys, "inspect", tmp_path / "results")[1].splitlines()
     assert lines[0] == f"{tmp_path / 'results'}: folder of 4 adapters" and len(lines) == 5
     assert lines[1].startswith("  ms/adapter: ResLoRA adapter, res_mode ms, pre_num 1, r 2, ")
+
+
+def test_adapters_three_folders_deep_are_listed_beside_a_stray_file(tmp_path, capsys):
+    make(tmp_path)
+    for place in ("first", "runs/a/checkpoint-10"):
+        shutil.copytree(tmp_path / "adapter", tmp_path / "all" / place)
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "all/stray.safetensors")
+    found = document(capsys, tmp_path / "all")
+    assert found["kind"] == "folder of 2 adapters"
+    assert [own["path"] for own in found["adapters"]] == ["first", "runs/a/checkpoint-10"]
+    assert found["warnings"] == ["stray.safetensors beside them: not looked into"]
 
 
 def test_the_folder_of_one_adapter_names_it(tmp_path, capsys):
