@@ -143,9 +143,7 @@ def unfinished(target: Path) -> Iterator[Path]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield folder
             os.fsync(lock)
-            if target.is_dir():
-                target.rmdir()  # empty: it was checked
-            os.rename(folder, target)
+            os.rename(folder, target)  # also onto a folder, which is empty: it was checked
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

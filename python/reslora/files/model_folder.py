@@ -112,8 +112,8 @@ def merge_folder(
 
 def _check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        torch.empty(0, device=device).cpu()  # meta holds nothing that could come back
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"[merge] device must be one that torch can use; got {device!r}") from None
 
 
