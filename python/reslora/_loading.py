@@ -13,8 +13,16 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Sequence
+from itertools import takewhile
+from types import TracebackType
 
 AGAIN = "build reslora again with `pip install --no-build-isolation .`"
+INTERRUPTED = "interrupted; nothing was left half-written"
+BUILD_VALUES = {
+    "VERSION": str, "TORCH_VERSION": str, "TORCH_CUDA": str, "WITH_CUDA": bool,
+    "CUDA_ARCHITECTURES": str, "TORCH_MINOR": str,
+}  # fmt: skip
 
 
 def load() -> None:
@@ -24,6 +32,8 @@ def load() -> None:
         ImportError: one sentence with the way out. Where the command `reslora` is what runs, the
             program ends with the sentence and exit code 1 instead, since no command can begin.
     """
+    if _is_command():
+        sys.excepthook = _end_if_interrupted
     problem, cause = "", None
     try:
         problem = _refusal()
@@ -34,7 +44,7 @@ def load() -> None:
     if not problem:
         _warn_of_missing_kernels()
     elif _is_command():
-        _end(problem)
+        _end(problem, 1)
     else:
         raise ImportError(problem) from cause
 
@@ -62,20 +72,32 @@ def cuda_of(version: str | None) -> str:
 
 def _refusal() -> str:
     try:
-        from ._build_info import TORCH_CUDA, TORCH_MINOR, WITH_CUDA
-    except ImportError:
+        build = importlib.import_module("._build_info", __package__)
+    except ModuleNotFoundError:
         return "reslora is not built in this folder: run `pip install .` in its repository"
+    except Exception as error:  # a file that is no Python
+        return _is_damaged(f"cannot be read ({type(error).__name__})")
+    wrong = [k for k, kind in BUILD_VALUES.items() if type(getattr(build, k, None)) is not kind]
+    if wrong:
+        return _is_damaged(f"holds no {wrong[0]}")
     import torch
 
-    built, found = TORCH_MINOR, ".".join(torch.__version__.split(".")[:2])
-    if built == found and WITH_CUDA:
-        built += f" {cuda_of(TORCH_CUDA)}"
+    built, found = build.TORCH_MINOR, ".".join(torch.__version__.split(".")[:2])
+    if built == found and build.WITH_CUDA:
+        built += f" {cuda_of(build.TORCH_CUDA)}"
         found += f" {cuda_of(torch.version.cuda)}"
     if built == found:
         return ""
     return (
         f"reslora was built with torch {built} and found torch {found}: "
         f"install that torch, or {AGAIN}"
+    )
+
+
+def _is_damaged(reason: str) -> str:
+    return (
+        f"the installation of reslora is damaged, since its file _build_info.py {reason}: in its "
+        f"repository, {AGAIN}"
     )
 
 
@@ -101,8 +123,24 @@ def _is_command() -> bool:
     return any(os.path.basename(word).removeprefix("-m") == "reslora" for word in program)
 
 
-def _end(problem: str) -> None:
-    if "--json" in sys.argv:
+def asks_for_json(arguments: Sequence[str]) -> bool:
+    """Tell whether --json is among the arguments, even where others cannot be understood."""
+    options = takewhile(lambda argument: argument != "--", arguments)
+    return any(option.partition("=")[0] == "--json" for option in options)
+
+
+def _end_if_interrupted(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Serve as `sys.excepthook` of the command: Ctrl-C, imports included, ends in one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        _end(INTERRUPTED, 130)
+    sys.__excepthook__(kind, error, trace)
+
+
+def _end(problem: str, code: int) -> None:
+    if asks_for_json(sys.argv[1:]):
         print(json.dumps({"error": problem}))
-        sys.exit(1)
-    sys.exit(f"reslora: {problem}")
+    else:
+        print(f"reslora: {problem}", file=sys.stderr)
+    sys.exit(code)

@@ -11,7 +11,8 @@
 
 Exit codes: 0 done, 1 an error (one sentence on stderr) or, of check-export, a reader that would
 misread, 2 arguments that cannot be understood, 130 interrupted. With --json stdout holds one JSON
-document: what was found, or {"error": the sentence}. Warnings go to stderr in either form.
+document: what was found, or {"error": the sentence}. Warnings go to stderr in either form, and so
+does an error where stdout cannot be written. A reader that goes away, as `head`, is no error.
 
 The options are in options.py, what the commands do in run.py.
 """
@@ -25,10 +26,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
 from typing import Any
 
-from .options import UsageError, make_parser, overview
+from .._loading import INTERRUPTED, asks_for_json
+from .options import Answer, UsageError, overview, parse
 from .run import Outcome
 
 logger = logging.getLogger("reslora")
@@ -39,17 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     _open_what_is_closed()
     _quiet_libraries()
-    is_json = _asks_for_json(given)
+    is_json = asks_for_json(given)
     try:
         outcome = _run(given)
-        _print(json.dumps(outcome.values, indent=2) if is_json else outcome.text)
-        return outcome.code
+        shown = json.dumps(outcome.values, indent=2) if is_json else outcome.text
+        return outcome.code if _print(shown) else 1
     except UsageError as error:
         return _fail(str(error), 2, is_json, f"{error.usage}{error.program}: error: ")
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         return _fail(str(error).strip() or type(error).__name__, 1, is_json)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left half-written", 130, is_json)
+        return _fail(INTERRUPTED, 130, is_json)
     except Exception as error:  # a mistake of ours, which its traceback tells
         if is_json:
             _print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
@@ -71,17 +72,14 @@ def _quiet_libraries() -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
-def _asks_for_json(arguments: list[str]) -> bool:
-    """Tell whether --json is among the arguments, even where others cannot be understood."""
-    options = (a.partition("=")[0] for a in takewhile(lambda a: a != "--", arguments))
-    return any(len(option) > 2 and "--json".startswith(option) for option in options)
-
-
 def _run(arguments: list[str]) -> Outcome:
     """Run one command. What others print meanwhile goes to stderr: stdout is for the outcome."""
     if not arguments:
         return Outcome(None, overview())
-    options = make_parser().parse_args(arguments)
+    try:
+        options = parse(arguments)
+    except Answer as answer:
+        return answer.outcome
     shown: list[str] = []
     with _warnings_to(shown), contextlib.redirect_stdout(sys.stderr):
         outcome: Outcome = options.run(options)
@@ -96,7 +94,7 @@ def _warnings_to(shown: list[str]) -> Iterator[None]:
 
     def show(message: Any, *_: Any, **__: Any) -> None:
         shown.append(str(message))
-        print(f"reslora: warning: {message}", file=sys.stderr)
+        _say(f"reslora: warning: {message}")
 
     handler = _Handler(show)
     logger.addHandler(handler)
@@ -121,22 +119,29 @@ class _Handler(logging.Handler):
 
 def _fail(sentence: str, code: int, is_json: bool, before: str = "reslora: ") -> int:
     """Tell what is wrong and return the exit code."""
-    if is_json:
-        _print(json.dumps({"error": sentence}))
-    else:
-        print(f"{before}{sentence}", file=sys.stderr)
+    if not (is_json and _print(json.dumps({"error": sentence}))):
+        _say(f"{before}{sentence}")
     return code
 
 
-def _print(text: str) -> None:
-    """Print to stdout; a reader who has seen enough, as `head`, is no error."""
+def _print(text: str) -> bool:
+    """Print to stdout and tell whether it can be written; what it cannot show, as an escape."""
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text)
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
         if not isinstance(error, BrokenPipeError):
-            raise
+            _say(f"reslora: stdout must be a place to write; got {error.strerror}")
+            return False
+    return True
+
+
+def _say(line: str) -> None:
+    """Print a line to stderr; where nobody takes it, there is no other place."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Options that several commands share have a function each (`_add_adapter`, `_add_
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable
@@ -36,33 +37,70 @@ class UsageError(Exception):
         self.usage, self.program = usage, program
 
 
+class Answer(Exception):  # noqa: N818
+    """What is said in the place of a command: by --help, --version and --cmake-prefix."""
+
+    def __init__(self, outcome: commands.Outcome) -> None:
+        super().__init__(outcome.text)
+        self.outcome = outcome
+
+
 class _Parser(Parser):
-    """A parser that raises what it cannot understand, and leaves it to others to print it."""
+    """A parser that raises what it has to say, and leaves it to others to print it.
+
+    Options are not abbreviated, so that whoever looks for --json finds it by its name.
+    """
 
     def __init__(self, **options: Any) -> None:
         form = partial(argparse.RawDescriptionHelpFormatter, width=WIDTH)
-        super().__init__(**options, formatter_class=form)
+        super().__init__(**options, formatter_class=form, allow_abbrev=False)
+
+    def print_help(self, file: Any = None) -> NoReturn:
+        text = self.format_help().rstrip("\n")
+        raise Answer(commands.Outcome({"help": text}, text))
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self.format_usage(), self.prog)
 
 
-class _CMakePrefix(argparse.Action):
-    """Prints the folder of the CMake package."""
+class _Say(argparse.Action):
+    """Raises the outcome that is its `const`."""
 
-    def __call__(self, parser: Parser, *_: Any) -> None:
-        print(cmake_prefix_path)
-        parser.exit()
+    def __call__(self, *_: Any) -> NoReturn:
+        raise Answer(self.const)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the options of a command.
+
+    Raises:
+        UsageError: for what cannot be understood, and for empty texts, such as variables of a
+            shell that are not set.
+        Answer: where an option is a question of its own.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if "" in (value if isinstance(value, list) else [value]):
+            parser.error(f"argument {name.replace('_', '-')}: must not be empty; got ''")
+    return options
 
 
 def make_parser() -> Parser:
-    """Return the parser of all commands; it raises UsageError."""
+    """Return the parser of all commands; it raises UsageError and Answer."""
     parser = _Parser(prog="reslora", description=ABOUT)
-    parser.add_argument("--version", action="version", version=f"reslora {VERSION}")
+    parser.add_argument(
+        "--version",
+        action=_Say,
+        nargs=0,
+        const=commands.Outcome({"version": VERSION}, f"reslora {VERSION}"),
+        help="print the version, and exit",
+    )
     parser.add_argument(
         "--cmake-prefix",
-        action=_CMakePrefix,
+        action=_Say,
         nargs=0,
+        const=commands.Outcome({"cmake_prefix": cmake_prefix_path}, cmake_prefix_path),
         help="print what C++ programs give CMake as CMAKE_PREFIX_PATH, and exit",
     )
     _add_json(parser, default=False)
@@ -174,7 +212,7 @@ def _add_export(command: Parser) -> None:
     _add_base(command)
     size = command.add_mutually_exclusive_group()
     size.add_argument(
-        "--rank", type=int, metavar="R", help="reduce every pair to at most this rank"
+        "--rank", type=parse_whole, metavar="R", help="reduce every pair to at most this rank"
     )
     size.add_argument("--exact", action="store_true", help="keep the full rank (the default)")
 
@@ -225,15 +263,23 @@ def _add_doctor(command: Parser) -> None:
     command.add_argument("--model", metavar="BASE", help="folder or Hub name; its config is read")
     command.add_argument("--target", nargs="+", metavar="NAME", help="target_modules")
     command.add_argument("--res-mode", choices=("none", "is", "bs", "ms"), default="is")
-    command.add_argument("--pre-num", type=int, default=1, metavar="M")
+    command.add_argument("--pre-num", type=parse_whole, default=1, metavar="M")
 
 
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as 4GB, 500MiB or 1000000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
-    if not match or float(match[1]) * UNITS[match[2] or ""] < 1:
+    size = float(match[1]) * UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= size < math.inf:
         raise argparse.ArgumentTypeError(f"must be a size such as 4GB or 500MiB; got {text!r}")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    return int(size)
+
+
+def parse_whole(text: str) -> int:
+    """Return a whole number, of a size that the compiled part takes."""
+    if not re.fullmatch(r"[+-]?\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number; got {text[:30]!r}")
+    return int(text)
 
 
 @dataclass(frozen=True)

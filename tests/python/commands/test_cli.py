@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from reslora import export_diffusers, export_lora, merge_and_unload
 from reslora.commands import verify
 from reslora.commands.options import parse_size
-from reslora.files import folder_writer
+from reslora.files import folder_writer, model_folder
 
 # ---- merge
 
@@ -73,6 +73,27 @@ def test_an_interrupted_merge_can_be_run_again(tmp_path, monkeypatch, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
     assert merge_in(capsys, tmp_path)[0] == 0
     assert_merged(tmp_path / "out", model)
+
+
+def test_an_interruption_leaves_the_folder_that_was_there(tmp_path, monkeypatch, capsys):
+    make(tmp_path)
+    (tmp_path / "out").mkdir(mode=0o700)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for place, name in ((model_folder, "copy_rest"), (os, "rename")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, interrupted)
+            code, out, err = merge_in(capsys, tmp_path)
+        assert (code, out, err) == (
+            130,
+            "",
+            "reslora: interrupted; nothing was left half-written\n",
+        )
+        assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter", "out"}
+        assert list((tmp_path / "out").iterdir()) == []
+    assert merge_in(capsys, tmp_path)[0] == 0
 
 
 def test_two_merges_to_one_place_are_refused(tmp_path, capsys):
@@ -155,7 +176,6 @@ def test_the_text_is_read_before_the_base_is_asked_for(tmp_path, monkeypatch, ca
     code, out, err = run(capsys, "merge", *arguments)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "[verify] FILE" in err and f"{tmp_path / 'text'}" in err and words in err
-    assert run(capsys, "merge", *arguments[:-1], "")[0] == 1
 
 
 def test_a_text_that_is_missing_is_told_before_anything_slow_is_imported(tmp_path):
@@ -382,7 +402,14 @@ def test_a_file_of_diffusers_is_for_diffusers(tmp_path, capsys):
         ["merge", "base", "adapter", "out", "--shard-size", "many"],
         ["export-lora", "adapter", "out", "--rank", "x"],
         ["export-lora", "adapter", "out", "--rank", "4", "--exact"],
+        ["export-lora", "adapter", "out", "--rank", "9" * 19],
+        ["doctor", "--pre-num", "9" * 5000],
         ["inspect"],
+        ["inspect", "user/name", "--revision", ""],
+        ["inspect", ""],
+        ["merge", "base", "adapter", "out", "--base-revision", ""],
+        ["merge", "base", "adapter", "out", "--verify", ""],
+        ["plot", "losses", "", "out.png"],
         ["check-export", "a", "b"],
     ],
 )
@@ -453,11 +480,12 @@ def test_exports_that_cannot_be_made_are_one_line(tmp_path, capsys, options, wor
     assert not (tmp_path / "lora").exists()
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:77", "meta"])
+@pytest.mark.parametrize("device", ["nonsense", "cuda:77", "meta", "privateuseone"])
 def test_devices_that_cannot_serve_are_one_line(tmp_path, capsys, device):
     make(tmp_path)
     code, out, err = merge_in(capsys, tmp_path, "--device", device)
-    assert (code, out) == (1, "") and err.count("\n") == 1 and err.startswith("reslora: ")
+    sentence = f"reslora: [merge] device must be one that torch can use; got {device!r}\n"
+    assert (code, out, err) == (1, "", sentence)
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
 
 
@@ -479,7 +507,8 @@ def test_sizes_are_read(text, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "0GB", "-1GB", "GB", "4TBB", "1e9", "nan", "4 G iB", "0.4", "0.0001K"]
+    "text",
+    ["9" * 400, "", "0", "0GB", "-1GB", "GB", "4TBB", "1e9", "nan", "4 G iB", "0.4", "0.0001K"],
 )
 def test_other_sizes_are_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a size"):

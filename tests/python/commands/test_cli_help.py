@@ -52,12 +52,17 @@ def test_every_help_fits_80_columns(monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", columns)
     assert [command.name for command in COMMANDS] == NAMES
     for arguments in ([], *([name] for name in NAMES)):
-        with pytest.raises(SystemExit) as caught:
-            main([*arguments, "--help"])
-        lines = capsys.readouterr().out.splitlines()
-        assert caught.value.code == 0 and lines[0].startswith("usage: reslora")
+        code, out, _ = run(capsys, *arguments, "--help")
+        lines = out.splitlines()
+        assert code == 0 and lines[0].startswith("usage: reslora")
         assert [line for line in lines if len(line) > 80] == []
         assert arguments == [] or "example:" in lines
+
+
+@pytest.mark.parametrize("given", [["--js"], ["inspect", "x", "--js"], ["--versio"]])
+def test_options_are_not_abbreviated(capsys, given):
+    code, out, err = run(capsys, *given)
+    assert (code, out) == (2, "") and err.startswith("usage: reslora")
 
 
 def test_what_cannot_be_understood_fits_80_columns_but_for_the_sentence(monkeypatch, capsys):

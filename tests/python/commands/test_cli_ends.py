@@ -1,0 +1,174 @@
+"""How the command ends where not all goes well: output, Ctrl-C, and installations not whole."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from cli_samples import make, run, write_tokenizer
+
+import reslora
+from reslora import _build_info, _loading
+
+INTERRUPTED = "interrupted; nothing was left half-written"
+
+
+def shell(command, cwd):
+    """Run a shell's command in which `reslora` stands for the program."""
+    own = f"'{sys.executable}' -m reslora"
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command.replace("reslora", own)],
+        cwd=cwd, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+# ---- Output
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect a.json --json", "inspect a.json", "--version", "merge --help", ""]
+)
+def test_output_that_cannot_be_written_is_an_error(tmp_path, command):
+    (tmp_path / "a.json").write_text("{}")
+    done = shell(f"reslora {command} >/dev/full", tmp_path)
+    sentence = "reslora: stdout must be a place to write; got No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, sentence)
+
+
+def test_an_error_for_which_there_is_no_stdout_goes_to_stderr(tmp_path):
+    done = shell("reslora inspect a.json --json >/dev/full", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.endswith("reslora: [inspect] PATH must exist; got a.json\n")
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "reslora", "--version"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "a.json").write_text("{}")
+    done = shell("reslora inspect a.json --json | head -1", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+# ---- Ctrl-C
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_an_interrupted_merge_is_one_line(tmp_path, option):
+    make(tmp_path)
+    os.mkfifo(tmp_path / "text")
+    (tmp_path / "out").mkdir()
+    command = ["merge", "base", "adapter", "out", "--verify", "text", *option]
+    assert_interrupted(tmp_path, command, bool(option), tmp_path / "text")
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter", "out", "text"}
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_an_interrupted_start_is_one_line(tmp_path, option):
+    (tmp_path / "torch.py").write_text("open('gate').read()")  # what takes long to import
+    os.mkfifo(tmp_path / "gate")
+    assert_interrupted(tmp_path, ["merge", *option], bool(option), tmp_path / "gate")
+
+
+def assert_interrupted(folder, arguments, is_json, gate):
+    """Run the program until it reads `gate`, a pipe that nobody fills, and interrupt it there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reslora", *arguments], cwd=folder, text=True,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    with gate.open("w"):  # waits for the reader
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130
+    if is_json:
+        assert (json.loads(out), err) == ({"error": INTERRUPTED}, "")
+    else:
+        assert (out, err) == ("", f"reslora: {INTERRUPTED}\n")
+
+
+# ---- Files of an installation
+
+
+class BuildInfo:
+    """Finds `reslora._build_info` in a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def find_spec(self, name, *_):
+        wanted = name == "reslora._build_info"
+        return importlib.util.spec_from_file_location(name, self.file) if wanted else None
+
+
+WHOLE = [f"{name} = {getattr(_build_info, name)!r}" for name in _loading.BUILD_VALUES]
+DAMAGES = [
+    ("", "holds no VERSION"),
+    ("VERSION = ", "cannot be read (SyntaxError)"),
+    ("\0" * 9, "cannot be read (SyntaxError)"),
+    ("print(VERSION)", "cannot be read (NameError)"),
+    ("\n".join(WHOLE[:-1]), "holds no TORCH_MINOR"),
+    ("\n".join([*WHOLE, "TORCH_CUDA = 13.2"]), "holds no TORCH_CUDA"),
+]
+
+
+@pytest.mark.parametrize("command", [None, ["reslora"], ["reslora", "doctor", "--json"]])
+@pytest.mark.parametrize(("content", "words"), DAMAGES)
+def test_a_damaged_installation_says_so(tmp_path, monkeypatch, capsys, content, words, command):
+    (tmp_path / "_build_info.py").write_text(content)
+    monkeypatch.setattr(reslora, "_build_info", _build_info)  # what the import below replaces
+    monkeypatch.delitem(sys.modules, "reslora._build_info")
+    monkeypatch.setattr(sys, "meta_path", [BuildInfo(tmp_path / "_build_info.py"), *sys.meta_path])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    sentence = (
+        f"the installation of reslora is damaged, since its file _build_info.py {words}: in its "
+        "repository, build reslora again with `pip install --no-build-isolation .`"
+    )
+    if command is None:
+        with pytest.raises(ImportError) as refused:
+            _loading.load()
+        assert str(refused.value) == sentence
+        return
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", *command])
+    with pytest.raises(SystemExit) as ended:
+        _loading.load()
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1
+    if "--json" in command:
+        assert (json.loads(out), err) == ({"error": sentence}, "")
+    else:
+        assert (out, err) == ("", f"reslora: {sentence}\n")
+
+
+# ---- Configs that transformers reads
+
+
+DAMAGED_CONFIGS = [
+    (b"[" * 100_000, "nested at most 100 deep"),
+    (b"9" * 5000, "numbers of at most 4,300 digits"),
+    (b"\xff", "must be UTF-8"),
+    (b'{"model_type": "none"}', "BASE must have a config.json"),
+]
+
+
+@pytest.mark.parametrize("command", [["doctor", "--model", "base"], ["merge", "--verify", "text"]])
+def test_a_damaged_config_of_a_base_is_one_sentence(tmp_path, monkeypatch, capsys, command):
+    make(tmp_path)
+    write_tokenizer(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("a b c")
+    arguments = [*command, "base", "adapter", "out"] if command[0] == "merge" else command
+    for content, words in DAMAGED_CONFIGS:
+        (tmp_path / "base/config.json").write_bytes(content)
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (1, "")
+        assert err.startswith("reslora: [base] ") and words in err and err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
