@@ -84,7 +84,9 @@ part=$SECONDS
 section "pytest"
 selection=(-m "not full")
 if ((full)); then selection=(); fi
-python -m pytest -q --junitxml="$results/pytest.xml" ${selection[@]+"${selection[@]}"} 9>&- || true
+# A file's tests share what they build, so they stay together. More threads than cores would spin.
+OMP_NUM_THREADS=1 python -m pytest -q --numprocesses "$(compile_jobs)" --dist loadfile \
+  --junitxml="$results/pytest.xml" ${selection[@]+"${selection[@]}"} 9>&- || true
 note_time pytest "$part"
 
 section "summary"

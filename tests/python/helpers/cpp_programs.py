@@ -5,6 +5,7 @@ Build folders are kept under build/cpp-*, so that a second run compiles nothing.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from pathlib import Path
@@ -57,8 +58,11 @@ def fails(*command: str | Path, cwd: Path) -> str:
 def build(source: Path, name: str, *options: str) -> Path:
     """Configure and build a project; return its build folder."""
     folder = BUILDS / f"cpp-{name}"
-    run("cmake", "-S", source, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *options)
-    run("cmake", "--build", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # another worker of pytest may want the same program
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run("cmake", "-S", source, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *options)
+        run("cmake", "--build", folder)
     return folder
 
 
