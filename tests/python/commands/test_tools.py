@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from models import adapted, randomize, tiny_llama, tokens
+from models import adapted, clip_batch, randomize, tiny_clip, tiny_llama, tokens
 
 import reslora
 from reslora import _build_info, plots
@@ -78,10 +78,8 @@ def test_norm_windows_are_in_the_order_of_the_forwards():
 
 
 def test_towers_of_a_model_have_columns_of_their_own():
-    from test_families import clip, clip_batch
-
     torch.manual_seed(0)
-    made = adapted(clip(), 0.1, target_modules=TARGETS, res_mode="is").train()
+    made = adapted(tiny_clip(), 0.1, target_modules=TARGETS, res_mode="is").train()
     made(**clip_batch())
     shown = plots.alphas(made).axes[0].images[0].get_array()
     report = reslora.merge(made, "input")

@@ -177,8 +177,32 @@ def tiny_vit() -> nn.Module:
     return ViTForImageClassification(config).eval()
 
 
+CLIP_END = 39  # pooled is what it gives; the id 2 stands for another rule, that of old files
+
+
+def tiny_clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+             "num_attention_heads": 2}  # fmt: skip
+    special = SPECIAL | {"eos_token_id": CLIP_END}
+    config = CLIPConfig(
+        text_config=sizes | special | {"vocab_size": 40, "max_position_embeddings": 16},
+        vision_config=sizes | {"image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    return CLIPModel(config)
+
+
 def tokens(batch: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(3, 40, (batch, length))
+
+
+def clip_batch() -> dict[str, object]:
+    ids = tokens(4, 6)
+    ids[ids == CLIP_END] = 3
+    ids[:, -1] = CLIP_END
+    return {"input_ids": ids, "pixel_values": torch.randn(4, 3, 8, 8), "return_loss": True}
 
 
 def tokenizer():

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from models import SPECIAL, fit, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, tokens
+from models import (
+    SPECIAL,
+    clip_batch,
+    fit,
+    tiny_bert,
+    tiny_clip,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    tiny_vit,
+    tokens,
+)  # fmt: skip
 from torch import nn
 
 import reslora
@@ -48,21 +59,6 @@ def bart():
     return transformers.BartForConditionalGeneration(config)
 
 
-CLIP_END = 39  # pooled is what it gives; the id 2 stands for another rule, that of old files
-
-
-def clip():
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
-             "num_attention_heads": 2}  # fmt: skip
-    special = SPECIAL | {"eos_token_id": CLIP_END}
-    config = transformers.CLIPConfig(
-        text_config=sizes | special | {"vocab_size": 40, "max_position_embeddings": 16},
-        vision_config=sizes | {"image_size": 8, "patch_size": 4},
-        projection_dim=8,
-    )
-    return transformers.CLIPModel(config)
-
-
 def unet():
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     return diffusers.UNet2DConditionModel(
@@ -92,13 +88,6 @@ def class_batch():
 
 def image_batch():
     return {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 0])}
-
-
-def clip_batch():
-    ids = tokens(4, 6)
-    ids[ids == CLIP_END] = 3
-    ids[:, -1] = CLIP_END
-    return {"input_ids": ids, "pixel_values": torch.randn(4, 3, 8, 8), "return_loss": True}
 
 
 def unet_batch():
@@ -184,7 +173,7 @@ FAMILIES = {
     ),
     "vit": (tiny_vit, image_batch, None),  # its paths differ between versions of transformers
     "clip": (
-        clip,
+        tiny_clip,
         clip_batch,
         chains(
             *(
