@@ -17,10 +17,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..config import ResLoraConfig
+from ..config import ALL_LINEAR, ResLoraConfig
 from ..nn.base_layers import features_of, is_bypassed, is_conv1d
 
-ALL_LINEAR = "all-linear"
 # What a model of transformers or diffusers calls its queries and values (or all in one): the
 # targets where a config names none, as in the paper. The first that a model has are taken.
 DEFAULT_TARGETS = (
