@@ -77,7 +77,10 @@ def export_lora(
     """
     model = plain_model(model)
     injection = injection_of(model, "export_lora")
-    request = MergeRequest("export_lora", merge_method, data, refine_steps, progressbar=progressbar)
+    request = MergeRequest(
+        op="export_lora", merge_method=merge_method, data=data, refine_steps=refine_steps,
+        progressbar=progressbar,
+    )  # fmt: skip
     plan = _planned(model, injection, request)
     refuse_tied(model, saved_names(model, injection), "export_lora")
     layers, error = reduced(plan.layers, rank, tolerance)
@@ -136,7 +139,10 @@ def export_diffusers(
             f"[export_diffusers] such files hold LoRA alone; got modules_to_save {heads} "
             "(merge_and_unload keeps them)"
         )
-    request = MergeRequest(op, merge_method, data, refine_steps, progressbar=progressbar)
+    request = MergeRequest(
+        op=op, merge_method=merge_method, data=data, refine_steps=refine_steps,
+        progressbar=progressbar,
+    )  # fmt: skip
     plan = _planned(model, injection, request)
     layers, error = reduced(plan.layers, rank, tolerance)
     tensors: dict[str, Tensor] = {}
