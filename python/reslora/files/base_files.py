@@ -16,7 +16,7 @@ from .._C import AdapterFile, ModelFiles
 from ..config import ALL_LINEAR, ResLoraConfig
 from ..text_files import read_object
 from .folders import PathLike
-from .hub import local_folder
+from .hub import BASE, local_folder
 
 STEMS = ("model", "diffusion_pytorch_model")
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".h5",
@@ -34,7 +34,7 @@ def base_folder(base: PathLike, revision: str | None = None, recorded: str | Non
     """
     is_recorded = revision is None and recorded is not None and not Path(base).exists()
     try:
-        folder = local_folder(base, "merge", "BASE", revision=recorded if is_recorded else revision)
+        folder = local_folder(base, "merge", BASE, revision=recorded if is_recorded else revision)
     except FileNotFoundError as error:
         if not is_recorded:
             raise
@@ -47,15 +47,25 @@ def base_folder(base: PathLike, revision: str | None = None, recorded: str | Non
 
 
 def model_config(base: PathLike) -> Any:
-    """Return the config of a base model as transformers reads it."""
+    """Return the config of a base model as transformers reads it.
+
+    Args:
+        base: as in `hub.local_folder`; of a name of the Hub the config alone is fetched.
+
+    Raises:
+        ValueError: for a folder without a config that transformers can read.
+        FileNotFoundError: for a base that cannot be had.
+        ImportError: without transformers.
+    """
     try:
         from transformers import AutoConfig
     except ImportError:
         raise ImportError("the config of a model needs transformers: pip install it") from None
-    if (path := Path(base) / "config.json").is_file():
+    folder = local_folder(base, "base", BASE, files=["config.json"])
+    if (path := folder / "config.json").is_file():
         read_object(path, "base")  # what is damaged, in a sentence of ours
     try:
-        return AutoConfig.from_pretrained(os.fspath(base))
+        return AutoConfig.from_pretrained(os.fspath(folder))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"[base] BASE must have a config.json; got {base} ({first})") from None

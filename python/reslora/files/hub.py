@@ -23,6 +23,7 @@ from typing import NoReturn
 
 logger = logging.getLogger("reslora")
 TIMEOUT = 10.0  # seconds
+BASE = "BASE"  # what a base model is called in sentences
 
 
 def local_folder(
@@ -36,19 +37,20 @@ def local_folder(
 ) -> Path:
     """Return a folder, or the local copy of one of the Hub (fetched where it is not there).
 
-    What is neither a path that is there nor a name of the Hub is returned as it is.
+    A string that begins with ".", "/" or "~" is a path, and so is a dangling link. What is neither
+    a path that is there nor a name of the Hub is returned as it is, unless it is such a string.
 
     Args:
         name: a path, or a name such as "user/name"; only a string is a name of the Hub.
         op: what begins the sentence of an error.
-        what: what the name is of, for the sentence.
+        what: what the name is of, for the sentence; only a BASE may have no user, as "gpt2".
         revision: branch, tag or commit of a name of the Hub; None: its default branch.
         subfolder: the folder below it.
         files: what is fetched of it, of which one at least must be there; None: everything.
 
     Raises:
         ValueError: for a revision of a path, and a subfolder that leads out of the folder.
-        FileNotFoundError: for a name of the Hub that cannot be had.
+        FileNotFoundError: for a path that is not there, and a name of the Hub that cannot be had.
         ImportError: for a name of the Hub without huggingface_hub.
     """
     below = PurePosixPath(subfolder or "")
@@ -61,7 +63,11 @@ def local_folder(
                 "a path here"
             )
         return Path(name) / below
-    form = r"[\w.-]+/[\w.-]+" if files is not None else r"([\w.-]+/)?[\w.-]+"  # bases: also "gpt2"
+    if isinstance(name, str) and (name.startswith((".", "/", "~")) or os.path.lexists(name)):
+        raise FileNotFoundError(
+            f"[{op}] {what} must be a folder or a name of the Hub; got no such folder: {name}"
+        )
+    form = r"([\w.-]+/)?[\w.-]+" if what == BASE else r"[\w.-]+/[\w.-]+"
     if not isinstance(name, str) or not re.fullmatch(form, name):
         return Path(name) / below
     return _fetched(name, op, what, revision, below, files)

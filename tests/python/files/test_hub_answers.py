@@ -1,5 +1,6 @@
 """What becomes of a name where the Hub refuses, fails, is silent, or answers."""
 
+import json
 import shutil
 import threading
 import time
@@ -24,7 +25,9 @@ from hub_samples import (
 from models import tiny_llama
 
 from reslora import load
+from reslora.commands.cli import main
 from reslora.files import hub
+from reslora.files.base_files import model_config
 from reslora.files.model_folder import merge_folder
 
 TOKEN = "`hf auth login`, or set HF_TOKEN"
@@ -153,3 +156,50 @@ def test_the_files_of_an_adapter_alone_are_fetched_and_kept(cache, tmp_path, mon
     assert all(torch.equal(got[key], want[key]) for key in want if "reslora" in key)
     again = load(tiny_llama(), NAME, **place).state_dict()  # the network is gone
     assert all(torch.equal(again[key], want[key]) for key in want if "reslora" in key)
+
+
+# ---- The config of a base -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["doctor", "--model"], ["convert", "theirs", "out", "--base"]])
+@pytest.mark.parametrize("status", [503, DROPPED])
+def test_commands_that_read_the_config_alone_ask_once_and_say_one_sentence(
+    cache, tmp_path, monkeypatch, capfd, caplog, command, status
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()  # a checkpoint of the authors' program
+    values = {"rank": 1, "lora_alpha": 1, "target_modules": "q", "res_flag": 1, "pre_num": 1}
+    (tmp_path / "theirs/reslora_config.json").write_text(json.dumps(values))
+    pair = {f"q.loras.0.lora_{name}": torch.ones(1, 1) for name in "AB"}
+    torch.save(pair, tmp_path / "theirs/pytorch_model_lora.bin")
+    with serving(monkeypatch, status=status) as server:
+        code = main([*command, BASE])
+        assert len(server.asked) == 1
+    out, err = capfd.readouterr()
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert f"[base] BASE must be a folder or a name of the Hub that can be had; got {BASE} (" in err
+    assert UNREACHED in err and not caplog.records
+
+
+@pytest.mark.parametrize("name", [BASE, "tiny"])
+@pytest.mark.parametrize("status", [503, DROPPED])
+def test_a_config_in_the_cache_is_taken_without_a_word_where_the_hub_is_silent(
+    cache, tmp_path, monkeypatch, capfd, caplog, name, status
+):
+    write_base(tmp_path / "base", 1)
+    lay(cache, name, FIRST, tmp_path / "base", ["main"])
+    capfd.readouterr()  # the bar of the writer
+    with serving(monkeypatch, status=status) as server:
+        code = main(["doctor", "--model", name, "--target", "q_proj"])
+        assert len(server.asked) == 1
+    out, err = capfd.readouterr()
+    assert (code, err) == (0, "") and "q_proj" in out
+    assert not caplog.records
+
+
+def test_of_a_base_the_config_alone_is_fetched(cache, tmp_path, monkeypatch):
+    write_base(tmp_path / "base", 1)
+    with serving(monkeypatch, folder=tmp_path / "base") as server:
+        assert model_config(BASE).hidden_size == tiny_llama().config.hidden_size
+    fetched = {line.rpartition("/resolve/")[2] for line in server.asked if "/resolve/" in line}
+    assert fetched == {f"{FIRST}/config.json"}
