@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,9 +36,9 @@ from ..injection.targets import matches_names
 from ..merging.merge import MergeRequest, prepare
 from ..merging.planning import make_plan, warn_unfinished
 from ..nn.base_layers import is_conv1d
-from ..text_files import write_text
+from ..text_files import read_object, write_text
 from .checkpoint import saved_tensors
-from .folders import PathLike, base_line, base_name, make_folder
+from .folders import CONFIG_NAME, PathLike, adapter_folder, base_line, base_name, make_folder
 from .model_folder import heads_of, plan_from_files
 
 logger = logging.getLogger("reslora")
@@ -197,7 +199,7 @@ def _write_lora(
     saved = config.modules_to_save or []
     R = save_plain_lora(
         folder, layers, heads, targets, saved, fan_in_fan_out,
-        base or "", task_type or "", config.revision or "",
+        base or "", task_type or "", (config.revision or "") if base else "",
     )  # fmt: skip
     write_text(folder / "README.md", _card(config.res_mode, layers, base))
     return R
@@ -260,6 +262,9 @@ def export_folder(
 ) -> tuple[int, float]:
     """Write a saved adapter as a plain LoRA, from its files alone.
 
+    The written config names the base and task that adapter_config.json names, which people change
+    by hand; a `base` of the Hub is named in place of that base.
+
     Args:
         adapter: folder that `save_pretrained` wrote, or its name on the Hub ("user/name").
         directory: the folder to write.
@@ -275,15 +280,13 @@ def export_folder(
     Returns:
         The rank of the file and the largest relative error of the reduction.
     """
-    read, config, plan = plan_from_files(
-        adapter, merge_method, base,
-        revision=revision, subfolder=subfolder, base_revision=base_revision,
-    )  # fmt: skip
+    folder = adapter_folder(adapter, "merge", revision, subfolder)
+    read, config, plan = plan_from_files(folder, merge_method, base, base_revision=base_revision)
     layers, error = reduced(plan.layers, rank, tolerance)
     if base_revision is not None:
         config = replace(config, revision=base_revision)
-    values = json.loads(read.config_json)
-    transposed = set(values.get("fan_in_fan_out") or ())
+    base_named, task_type = _names_for(folder, base)
+    transposed = set(json.loads(read.config_json).get("fan_in_fan_out") or ())
     R = _write_lora(
         directory,
         layers,
@@ -291,7 +294,22 @@ def export_folder(
         targets=sorted(layer.name for layer in layers),
         config=config,
         fan_in_fan_out=bool(transposed) and all(key in transposed for key, _ in read.chains),
-        base=values.get("base_model_name_or_path"),
-        task_type=values.get("task_type"),
+        base=base_named,
+        task_type=task_type,
     )
     return R, error
+
+
+def _names_for(folder: Path, base: PathLike | None) -> list[str | None]:
+    """Return base and task as adapter_config.json names them; a base of the Hub wins."""
+    values = read_object(folder / CONFIG_NAME, "export_lora")
+    if base is not None and not Path(base).exists():
+        values["base_model_name_or_path"] = os.fspath(base)
+    names = [values.get(key) for key in ("base_model_name_or_path", "task_type")]
+    for name in names:
+        if not isinstance(name, str | None):
+            raise ValueError(
+                f"[export_lora] base_model_name_or_path and task_type must be strings; got "
+                f"{name!r} in {folder / CONFIG_NAME}"
+            )
+    return names

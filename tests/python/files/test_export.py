@@ -130,8 +130,14 @@ def test_targets_are_short_where_that_means_the_same(tmp_path):
 
 def test_peft_knows_the_revision_of_the_base(tmp_path):
     model = adapted(tiny_llama(), target_modules=["q_proj"], res_mode="none", revision="v2")
-    export_lora(model, tmp_path)
+    export_lora(model, tmp_path, base_model_name_or_path="some/base")
     assert PeftConfig.from_pretrained(tmp_path).revision == "v2"
+
+
+def test_there_is_no_revision_of_a_base_without_a_name(tmp_path):
+    model = adapted(tiny_llama(), target_modules=["q_proj"], res_mode="none", revision="v2")
+    export_lora(model, tmp_path)
+    assert "v2" not in (tmp_path / "adapter_config.json").read_text()
 
 
 def test_a_merged_model_exports_what_was_merged(tmp_path):

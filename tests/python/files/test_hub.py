@@ -27,6 +27,7 @@ import reslora
 from reslora import ResLoraConfig, inject, load, merge_and_unload, plots, save_pretrained
 from reslora.commands.check_export import check_export
 from reslora.commands.inspect import inspect
+from reslora.files.base_files import model_config
 from reslora.files.exporting import export_folder, export_lora
 from reslora.files.model_folder import merge_folder
 
@@ -171,9 +172,27 @@ def test_only_a_string_with_a_user_is_a_name(cache, tmp_path):
     write_adapter(tmp_path / "first", 1)
     lay(cache, NAME, FIRST, tmp_path / "first", ["main"])
     lay(cache, "adapter", FIRST, tmp_path / "first", ["main"])
-    for path in (Path(NAME), "adapter", "./" + NAME, "a/" + NAME, "user/my adapter"):
+    for path in (Path(NAME), "adapter", "a/" + NAME, "user/my adapter"):
         with pytest.raises(FileNotFoundError, match=r"folder must hold adapter_config\.json; got"):
             load(tiny_llama(), path)
+
+
+@pytest.mark.parametrize("path", ["./typo", "../typo", ".typo/a", "/typo", "~/typo", "user/link"])
+def test_what_can_only_be_a_path_is_not_asked_for(cache, tmp_path, monkeypatch, path):
+    write_adapter(tmp_path / "first", 1)
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user/link").symlink_to("nowhere")
+    with serving(monkeypatch, folder=tmp_path / "first") as server:
+        with pytest.raises(FileNotFoundError) as caught:
+            load(tiny_llama(), path)
+        with pytest.raises(FileNotFoundError, match=r"^\[merge\] BASE must .* no such folder: "):
+            merge_folder(path, tmp_path / "first", tmp_path / "out")
+        with pytest.raises(FileNotFoundError, match=r"^\[base\] BASE must be .* no such folder: "):
+            model_config(path)
+    assert str(caught.value) == (
+        f"[load] the adapter must be a folder or a name of the Hub; got no such folder: {path}"
+    )
+    assert not server.asked
 
 
 @pytest.mark.parametrize(
@@ -224,13 +243,21 @@ def test_without_huggingface_hub_names_are_refused(cache, monkeypatch):
 # ---- The revision of the base -------------------------------------------------------------------
 
 
+def named(model):
+    """Return a model that knows its name, as one that transformers loaded by it does."""
+    model.config._name_or_path = BASE
+    return model
+
+
 def saved_by_us(model, folder, revision):
-    model = inject(model, ResLoraConfig(**OPTIONS, revision=revision))
+    model = inject(named(model), ResLoraConfig(**OPTIONS, revision=revision))
     save_pretrained(randomize(model), folder)
-    save_pretrained(load(write_base(folder / "again", 1), folder), folder)  # it is kept
+    again = named(write_base(folder / "again", 1))
+    save_pretrained(load(again, folder), folder)  # it is kept
 
 
 def saved_by_peft(model, folder, revision):
+    model.name_or_path = BASE
     peft = pytest.importorskip("peft", reason="peft is not installed")
     from reslora.peft import ResLoraConfig as PeftConfig
 
@@ -278,12 +305,39 @@ def test_an_export_names_the_revision_of_the_base(bases, tmp_path):
     place = {"base": BASE, "base_revision": "main"}
     export_folder(tmp_path / "adapter", tmp_path / "b", **place)
     export_folder(tmp_path / "adapter", tmp_path / "c", base=tmp_path / "main")
-    export_lora(load(tiny_llama(), tmp_path / "adapter"), tmp_path / "d")
+    export_lora(named(load(tiny_llama(), tmp_path / "adapter")), tmp_path / "d")
     assert [revision_in(tmp_path / folder) for folder in "abcd"] == ["v1", "main", "v1", "v1"]
     write_adapter(tmp_path / "other", 1)
     export_folder(tmp_path / "other", tmp_path / "e", **place)
     export_folder(tmp_path / "other", tmp_path / "f")
     assert [revision_in(tmp_path / folder) for folder in "ef"] == ["main", None]
+
+
+def names_in(folder):
+    """Return what adapter_config.json says of base and task."""
+    values = json.loads((folder / "adapter_config.json").read_text())
+    return [values[key] for key in ("base_model_name_or_path", "revision", "task_type")]
+
+
+def test_an_export_names_the_base_that_the_config_names_by_hand(cache, tmp_path):
+    write_base(tmp_path / "base", 1)
+    lay(cache, "user/other", FIRST, tmp_path / "base", ["v2"])
+    write_adapter(tmp_path / "adapter", 1)  # its weights' header knows of no base
+    path = tmp_path / "adapter" / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"revision": "v2"}
+    path.write_text(json.dumps(values))
+    export_folder(tmp_path / "adapter", tmp_path / "a")
+    assert names_in(tmp_path / "a") == [None, None, None]  # no revision of nothing
+    by_hand = {"base_model_name_or_path": BASE, "task_type": "CAUSAL_LM"}
+    path.write_text(json.dumps(values | by_hand))
+    export_folder(tmp_path / "adapter", tmp_path / "b")
+    export_folder(tmp_path / "adapter", tmp_path / "c", base=tmp_path / "base")
+    export_folder(tmp_path / "adapter", tmp_path / "d", base="user/other")
+    assert names_in(tmp_path / "b") == names_in(tmp_path / "c") == [BASE, "v2", "CAUSAL_LM"]
+    assert names_in(tmp_path / "d") == ["user/other", "v2", "CAUSAL_LM"]
+    path.write_text(json.dumps(values | {"task_type": 5}))
+    with pytest.raises(ValueError, match=r"base_model_name_or_path and task_type must be strings"):
+        export_folder(tmp_path / "adapter", tmp_path / "e")
 
 
 def test_a_named_revision_that_is_not_there_is_refused(cache, tmp_path):
@@ -408,7 +462,7 @@ def test_exports_and_plots_read_the_revision_of_the_base_that_is_named(bases, tm
     assert same(weighed(BASE, "a"), weighed("v1", "b"))
     assert same(weighed(BASE, "c", "--base-revision", "main"), weighed("main", "d"))
     assert not same(tensors_of("a"), tensors_of("c"))
-    assert [revision_in(Path(folder)) for folder in "abcd"] == ["v1", "v1", "main", "v1"]
+    assert [revision_in(Path(folder)) for folder in "abcd"] == ["v1", None, "main", None]
 
 
 @pytest.mark.parametrize(
