@@ -11,11 +11,13 @@ import importlib
 import json
 import os
 import platform
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import takewhile
-from types import TracebackType
+from typing import NoReturn
 
 AGAIN = "build reslora again with `pip install --no-build-isolation .`"
 INTERRUPTED = "interrupted; nothing was left half-written"
@@ -32,8 +34,8 @@ def load() -> None:
         ImportError: one sentence with the way out. Where the command `reslora` is what runs, the
             program ends with the sentence and exit code 1 instead, since no command can begin.
     """
-    if _is_command():
-        sys.excepthook = _end_if_interrupted
+    if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_interrupt)
     problem, cause = "", None
     try:
         problem = _refusal()
@@ -129,18 +131,23 @@ def asks_for_json(arguments: Sequence[str]) -> bool:
     return any(option.partition("=")[0] == "--json" for option in options)
 
 
-def _end_if_interrupted(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """Serve as `sys.excepthook` of the command: Ctrl-C, imports included, ends in one line."""
-    if issubclass(kind, KeyboardInterrupt):
-        _end(INTERRUPTED, 130)
-    sys.__excepthook__(kind, error, trace)
+def end_at_interrupt(*_: object) -> None:
+    """Serve as handler of SIGINT: end the program in one line.
+
+    It raises nothing, since what is raised while a module is being imported may be lost.
+    """
+    with suppress(OSError, RuntimeError):  # where nobody takes it, or a line is being printed
+        _tell(INTERRUPTED)
+    os._exit(130)
 
 
-def _end(problem: str, code: int) -> None:
+def _end(problem: str, code: int) -> NoReturn:
+    _tell(problem)
+    sys.exit(code)
+
+
+def _tell(problem: str) -> None:
     if asks_for_json(sys.argv[1:]):
-        print(json.dumps({"error": problem}))
+        print(json.dumps({"error": problem}), flush=True)
     else:
         print(f"reslora: {problem}", file=sys.stderr)
-    sys.exit(code)

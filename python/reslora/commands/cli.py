@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .._loading import INTERRUPTED, asks_for_json
+from .interrupting import interruptible
 from .options import Answer, UsageError, overview, parse
 from .run import Outcome
 
@@ -38,19 +39,20 @@ logger = logging.getLogger("reslora")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    _open_what_is_closed()
-    _quiet_libraries()
     is_json = asks_for_json(given)
     try:
-        outcome = _run(given)
+        with interruptible():
+            _open_what_is_closed()
+            _quiet_libraries()
+            outcome = _run(given)
         shown = json.dumps(outcome.values, indent=2) if is_json else outcome.text
         return outcome.code if _print(shown) else 1
     except UsageError as error:
         return _fail(str(error), 2, is_json, f"{error.usage}{error.program}: error: ")
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         return _fail(str(error).strip() or type(error).__name__, 1, is_json)
-    except KeyboardInterrupt:
-        return _fail(INTERRUPTED, 130, is_json)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or INTERRUPTED, 130, is_json)
     except Exception as error:  # a mistake of ours, which its traceback tells
         if is_json:
             _print(json.dumps({"error": f"{type(error).__name__}: {error}"}))

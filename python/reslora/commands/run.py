@@ -45,7 +45,13 @@ def run_merge(options: argparse.Namespace) -> Outcome:
     )  # fmt: skip
     if blocks is None:
         return Outcome(asdict(report), str(report))
-    comparison = verify_folder(base, adapter, options.output, blocks)
+    told = f"{options.output} is complete; only --verify"
+    try:
+        comparison = verify_folder(base, adapter, options.output, blocks)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{told} was interrupted") from None
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{told} failed: {error}") from error
     return Outcome(asdict(report) | {"verify": asdict(comparison)}, f"{report}\n{comparison}")
 
 

@@ -124,5 +124,5 @@ def _logits(model: torch.nn.Module, block: Tensor) -> Tensor:
     except IndexError as error:
         raise ValueError(
             f"[verify] the tokenizer and the model must be of one vocabulary; got token "
-            f"{int(block.max())} ({error}); the merged folder is complete"
+            f"{int(block.max())} ({error})"
         ) from None

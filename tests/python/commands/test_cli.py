@@ -201,6 +201,28 @@ def test_a_base_that_cannot_be_verified_is_refused_before_merging(tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "was interrupted"),
+        (ValueError("[verify] losses must be finite"), 1, "failed: [verify] losses must be finite"),
+    ],
+)
+def test_a_merge_that_cannot_be_verified_is_complete(
+    tmp_path, monkeypatch, capsys, error, code, words
+):
+    def fail(*_):
+        raise error
+
+    model = make(tmp_path)
+    write_tokenizer(tmp_path / "base")
+    (tmp_path / "text").write_text("a b c")
+    monkeypatch.setattr(verify, "verify_folder", fail)
+    sentence = f"reslora: {tmp_path / 'out'} is complete; only --verify {words}\n"
+    assert merge_in(capsys, tmp_path, "--verify", tmp_path / "text") == (code, "", sentence)
+    assert_merged(tmp_path / "out", model)
+
+
 # ---- export-lora
 
 

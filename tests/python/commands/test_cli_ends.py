@@ -44,6 +44,16 @@ def test_an_error_for_which_there_is_no_stdout_goes_to_stderr(tmp_path):
     assert done.stderr.endswith("reslora: [inspect] PATH must exist; got a.json\n")
 
 
+def draw_losses(folder):
+    """Run `plot losses` where modules in `folder` stand for those that are installed."""
+    (folder / "state.json").write_text('{"log_history": [{"step": 1, "loss": 1.0}]}')
+    return subprocess.run(
+        [sys.executable, "-m", "reslora", "plot", "losses", "state.json", "out.png"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
     read, write = os.pipe()
     os.close(read)
@@ -75,6 +85,68 @@ def test_an_interrupted_start_is_one_line(tmp_path, option):
     (tmp_path / "torch.py").write_text("open('gate').read()")  # what takes long to import
     os.mkfifo(tmp_path / "gate")
     assert_interrupted(tmp_path, ["merge", *option], bool(option), tmp_path / "gate")
+
+
+SITE = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == MODULE:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+"""
+
+
+def interrupted_at(module, command, folder):
+    """Run a shell's command in which Ctrl-C comes when a module is about to be imported."""
+    (folder / "site").mkdir()
+    (folder / "site/sitecustomize.py").write_text(f"MODULE = {module!r}{SITE}")
+    return shell(f"export PYTHONPATH='{folder}/site'; {command}", folder)
+
+
+@pytest.mark.parametrize("option", ["", "--json"])
+def test_an_interrupted_import_of_a_library_is_not_swallowed(tmp_path, option):
+    pytest.importorskip("numpy", reason="numpy is not installed")
+    (tmp_path / "a.json").write_text("{}")
+    done = interrupted_at("numpy.linalg", f"reslora inspect a.json {option}", tmp_path)
+    assert done.returncode == 130
+    if option:
+        assert (json.loads(done.stdout), done.stderr) == ({"error": INTERRUPTED}, "")
+    else:
+        assert (done.stdout, done.stderr) == ("", f"reslora: {INTERRUPTED}\n")
+
+
+def test_an_ignored_interrupt_stays_ignored(tmp_path):
+    pytest.importorskip("numpy", reason="numpy is not installed")
+    done = interrupted_at("numpy.linalg", "trap '' INT; reslora --version", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_library_that_swallows_an_interrupt_does_not_keep_the_command_alive(tmp_path):
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib/__init__.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    pass\n"
+    )
+    (tmp_path / "matplotlib/figure.py").write_text("Figure = None\nopen('loaded', 'w')\n")
+    done = draw_losses(tmp_path)
+    assert (tmp_path / "loaded").exists()  # the whole import goes on
+    assert (done.returncode, done.stderr) == (130, f"reslora: {INTERRUPTED}\n")
+
+
+def test_a_merge_tells_that_only_verifying_was_interrupted(tmp_path):
+    make(tmp_path)
+    write_tokenizer(tmp_path / "base")
+    (tmp_path / "text").write_text("a b c")
+    command = "reslora merge base adapter out --verify text"
+    done = interrupted_at("transformers.models.llama.modeling_llama", command, tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "reslora: out is complete; only --verify was interrupted\n"
+    assert (tmp_path / "out/model.safetensors").exists()
 
 
 def assert_interrupted(folder, arguments, is_json, gate):
@@ -126,7 +198,7 @@ def test_a_damaged_installation_says_so(tmp_path, monkeypatch, capsys, content, 
     monkeypatch.setattr(reslora, "_build_info", _build_info)  # what the import below replaces
     monkeypatch.delitem(sys.modules, "reslora._build_info")
     monkeypatch.setattr(sys, "meta_path", [BuildInfo(tmp_path / "_build_info.py"), *sys.meta_path])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' own Ctrl-C stays
     sentence = (
         f"the installation of reslora is damaged, since its file _build_info.py {words}: in its "
         "repository, build reslora again with `pip install --no-build-isolation .`"
