@@ -36,13 +36,10 @@ def parse_object(text: str | bytes, source: str, op: str) -> dict[str, Any]:
 
 
 def _parse(text: str | bytes, source: str, op: str) -> Any:
+    text = _decoded(text, source, op)
     try:
-        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        value = json.loads(text)
         is_deep = _is_deeper(value, MAX_DEPTH)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"[{op}] {source} must be UTF-8; got {error.reason} at {error.start}"
-        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"[{op}] {source} must be JSON; got {error}") from None
     except RecursionError:
@@ -57,6 +54,18 @@ def _parse(text: str | bytes, source: str, op: str) -> Any:
             f"[{op}] {source} must be nested at most {MAX_DEPTH} deep; got JSON that is deeper"
         )
     return value
+
+
+def _decoded(text: str | bytes, source: str, op: str) -> str:
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"[{op}] {source} must be UTF-8; got {error.reason} at {error.start}"
+        ) from None
+    if text.startswith("\ufeff"):
+        raise ValueError(f"[{op}] {source} must be UTF-8 without a byte-order mark; got one")
+    return text
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

@@ -292,3 +292,11 @@ def test_a_model_whose_weights_are_damaged_is_not_told_by_its_config(tmp_path, c
     (tmp_path / "base" / "model.safetensors").write_bytes(b"x" * 20)
     code, out, err = run(capsys, "inspect", tmp_path / "base")
     assert (code, out, err.count("\n")) == (1, "", 1) and "model.safetensors" in err
+
+
+def test_json_with_a_byte_order_mark_is_one_sentence(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text("{}", encoding="utf-8-sig")
+    code, out, err = run(capsys, "inspect", path)
+    sentence = f"{path} must be UTF-8 without a byte-order mark; got one"
+    assert (code, out, err) == (1, "", f"reslora: [inspect] {sentence}\n")
