@@ -72,12 +72,14 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Of classes that torchao registers, when transformers imports it.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # Of a home where matplotlib cannot keep what it finds.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def _run(arguments: list[str]) -> Outcome:
     """Run one command. What others print meanwhile goes to stderr: stdout is for the outcome."""
-    if not arguments:
-        return Outcome(None, overview())
+    if set(arguments) <= {"--json"}:
+        return Outcome({"help": overview()}, overview())
     try:
         options = parse(arguments)
     except Answer as answer:
@@ -128,6 +130,9 @@ def _fail(sentence: str, code: int, is_json: bool, before: str = "reslora: ") ->
 
 def _print(text: str) -> bool:
     """Print to stdout and tell whether it can be written; what it cannot show, as an escape."""
+    if sys.__stdout__ is None:  # the caller has closed it; see _open_what_is_closed
+        _say("reslora: stdout must be a place to write; got a closed one")
+        return False
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -113,9 +113,8 @@ def run_plot(options: argparse.Namespace) -> Outcome:
             runs[path] = history
         figure = plots.loss_curves(runs, options.key)
     elif kind == "alpha":
-        figure = plots.alphas(
-            first, options.method or "input", base=base, base_revision=revision, **place
-        )
+        method = options.method or _rule_of_alphas(first, place)
+        figure = plots.alphas(first, method, base=base, base_revision=revision, **place)
     elif kind == "singular-values":
         figure = plots.singular_values(
             first, options.method, base=base, base_revision=revision, **place
@@ -124,6 +123,17 @@ def run_plot(options: argparse.Namespace) -> Outcome:
         figure = plots.norm_windows(first, **place)
     figure.savefig(options.output)
     return Outcome({"output": options.output}, options.output)
+
+
+def _rule_of_alphas(adapter: str, place: dict[str, Any]) -> str:
+    """Return the best rule at hand that has alpha*; `weight`, if chosen, asks for --base."""
+    from ..files.checkpoint import read_adapter
+    from ..files.folders import adapter_folder
+    from ..files.statistics import read_statistics
+
+    folder = adapter_folder(adapter, "plot", **place)
+    stored = read_statistics(folder, read_adapter(folder)[0]).values()
+    return "input" if any(norms is not None for norms, *_ in stored) else "weight"
 
 
 def run_convert(options: argparse.Namespace) -> Outcome:

@@ -103,6 +103,19 @@ def test_the_missing_base_is_named_as_the_way_out(tmp_path, capsys, command):
     assert places[1].exists()
 
 
+def test_alphas_without_norms_are_by_weights(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    make(tmp_path, statistics=False)
+    pictures = [tmp_path / "chosen.png", tmp_path / "own.png"]
+    code, _, err = run(capsys, "plot", "alpha", tmp_path / "adapter", pictures[1])
+    assert code == 1 and "pass --base BASE" in err
+    for picture, options in zip(pictures, (["--method", "weight"], []), strict=True):
+        places = (tmp_path / "adapter", picture, "--base", tmp_path / "base")
+        code, out, err = run(capsys, "plot", "alpha", *places, *options)
+        assert (code, out, err) == (0, f"{picture}\n", "")
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
 def test_pictures_by_weights_are_those_of_the_model(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     model = make(tmp_path, res_mode="ms", pre_num=2)

@@ -44,6 +44,25 @@ def test_an_error_for_which_there_is_no_stdout_goes_to_stderr(tmp_path):
     assert done.stderr.endswith("reslora: [inspect] PATH must exist; got a.json\n")
 
 
+@pytest.mark.parametrize("command", ["--version", "inspect a.json", "inspect none --json"])
+def test_a_closed_stdout_is_an_error(tmp_path, command):
+    (tmp_path / "a.json").write_text("{}")
+    done = shell(f"reslora {command} >&-", tmp_path)
+    sentence, _, rest = done.stderr.partition("\n")
+    assert done.returncode == 1
+    assert sentence == "reslora: stdout must be a place to write; got a closed one"
+    assert rest == ("reslora: [inspect] PATH must exist; got none\n" if "none" in command else "")
+
+
+def test_what_matplotlib_logs_does_not_stand_between_our_lines(tmp_path):
+    (tmp_path / "matplotlib.py").write_text(
+        "import logging\nlogging.getLogger('matplotlib').warning('no home')\nraise ImportError"
+    )
+    done = draw_losses(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "reslora: plots need matplotlib: pip install matplotlib\n"
+
+
 def draw_losses(folder):
     """Run `plot losses` where modules in `folder` stand for those that are installed."""
     (folder / "state.json").write_text('{"log_history": [{"step": 1, "loss": 1.0}]}')

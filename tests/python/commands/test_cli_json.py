@@ -42,10 +42,15 @@ def test_arguments_that_cannot_be_understood_are_a_document(capsys, arguments):
         assert (code, err) == (2, "") and error_of(out) == said and said
 
 
-def test_a_missing_command_and_a_value_for_json_are_documents(capsys):
-    for arguments, words in ((["--json"], "COMMAND"), (["inspect", "x", "--json=1"], "--json")):
-        code, out, err = run(capsys, *arguments)
-        assert (code, err) == (2, "") and words in error_of(out)
+def test_a_value_for_json_is_refused_in_a_document(capsys):
+    code, out, err = run(capsys, "inspect", "x", "--json=1")
+    assert (code, err) == (2, "") and "--json" in error_of(out)
+
+
+def test_without_a_command_the_help_is_a_document(capsys):
+    text = run(capsys)[1]
+    code, out, err = run(capsys, "--json")
+    assert (code, err) == (0, "") and json.loads(out) == {"help": text.rstrip("\n")}
 
 
 def test_json_after_two_dashes_is_no_option(capsys):
