@@ -4,7 +4,9 @@
         ...                                  # write everything into `stage`
         places.publish(stage, options.output)
 
-Imports nothing that is slow. Sizes are estimates, made from a model's files.
+Needs the standard library alone, so that refusals come before anything is installed; with
+huggingface_hub, also the sizes of the Hub's models are known. Sizes are estimates, made from a
+model's files.
 """
 
 from __future__ import annotations
@@ -148,18 +150,34 @@ def _require(folder: Path, option: str, needed: int, what: str) -> None:
 def _size_of(name: str) -> Size | None:
     """Return the size of a folder's or the Hub's model; None where it cannot be told yet."""
     folder = Path(name).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import HfApi, try_to_load_from_cache
+    if folder.is_dir():
+        return _size_of_files(folder)
+    try:
+        from huggingface_hub import try_to_load_from_cache
 
-        try:
-            config = try_to_load_from_cache(name, "config.json")
-            if not isinstance(config, str):
-                found = HfApi().model_info(name, timeout=10).safetensors
-                return None if found is None else Size(found.total)
-        except Exception:  # whatever is wrong is said where the model is loaded
-            return None
-        folder = Path(config).parent
-    return _size_of_files(folder)
+        asked = _asked_of_hub(name)
+        config = try_to_load_from_cache(name, "config.json")
+    except Exception:  # whatever is wrong is said where the model is loaded
+        return None
+    return _size_of_files(Path(config).parent) if isinstance(config, str) else asked
+
+
+def _asked_of_hub(name: str) -> Size | None:
+    """Return the size that the Hub tells.
+
+    Where it cannot be reached, nothing more is asked of it: libraries would try each file several
+    times, and say so each time, before they take what the cache holds.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    try:
+        found = HfApi().model_info(name, timeout=10).safetensors
+    except Exception as error:
+        is_answer = isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500
+        if not is_answer and not isinstance(error, errors.HFValidationError):
+            constants.HF_HUB_OFFLINE = True
+        return None
+    return None if found is None else Size(found.total)
 
 
 def _size_of_files(folder: Path) -> Size | None:

@@ -189,10 +189,12 @@ def test_the_room_for_a_model_in_the_cache_of_the_hub_is_known(tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers what a model's size is, and notes what was asked for."""
+    """Answers what a model's size is, or 503, and notes what was asked for."""
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
+        if self.server.is_down:
+            return self.send_error(503)
         size = {"parameters": {"BF16": 10**9}, "total": 10**9}
         body = json.dumps({"id": "someone/big", "safetensors": size}).encode()
         self.send_response(200)
@@ -200,22 +202,38 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    do_HEAD = do_GET  # noqa: N815
+
     def log_message(self, *_: object) -> None:
         """Say nothing."""
 
 
-def test_the_hub_is_asked_for_the_size_before_the_download(tmp_path):
+def asked_of_hub(tmp_path, *, is_down: bool):
+    """Run it with a model of the Hub; return how it ended and what the Hub was asked of it."""
     with HTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.asked = []
+        server.asked, server.is_down = [], is_down
         threading.Thread(target=server.serve_forever, daemon=True).start()
         options = ["--model", "someone/big", "--res-mode", "none", "--output", tmp_path / "out"]
         hub = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
         hub["HF_HUB_OFFLINE"] = "0"
         done = with_free(8_000_000_000, *options, cache=tmp_path, **hub)
         server.shutdown()
+    return done, [path for path in server.asked if "someone/big" in path]
+
+
+def test_the_hub_is_asked_for_the_size_before_the_download(tmp_path):
+    done, asked = asked_of_hub(tmp_path, is_down=False)
     assert_refused_at_once(done, "about 8,875 MB; got 8,000 MB free")
-    assert "/api/models/someone/big" in server.asked
-    assert not any("resolve" in path for path in server.asked)  # no file was
+    assert asked == ["/api/models/someone/big"]  # and for no file
+
+
+def test_a_hub_that_fails_is_asked_once(tmp_path):
+    done, asked = asked_of_hub(tmp_path, is_down=True)
+    assert done.returncode == 2
+    errors = spoken(done.stderr)
+    assert errors.splitlines()[-1].startswith("quickstart: --model 'someone/big' cannot be loaded")
+    assert "Retrying" not in errors
+    assert asked == ["/api/models/someone/big"]
 
 
 # No file may have more bytes than these: the small model has 5.3 MB, which the writer of its format
