@@ -8,22 +8,26 @@
 
 An exception that is raised at an interrupt does not reach the end everywhere: libraries that are
 being imported turn it into another one, destructors swallow it, C++ code aborts. So nothing is
-raised. The handler removes the temporary folders itself and ends the process.
+raised. The handler removes the temporary folders itself and ends the process. So it does where the
+process is asked to end (SIGTERM) and where its terminal is closed (SIGHUP).
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 PREFIX = ".unfinished-"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Not every system has SIGHUP.
+_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 _program = ""
 _temporary: list[list[Path]] = []  # the folders of each `temporary`, the outermost first
 _is_held = False
@@ -86,10 +90,34 @@ def temporary(parent: Path) -> Iterator[Path]:
     _temporary.append(folders)
     try:
         folder.mkdir(parents=True)
-        yield folder
+        with ExitStack() as stack:
+            with suppress(OSError):  # some file systems have no locks
+                stack.enter_context(_locked(folder))
+            yield folder
     finally:
         _remove(folders)
         _temporary.remove(folders)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; OSError where another process does, and where there is none."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the temporary folders of processes that were killed: nobody holds their locks."""
+    for left in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            # A new one is locked a moment after it is made.
+            if left.stat().st_mtime < time.time() - 60:
+                with _locked(left):
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove(folders: list[Path]) -> None:

@@ -87,6 +87,7 @@ def results(options: argparse.Namespace) -> Iterator[Path]:
     settings = PretrainSettings(options.pretrain_steps)
     if options.model is None and not settings.folder(options.cache).is_dir():
         with _writable(options.cache, "--cache"):
+            interrupts.remove_abandoned(options.cache)
             _require(options.cache, "--cache", settings.size.needed(1, 1), "the small model")
     with _writable(options.output, "--output") as stage, _locked(options.output):
         for left in options.output.glob(f"{interrupts.PREFIX}*"):  # of a run that was killed

@@ -151,6 +151,36 @@ def test_too_little_room_for_the_small_model_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_killed_runs_left_in_the_cache_is_removed(tmp_path):
+    """Folders in which another run is at work stay. Asked for too much room, so that it ends."""
+    for name in ("killed", "at-work", "new"):
+        (tmp_path / f"cache/.unfinished-{name}/model").mkdir(parents=True)
+    for name in ("killed", "at-work"):
+        os.utime(tmp_path / f"cache/.unfinished-{name}", (0, 0))
+    descriptor = os.open(tmp_path / "cache/.unfinished-at-work", os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        done = with_free(1, "--cache", tmp_path / "cache", cache=tmp_path)
+    finally:
+        os.close(descriptor)
+    assert_refused_at_once(done, "--cache must have room")
+    left = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert left == {".unfinished-at-work", ".unfinished-new"}
+
+
+def test_a_run_at_work_holds_the_lock_of_its_temporary_folder(tmp_path):
+    done = run_program(f"""
+import os, pathlib
+import interrupts
+parent = pathlib.Path({str(tmp_path)!r})
+with interrupts.temporary(parent) as folder:
+    os.utime(folder, (0, 0))
+    interrupts.remove_abandoned(parent)
+    print(folder.is_dir())
+""")
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 def make_model(folder: Path, **config: object) -> Path:
     """Make a folder that looks like a model with a billion weights of two bytes."""
     folder.mkdir(parents=True)
@@ -374,6 +404,21 @@ print("not reached")
 """)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.startswith("\nprogram: interrupted") and done.stderr.count("\n") == 2
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_whatever_ends_it_leaves_no_temporary_folder(tmp_path, name):
+    done = run_program(f"""
+import os, pathlib, signal
+import interrupts
+signal.signal(signal.{name}, signal.SIG_DFL)
+interrupts.watch("program")
+with interrupts.temporary(pathlib.Path({str(tmp_path / "new/out")!r})):
+    os.kill(os.getpid(), signal.{name})
+""")
+    assert done.returncode == 128 + getattr(signal, name)
+    assert done.stderr.startswith("\nprogram: interrupted")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupt_that_is_ignored_stays_so():
