@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import interrupts
 
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it can keep no list of fonts
 with interrupts.held():  # the first time it writes a list of fonts, and would leave a lock
     import matplotlib
 
