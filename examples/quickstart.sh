@@ -33,6 +33,16 @@ fingerprint() {
   } | sha256sum | cut -d' ' -f1
 }
 
+# Ends with the answer to --help or to a request that cannot be served, as far as the standard library
+# tells. $1: `options`, or `places` for those and where files go; then the request.
+answer_at_once() {
+  local python answer
+  python=$(find_python)
+  [[ -n $python ]] || return 0  # what is missing is told later
+  answer=$("$python" -B "$script" --check "$@") || exit
+  [[ -z $answer ]] || { printf '%s\n' "$answer"; exit; }
+}
+
 install_reslora() {
   local made_of=$venv/reslora-made-of.txt wanted
   wanted=$(fingerprint)
@@ -49,7 +59,9 @@ fi
 if [[ "$(uname -sm)" != "Linux x86_64" ]]; then
   say "tested on Linux x86-64 only; $(uname -sm) is untested."
 fi
+answer_at_once options "$@"
 check_folder "$cache" "$(space_for "$venv")" XDG_CACHE_HOME
+answer_at_once places "$@"
 lock_folder "$cache"
 require_packages use
 make_environment "$venv" example

@@ -8,9 +8,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LARGEST = 2**63 - 1  # of a seed, and of whatever else torch takes as an int64
 
@@ -103,6 +104,8 @@ def refused_by_system(error: Exception) -> str | None:
 
 def progress_bar(steps: Iterable[int], name: str) -> tqdm:
     """Return a bar over `steps`; where no terminal looks, it prints a line now and then."""
+    from tqdm import tqdm  # quickstart.sh reads requests before anything is installed
+
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(steps, desc=name, unit="step", dynamic_ncols=True, mininterval=interval)
 

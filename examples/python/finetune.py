@@ -43,12 +43,19 @@ def _run(arguments: list[str]) -> int:
     import options
     import places
 
+    until = None
+    if arguments[:1] == ["--check"]:  # quickstart.sh asks, before torch is installed
+        _, until, *arguments = arguments
     chosen = options.parse(arguments)
+    if until == "options":
+        return 0
     if chosen.model is None or Path(chosen.model).expanduser().is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to fetch, so nothing to ask
     # Threads that spin while they wait make a run on a busy machine several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with places.results(chosen) as stage:
+        if until == "places":
+            return 0
         import job  # torch and transformers take seconds to import: only for a good request
 
         return job.run(chosen, stage)

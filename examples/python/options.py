@@ -1,6 +1,6 @@
 """The command line of the quickstart: `parse(arguments)` gives checked options or a UserError.
 
-Imports nothing that is slow, so that a bad request is answered at once.
+Needs the standard library alone, so that a bad request is answered before anything is installed.
 """
 
 from __future__ import annotations

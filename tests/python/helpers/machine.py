@@ -24,14 +24,17 @@ TOOLS = (
 )  # fmt: skip
 CHECKOUT = (
     "CMakeLists.txt", "pyproject.toml", "benchmarks/gpu.sh", "examples/quickstart.sh",
-    "include/reslora/merge.h", "python/reslora/__init__.py", "src/core/chain.cpp",
-    "tests/constraints.txt", "tests/lacking.py", "tests/progress.py", "tests/run.sh",
-    "tests/setup.sh",
+    "examples/python/console.py", "examples/python/finetune.py", "examples/python/interrupts.py",
+    "examples/python/options.py", "examples/python/places.py", "include/reslora/merge.h",
+    "python/reslora/__init__.py", "src/core/chain.cpp", "tests/constraints.txt",
+    "tests/lacking.py", "tests/progress.py", "tests/run.sh", "tests/setup.sh",
 )  # fmt: skip
-# Asked to install or to build, it does what the variable STUB_PIP holds.
+# Asked to install or to build, it does what the variable STUB_PIP holds. -S hides the packages of
+# the real machine from the script that looks at a request before the installation.
 PYTHON = f"""#!/bin/bash
 echo "$*" >>"$STUB_LOG"
 case "$1 $2" in
+  "-B "*) exec {sys.executable} -S "$@" ;;
   "-c "* | "- "* | */progress.py\\ *) exec {sys.executable} "$@" ;;
   "--version "*) echo "Python 3.11.2" ;;
   "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && eval "${{STUB_VENV:-:}}" ;;
@@ -47,6 +50,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         """Make the machine in an empty folder."""
+        self.folder = folder
         self.bin, self.home, self.log = folder / "bin", folder / "home", folder / "log"
         for place in (self.bin, self.home):
             place.mkdir(parents=True)
@@ -65,12 +69,13 @@ class Machine:
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     def start(
-        self, script: Path = QUICKSTART, shell: str = "bash", **variables: str
+        self, script: Path = QUICKSTART, shell: str = "bash", *arguments: str, **variables: str
     ) -> subprocess.Popen[str]:
-        """Start a script in a process group of its own, which Ctrl-C reaches."""
+        """Start a script in the machine's folder, in a process group of its own for Ctrl-C."""
         own = {"PATH": str(self.bin), "HOME": str(self.home), "STUB_LOG": str(self.log)}
         return subprocess.Popen(
-            [*shell.split(), script],
+            [*shell.split(), script, *arguments],
+            cwd=self.folder,
             env={**own, "PYTHON": "python3", **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -82,10 +87,10 @@ class Machine:
         )
 
     def run(
-        self, script: Path = QUICKSTART, shell: str = "bash", **variables: str
+        self, script: Path = QUICKSTART, shell: str = "bash", *arguments: str, **variables: str
     ) -> tuple[int, str, str]:
         """Run a script to its end; return exit code, stdout and stderr."""
-        started = self.start(script, shell, **variables)
+        started = self.start(script, shell, *arguments, **variables)
         printed, errors = started.communicate(timeout=120)
         return started.returncode, printed, errors
 
