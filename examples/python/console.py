@@ -70,6 +70,17 @@ def folder(text: str) -> Path:
     return path
 
 
+def model_name(text: str) -> str:
+    """Return a folder that exists, or what may be a name of the Hub, for argparse."""
+    path = Path(text).expanduser()
+    is_path = text.startswith(("/", ".", "~")) or text.count("/") > 1 or os.path.lexists(path)
+    if is_path and not path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"must name a folder or a model of the Hub; no folder {text!r}"
+        )
+    return text
+
+
 def text_file(text: str) -> Path:
     """Return a file that exists, for argparse."""
     if not (path := Path(text).expanduser()).is_file():

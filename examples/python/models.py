@@ -24,9 +24,6 @@ def _load(cls: type, name: str, **options: object) -> object:
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"--model must hold a causal language model; {name!r} has no config.json")
-    looks_like_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    if looks_like_path and not folder.is_dir():
-        raise UserError(f"--model must name a folder or a model of the Hub; no folder {name!r}")
     try:
         return cls.from_pretrained(str(folder) if folder.is_dir() else name, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from console import Parser, UserError, at_least, folder, names, positive, text_file
+from console import Parser, UserError, at_least, folder, model_name, names, positive, text_file
 
 MODES = ("is", "bs", "ms", "all", "none")
 
@@ -21,7 +21,7 @@ in the cache; without --data it is adapted to the comments in torch's C++ header
 """
 # name, default, type, help; "%(default)s" is filled in by argparse
 _OPTIONS = (
-    ("--model", None, str, "name on the Hub, or folder (default: small Llama pretrained here)"),
+    ("--model", None, model_name, "name on the Hub, or folder (default: a small one, made here)"),
     ("--data", None, text_file, "UTF-8 text file (default: comments in torch's C++ headers)"),
     ("--res-mode", "all", str, f"shortcuts to train: {', '.join(MODES)} (default: %(default)s)"),
     (

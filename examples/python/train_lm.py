@@ -15,14 +15,16 @@ import os
 import sys
 from pathlib import Path
 
-from console import Parser, at_least, exit_code_of, folder, positive, text_file
+from console import Parser, at_least, exit_code_of, folder, model_name, positive, text_file
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the options."""
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--model", help="name on the Hub, or folder (default: small Llama made here)"
+        "--model",
+        type=model_name,
+        help="name on the Hub, or folder (default: small Llama made here)",
     )
     parser.add_argument("--data", type=text_file, help="UTF-8 text (default: C++ comments)")
     parser.add_argument("--preset", default="nlg", choices=("nlg", "nlu"))

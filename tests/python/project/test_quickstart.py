@@ -212,6 +212,8 @@ BAD = {
     "no target": (["--target-modules", ""], "--target-modules must be names separated by commas"),
     "seed too large": (["--seed", "9" * 20], f"--seed must be at most {2**63 - 1}; got 99"),
     "no output": (["--output", ""], "--output must name a folder; got nothing"),
+    "no such folder": (["--model", "./nowhere"], "or a model of the Hub; no folder './nowhere'"),
+    "file as model": (["--model", __file__], "--model must name a folder or a model of the Hub"),
     "unknown device": (["--device", "tpu"], "--device must be cpu or cuda; got 'tpu'"),
     "file as output": (["--output", __file__], "--output must name a folder"),
 }
@@ -232,7 +234,6 @@ BAD_INPUT = {
     "short text": (["--data", "short.txt"], "at least one block of --seq-len 32 tokens"),
     "binary": (["--data", "binary.txt"], "--data must be UTF-8 text"),
     "no model in folder": (["--model", "."], "'.' has no config.json"),
-    "no such folder": (["--model", "./nowhere"], "no folder './nowhere'"),
     "unknown target": (["--target-modules", "no_proj"], "'no_proj', which matches nothing"),
     "too long": (["--seq-len", "513"], "--seq-len must be at most 512 for this model; got 513"),
 }

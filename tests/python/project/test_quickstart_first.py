@@ -37,6 +37,8 @@ def test_help_is_printed_first(machine: Machine, home: dict[str, str]) -> None:
         (["--rank", "4"], "unrecognized arguments: --rank 4"),
         (["--steps", "0"], "--steps must be at least 1; got 0"),
         (["--data", "no file.txt"], "--data must name a text file; got 'no file.txt'"),
+        (["--model", "../none"], "--model must name a folder or a model of the Hub; no folder '"),
+        (["--model", "dangling"], "--model must name a folder or a model of the Hub; no folder '"),
         (["--output", "/proc/out"], "--output must be a folder that can be written to; got '/pr"),
         (["--cache", "/proc/out"], "--cache must be a folder that can be written to; got '/proc"),
     ],
@@ -44,6 +46,7 @@ def test_help_is_printed_first(machine: Machine, home: dict[str, str]) -> None:
 def test_a_bad_request_is_refused_first(
     machine: Machine, arguments: list[str], sentence: str
 ) -> None:
+    (machine.folder / "dangling").symlink_to("nowhere")
     code, printed, errors = ask(machine, *arguments)
     assert (code, printed) == (2, "")
     assert errors.startswith(f"quickstart: {sentence}") and errors.count("\n") == 1
