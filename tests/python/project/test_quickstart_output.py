@@ -356,15 +356,21 @@ def test_after_an_interrupt_in_delivery_a_run_into_the_same_place_succeeds(cache
     assert not list((output / "none-alpha16/merged").glob("model-0*"))
 
 
-def run_program(text: str, **options) -> subprocess.CompletedProcess[str]:
+def run_program(text: str, home: str = str(Path.home()), **options):
     return subprocess.run(
         [sys.executable, "-c", text],
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES)},
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES), "HOME": home},
         capture_output=True,
         text=True,
         timeout=60,
         **options,
     )
+
+
+def test_matplotlib_says_nothing_of_a_home_that_cannot_be_written():
+    forget = "os.environ.pop('MPLCONFIGDIR', 0), os.environ.pop('XDG_CONFIG_HOME', 0)"
+    done = run_program(f"import os; {forget}; import report", home="/proc/nowhere")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_interrupt_waits_for_the_results_to_be_in_place(tmp_path):
