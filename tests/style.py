@@ -194,6 +194,8 @@ def check_include_direction(tree: Path) -> list[str]:
             if not match:
                 continue
             name = match.group(1)
+            if ".." in name.split("/"):
+                found.append(f"{at}: an include starts at src/ or beside the file; got {name}")
             target = included_room(tree, path, name)
             if target not in (None, room) and ROW.get(target, -1) <= ROW[room]:
                 found.append(f"{at}: '{room}' may not include '{target}' ({name})")

@@ -1,4 +1,4 @@
-// reslora._C: the C++ functions that Python calls, and nothing else; pybind11 is in this folder
+// reslora._C: the C++ functions that the package and its tests call; pybind11 is in this folder
 // only.
 //
 // Errors: a c10::Error becomes the Python exception of the same name, with its one sentence and

@@ -24,6 +24,7 @@ from ._C import config_defaults, scaling_of, validate_config
 from .text_files import parse_object, write_text
 
 PEFT_TYPE = "RESLORA"
+ALL_LINEAR = "all-linear"  # as target_modules, in any case of letters
 MERGE_METHODS = ("exact", "lsq", "input", "weight", "factored")
 # What an adapter_config.json holds beside the options.
 FILE_KEYS = (
@@ -341,7 +342,7 @@ def _check_layers(config: ResLoraConfig) -> None:
             "[config] layers_pattern says which number layers_to_transform means; got it alone"
         )
     targets = config.target_modules
-    if wanted and isinstance(targets, str) and targets.lower() != "all-linear":
+    if wanted and isinstance(targets, str) and targets.lower() != ALL_LINEAR:
         raise ValueError(
             "[config] layers_to_transform needs a list of target_modules or 'all-linear'; got the "
             f"regular expression {targets!r} (write the indices into it)"

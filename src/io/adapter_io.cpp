@@ -23,6 +23,7 @@ namespace {
 using detail::ContentError;
 using detail::entry_of;
 using detail::file_order;
+using detail::kModelPrefix;
 using detail::on_file;
 using detail::require;
 using detail::shown;
@@ -36,7 +37,6 @@ constexpr const char* kChainsKey = "reslora.chains";
 constexpr const char* kSumKey = "reslora.sha256";
 
 // PEFT's path to the model inside its wrapper: PEFT reads keys that begin with it as they are.
-constexpr std::string_view kModelPrefix = "base_model.model.";
 
 using Tensors = std::map<std::string, at::Tensor>;
 

@@ -8,6 +8,7 @@ namespace reslora::detail {
 
 constexpr std::string_view kSuffixA = ".reslora_A.weight";
 constexpr std::string_view kSuffixB = ".reslora_B.weight";
+constexpr std::string_view kModelPrefix = "base_model.model.";  // of every key in PEFT's files
 
 inline std::string key_of_a(const std::string& layer) { return layer + std::string(kSuffixA); }
 inline std::string key_of_b(const std::string& layer) { return layer + std::string(kSuffixB); }

@@ -10,13 +10,12 @@
 
 #include "core/check.h"
 #include "core/precision.h"
+#include "io/factor_names.h"
 #include "io/folders.h"
 #include "safetensors/json.h"
 
 namespace reslora {
 namespace {
-
-constexpr const char* kPrefix = "base_model.model.";  // of every key in PEFT's files
 
 void text_or_null(detail::JsonWriter& json, const char* key, const std::string& value) {
   json.key(key);
@@ -130,14 +129,15 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
     check_pair(layer);
     R = std::max(R, layer.A.size(0));
   }
+  const std::string prefix(detail::kModelPrefix);
   TensorFile file;
   file.metadata = {{"format", "pt"}};
   for (const LayerMerge& layer : lora.layers) {
     auto [A, B] = padded_factors(layer, R);
-    file.tensors.emplace(kPrefix + layer.name + ".lora_A.weight", std::move(A));
-    file.tensors.emplace(kPrefix + layer.name + ".lora_B.weight", std::move(B));
+    file.tensors.emplace(prefix + layer.name + ".lora_A.weight", std::move(A));
+    file.tensors.emplace(prefix + layer.name + ".lora_B.weight", std::move(B));
   }
-  for (const auto& [name, tensor] : lora.heads) file.tensors.emplace(kPrefix + name, tensor);
+  for (const auto& [name, tensor] : lora.heads) file.tensors.emplace(prefix + name, tensor);
   const std::string options = peft_config(lora, R);
   detail::Stage stage(folder);
   save_tensors(stage.path(detail::kWeightsName), file);

@@ -1,4 +1,4 @@
-// A strict reader and writer of JSON (RFC 8259) for file headers: no torch, no tree in memory.
+// A strict reader and writer of JSON (RFC 8259), for headers and configs: no tree in memory.
 //
 // The reader is pulled: the caller says what must come next, so a grammar is checked where it is
 // used and a hostile text cannot make us build anything.

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .._C import load_tensors
+from ..config import PEFT_TYPE
 from ..files.exporting import DIFFUSERS_NAME
 from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder
 from ..text_files import read_object
@@ -66,7 +67,7 @@ def check_export(
         )
     config = read_object(config_path, "check-export")
     kind = config.get("peft_type")
-    if kind == "RESLORA":
+    if kind == PEFT_TYPE:
         sentence = "this is an unmerged ResLoRA adapter; write a plain LoRA with export-lora"
         return [Finding(reader, sentence) for reader in READERS]
     if kind != "LORA":

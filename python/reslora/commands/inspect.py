@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .._C import ModelFiles
+from ..config import PEFT_TYPE
 from ..files.base_files import STEMS, weight_files
 from ..files.checkpoint import read_adapter
 from ..files.exporting import DIFFUSERS_NAME
@@ -136,7 +137,7 @@ def _inspect_adapter_folder(folder: Path, shown: str) -> Inspection | None:
     """Look at the adapter that lies in a folder itself; None: there is none."""
     if (folder / WEIGHTS_NAME).is_file():
         values = _read_config(folder / CONFIG_NAME)
-        if values.get("peft_type") == "RESLORA":
+        if values.get("peft_type") == PEFT_TYPE:
             return _inspect_adapter(folder, shown)
         found = _inspect_files([folder / WEIGHTS_NAME], shown)
         found.kind = f"plain LoRA ({values.get('peft_type', 'no config')})"

@@ -12,10 +12,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config import PEFT_TYPE
+from ..files.folders import CONFIG_NAME
+
 SHOWN_KEYS = 8  # of an object of an unknown kind
 # The files that tell what a folder without weights is, the most telling first.
 TELLING_NAMES = (
-    "adapter_config.json",
+    CONFIG_NAME,
     "reslora_config.json",
     "model_index.json",
     "config.json",
@@ -65,7 +68,7 @@ def _plain(value: Any) -> Any:
 
 def _adapter(values: dict[str, Any]) -> Description:
     kind = values["peft_type"]
-    if kind != "RESLORA":
+    if kind != PEFT_TYPE:
         return Description(f"config of a PEFT adapter ({kind})", chosen(values, ADAPTER_KEYS))
     keys = ("res_mode", "pre_num", *ADAPTER_KEYS)
     return Description("config of a ResLoRA adapter", chosen(values, keys))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._C import AdapterFile, ModelFiles
-from ..config import ResLoraConfig
+from ..config import ALL_LINEAR, ResLoraConfig
 from ..text_files import read_object
 from .folders import PathLike
 from .hub import local_folder
@@ -198,7 +198,7 @@ def check_chains(names: list[str], adapter: AdapterFile, config: ResLoraConfig) 
     for chain, layers in adapter.chains:
         pattern = re.escape(f"{chain}.weight").replace(r"\*", r"\d+")
         found = [name for name in names if re.fullmatch(pattern, name)]
-        if isinstance(targets, str) and targets != "all-linear":  # may name some layers of a kind
+        if isinstance(targets, str) and targets.lower() != ALL_LINEAR:  # some layers of a kind
             found = [n for n in found if re.fullmatch(targets, n.removesuffix(".weight"))]
         if len(found) > len(layers):
             raise ValueError(

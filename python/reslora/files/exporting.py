@@ -62,7 +62,7 @@ def export_lora(
     Args:
         model: an adapted model, merged or not.
         directory: the folder to write.
-        merge_method: as in `merge`; of a merged model it is the method it was merged by.
+        merge_method: as in `merge`; of a merged model the one that it was merged by.
         rank: reduce every pair (of `bs`: of rank (m+1)r) to at most this rank by QR and SVD, to
             the smallest that keeps `tolerance`. None: no reduction.
         tolerance: relative error |BA - reduced| / |BA| below which a rank is small enough.
@@ -75,13 +75,14 @@ def export_lora(
     Returns:
         The largest relative error of the reduction over the layers; 0.0 without `rank`.
     """
-    model = plain_model(model)
-    injection = injection_of(model, "export_lora")
-    request = MergeRequest("export_lora", merge_method, data, refine_steps, progressbar=progressbar)
+    injection = injection_of(model := plain_model(model), "export_lora")
+    request = MergeRequest(
+        op="export_lora", merge_method=merge_method, data=data, refine_steps=refine_steps,
+        progressbar=progressbar,
+    )  # fmt: skip
     plan = _planned(model, injection, request)
     refuse_tied(model, saved_names(model, injection), "export_lora")
     layers, error = reduced(plan.layers, rank, tolerance)
-    base = base_name(model, base_model_name_or_path)
     _write_lora(
         directory,
         layers,
@@ -89,7 +90,7 @@ def export_lora(
         targets=_short_targets(model, [layer.name for layer in layers]),
         config=injection.config,
         fan_in_fan_out=all(is_conv1d(layer.base_layer) for layer in injection.layers),
-        base=base,
+        base=base_name(model, base_model_name_or_path),
         task_type=task_type,
     )
     return error
@@ -123,20 +124,13 @@ def export_diffusers(
     Returns:
         The largest relative error of the reduction over the layers; 0.0 without `rank`.
     """
-    model = plain_model(model)
     op = "export_diffusers"
-    injection = injection_of(model, op)
-    if not component.isidentifier():
-        raise ValueError(
-            f"[export_diffusers] component must be a pipeline's name for it, such as 'unet'; got "
-            f"{component!r}"
-        )
-    if heads := saved_names(model, injection):
-        raise ValueError(
-            f"[export_diffusers] such files hold LoRA alone; got modules_to_save {heads} "
-            "(merge_and_unload keeps them)"
-        )
-    request = MergeRequest(op, merge_method, data, refine_steps, progressbar=progressbar)
+    injection = injection_of(model := plain_model(model), op)
+    _check_diffusers(op, component, saved_names(model, injection))
+    request = MergeRequest(
+        op=op, merge_method=merge_method, data=data, refine_steps=refine_steps,
+        progressbar=progressbar,
+    )  # fmt: skip
     plan = _planned(model, injection, request)
     layers, error = reduced(plan.layers, rank, tolerance)
     tensors: dict[str, Tensor] = {}
@@ -145,6 +139,19 @@ def export_diffusers(
         tensors[f"{component}.{name}.lora_B.weight"] = B
     save_tensors(make_folder(directory) / DIFFUSERS_NAME, tensors, {"format": "pt"})
     return error
+
+
+def _check_diffusers(op: str, component: str, heads: list[str]) -> None:
+    """Refuse what diffusers' files cannot hold."""
+    if not component.isidentifier():
+        raise ValueError(
+            f"[{op}] component must be a pipeline's name for it, such as 'unet'; got {component!r}"
+        )
+    if heads:
+        raise ValueError(
+            f"[{op}] such files hold LoRA alone; got modules_to_save {heads} "
+            "(merge_and_unload keeps them)"
+        )
 
 
 def reduced(

@@ -1,4 +1,4 @@
-"""The folder of an adapter: what its files are called, and making it."""
+"""The folder of an adapter: what its files are called, finding, making and reading it."""
 
 from __future__ import annotations
 

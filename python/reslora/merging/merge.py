@@ -45,7 +45,7 @@ from .report import MergeReport
 logger = logging.getLogger("reslora")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeRequest:
     """How to merge a model: what `merge` takes, and `op`, who asks, for sentences of errors."""
 
@@ -133,7 +133,7 @@ def merge(
             is then changed.
     """
     request = MergeRequest(
-        "merge", merge_method, data=data, refine_steps=refine_steps, verify=verify,
+        op="merge", merge_method=merge_method, data=data, refine_steps=refine_steps, verify=verify,
         max_error=max_error, safe_merge=safe_merge, progressbar=progressbar,
     )  # fmt: skip
     return _merge(model, request, {})
@@ -160,8 +160,9 @@ def merge_and_unload(
     quantized.py).
     """
     request = MergeRequest(
-        "merge_and_unload", merge_method, data=data, refine_steps=refine_steps, verify=verify,
-        max_error=max_error, safe_merge=safe_merge, progressbar=progressbar, keep_originals=False,
+        op="merge_and_unload", merge_method=merge_method, data=data, refine_steps=refine_steps,
+        verify=verify, max_error=max_error, safe_merge=safe_merge, progressbar=progressbar,
+        keep_originals=False,
     )  # fmt: skip
     injection = injection_of(model, request.op)
     applied = injection.applied
@@ -195,7 +196,9 @@ def _removed(model: nn.Module, injection: Injection, how: str) -> nn.Module:
 
 def merge_for_good(model: nn.Module, op: str, *, safe_merge: bool, progressbar: bool) -> None:
     """Merge by the best rule for what is at hand and keep no originals."""
-    request = MergeRequest(op, safe_merge=safe_merge, progressbar=progressbar, keep_originals=False)
+    request = MergeRequest(
+        op=op, safe_merge=safe_merge, progressbar=progressbar, keep_originals=False
+    )
     _merge(model, request, {})
 
 
@@ -244,7 +247,9 @@ def _apply(plan: MergePlan, request: MergeRequest, count: int) -> BaseException 
                     raise
                 waiting.append(error)
 
-        plan.apply(request.keep_originals, request.safe_merge, show)
+        plan.apply(
+            keep_originals=request.keep_originals, safe_merge=request.safe_merge, progress=show
+        )
     return waiting[0] if waiting else None
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..injection.adapted import Injection
-from ..nn.base_layers import base_weight, dequantized
+from ..nn.base_layers import base_weight
 
 
 def dense_layers(model: nn.Module, injection: Injection, op: str) -> dict[str, nn.Linear]:
@@ -33,7 +33,7 @@ def dense_layers(model: nn.Module, injection: Injection, op: str) -> dict[str, n
         if base_weight(layer.base_layer) is not None:
             continue
         with torch.no_grad():
-            weight = dequantized(layer.base_layer, layer.in_features, dtype)
+            weight = _dequantized(layer.base_layer, layer.in_features, dtype)
         if weight is None or list(weight.shape) != [layer.out_features, layer.in_features]:
             raise ValueError(
                 f"[{op}] dequantize knows torchao and bitsandbytes; got "
@@ -64,3 +64,31 @@ def _compute_dtype(model: nn.Module, injection: Injection) -> torch.dtype:
         if is_plain and parameter.is_floating_point() and id(parameter) not in own:
             return parameter.dtype
     return torch.get_default_dtype()
+
+
+def _dequantized(base: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the weight [out, in] of a quantised layer as a plain tensor, None if unknown."""
+    weight: Any = getattr(base, "weight", None)
+    if type(base).__module__.split(".")[0] == "bitsandbytes":
+        return _probed(base, in_features, dtype)
+    if not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter):
+        return None
+    inner: Any = weight.data if isinstance(weight, nn.Parameter) else weight
+    if not hasattr(inner, "dequantize"):
+        return None
+    plain = inner.dequantize()
+    is_plain = type(plain) is Tensor and plain.is_floating_point()
+    return plain.detach().to(dtype, copy=True) if is_plain else None
+
+
+def _probed(base: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Return W as the layer itself applies it, from what it makes of the unit vectors.
+
+    bitsandbytes repacks its weights for the device that they run on, and only its own forward knows
+    how to read them then.
+    """
+    weight: Any = base.weight
+    bias: Any = getattr(base, "bias", None)
+    columns = base(torch.eye(in_features, dtype=dtype, device=weight.device))
+    columns = columns if bias is None else columns - bias.to(columns.dtype)
+    return columns.t().to(dtype).contiguous()

@@ -31,34 +31,6 @@ def typical_tensor(base: nn.Module) -> Tensor:
     return next(iter([*floating, *parameters]), torch.empty(0))
 
 
-def dequantized(base: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor | None:
-    """Return the weight [out, in] of a quantised layer as a plain tensor, None if unknown."""
-    weight: Any = getattr(base, "weight", None)
-    if type(base).__module__.split(".")[0] == "bitsandbytes":
-        return _probed(base, in_features, dtype)
-    if not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter):
-        return None
-    inner: Any = weight.data if isinstance(weight, nn.Parameter) else weight
-    if not hasattr(inner, "dequantize"):
-        return None
-    plain = inner.dequantize()
-    is_plain = type(plain) is Tensor and plain.is_floating_point()
-    return plain.detach().to(dtype, copy=True) if is_plain else None
-
-
-def _probed(base: nn.Module, in_features: int, dtype: torch.dtype) -> Tensor:
-    """Return W as the layer itself applies it, from what it makes of the unit vectors.
-
-    bitsandbytes repacks its weights for the device that they run on, and only its own forward knows
-    how to read them then.
-    """
-    weight: Any = base.weight
-    bias: Any = getattr(base, "bias", None)
-    columns = base(torch.eye(in_features, dtype=dtype, device=weight.device))
-    columns = columns if bias is None else columns - bias.to(columns.dtype)
-    return columns.t().to(dtype).contiguous()
-
-
 def is_bypassed(parent: nn.Module | None, name: str) -> bool:
     """Tell whether a child's weight is read without a call: by attention of torch, and by Mamba."""
     if isinstance(parent, nn.MultiheadAttention):

@@ -1,4 +1,4 @@
-// Dropout bits on the CPU: drawn from a counter, kept as bits, applied to a few rows at a time.
+// Dropout bits: drawn a block at a time, for draw.cpp; applied a row at a time, for slabs.cpp.
 //
 // Bit j%8 of byte j/8 of a row belongs to element j; 1 = kept. The bits depend on the seed and
 // their place alone, so any number of threads draws the same.

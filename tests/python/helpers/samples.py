@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -83,7 +83,6 @@ class Sample:
     dropout: float = 0.0
     bits: torch.Tensor | None = None
     base_out: torch.Tensor | None = None
-    extra: dict = field(default_factory=dict)
 
     @property
     def wiring(self):

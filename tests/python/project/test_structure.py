@@ -45,6 +45,13 @@ PLANTED = [
     ),
     ("include_direction", "include/reslora/config.h", "\n#include <reslora/ops.h>\n", "config.h:2"),
     ("include_direction", "src/merge/merge.cpp", "#include <reslora/linear.h>\n", "'nn'"),
+    (
+        "include_direction",
+        "src/core/a.cpp",
+        '#include "core/../nn/injection.h"\n',
+        "starts at src/",
+    ),
+    ("include_direction", "src/core/a.cpp", '#include "../nn/injection.h"\n', "starts at src/"),
     ("include_direction", "src/merge/merge.cpp", "#include <reslora/ops.h>\n", "'ops'"),
     ("include_direction", "src/cpu/a.h", '#include "core/check.h"\n', "'core'"),
     ("include_direction", "src/ops/dropout/a.h", '#include "io/folders.h"\n', "'io'"),
