@@ -67,7 +67,7 @@ struct ResLoraConfig {
 
   // Which layers `inject` adapts; of no effect where layers are linked by hand.
 
-  /// The layers to adapt; must be given.
+  /// The layers to adapt; none: what the model calls its queries and values, as in the paper.
   TORCH_ARG(ModuleNames, target_modules);
   /// Layers that are never adapted.
   TORCH_ARG(ModuleNames, exclude_modules);

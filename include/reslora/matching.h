@@ -42,10 +42,10 @@ struct Matching {
   std::vector<std::string> warnings;  ///< one sentence each
 };
 
-/// The layers of one chain, in the order of the modules.
+/// The layers of one chain.
 struct ChainShape {
-  std::string key;  ///< the path of its layers with `*` for the layer's index
-  std::vector<LayerShape> layers;
+  std::string key;                 ///< the path of its layers with `*` for the layer's index
+  std::vector<LayerShape> layers;  ///< in the order of the modules
 };
 
 /// Returns what a model calls its queries and values (or all in one), the targets where a config

@@ -12,6 +12,7 @@ import json
 import re
 import warnings
 from dataclasses import fields
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,7 @@ def describe(model: nn.Module) -> list[ModuleInfo]:
     infos = []
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
-        base = getattr(module, "base_layer", module)  # a layer that is adapted is what it was
+        base: Any = getattr(module, "base_layer", module)  # a layer that is adapted is what it was
         infos.append(
             ModuleInfo(
                 path,
