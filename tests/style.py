@@ -44,7 +44,7 @@ HEADERS = {
     "io": "adapter_io merge_files model_files plain_lora statistics_io",
     "merge": "merge merge_errors regression",
     "ops": "ops",
-    "core": "chain chain_view config config_json export formulas module_names norm_window",
+    "core": "chain chain_view config config_json export formulas matching module_names norm_window",
 }
 TORCH_FREE = {"safetensors", "cuda"}  # rooms that must build without torch
 

@@ -67,7 +67,7 @@ struct ResLoraConfig {
 
   // Which layers `inject` adapts; of no effect where layers are linked by hand.
 
-  /// The layers to adapt; must be given.
+  /// The layers to adapt; none: what the model calls its queries and values, as in the paper.
   TORCH_ARG(ModuleNames, target_modules);
   /// Layers that are never adapted.
   TORCH_ARG(ModuleNames, exclude_modules);
@@ -88,9 +88,11 @@ struct ResLoraConfig {
   TORCH_ARG(Patterns<std::string>, other_options);
 };
 
-/// Throws c10::ValueError with one sentence for the first option out of its range. (Whether names
-/// match a model is for `inject` to see.)
-RESLORA_API void validate(const ResLoraConfig& config);
+/// Throws c10::ValueError with one sentence for the first option out of its range, and what `match`
+/// throws for an expression that it cannot read. (Whether names match a model is for `inject` to
+/// see.)
+RESLORA_API void validate(const ResLoraConfig& config,
+                          const ExpressionMatch& match = matches_ecma_script);
 
 /// Returns the shortcut that `res_mode` names; throws c10::ValueError for an unknown name.
 RESLORA_API Shortcut parse_shortcut(const std::string& res_mode);

@@ -10,12 +10,21 @@
 
 #include <reslora/export.h>
 
+#include <functional>
 #include <initializer_list>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace reslora {
+
+/// Tells whether a regular expression matches the whole of a text; throws for an expression that it
+/// cannot read. Python hands in its own dialect.
+using ExpressionMatch = std::function<bool(const std::string& expression, const std::string& text)>;
+
+/// The ExpressionMatch of C++ programs: ECMAScript. Throws c10::ValueError for an expression that
+/// cannot be read. Each expression is compiled once for each thread.
+RESLORA_API bool matches_ecma_script(const std::string& expression, const std::string& text);
 
 /// A list of names, a regular expression, or nothing; see above.
 class RESLORA_API ModuleNames {
@@ -42,9 +51,9 @@ class RESLORA_API ModuleNames {
   /// The expression; empty for a list.
   const std::string& expression() const { return expression_; }
 
-  /// True where `path` is meant. "all-linear" means no path by itself. Throws c10::ValueError for
+  /// True where `path` is meant. "all-linear" means no path by itself. Throws as `match` does for
   /// an expression that cannot be read.
-  bool matches(const std::string& path) const;
+  bool matches(const std::string& path, const ExpressionMatch& match = matches_ecma_script) const;
   /// The names in quotes, or the expression, for messages.
   std::string shown() const;
 
@@ -62,9 +71,19 @@ class RESLORA_API ModuleNames {
 /// True where `path` is `name` or ends with "." and `name`.
 RESLORA_API bool is_or_ends_with(const std::string& path, const std::string& name);
 
-/// True where the regular expression `pattern`, which may begin anywhere after a dot, matches up to
-/// the end of `path`: how the keys of rank_pattern and alpha_pattern are read. Throws
-/// c10::ValueError for a pattern that cannot be read.
-RESLORA_API bool matches_pattern(const std::string& path, const std::string& pattern);
+/// True where the regular expression `pattern` matches all of `path`, or all that follows one of
+/// its dots: how the keys of rank_pattern and alpha_pattern are read. Throws as `match` does for a
+/// pattern that cannot be read.
+RESLORA_API bool matches_pattern(const std::string& path, const std::string& pattern,
+                                 const ExpressionMatch& match = matches_ecma_script);
+
+/// The value of the first pattern that matches `path`, else `otherwise`.
+template <typename T>
+T value_for(const std::vector<std::pair<std::string, T>>& patterns, const std::string& path,
+            T otherwise, const ExpressionMatch& match = matches_ecma_script) {
+  for (const auto& [pattern, value] : patterns)
+    if (matches_pattern(path, pattern, match)) return value;
+  return otherwise;
+}
 
 }  // namespace reslora

@@ -29,6 +29,7 @@ std::vector<LayerShape> shapes_from(const std::vector<LayerTuple>& layers);
 std::vector<LayerTuple> tuples_from(const std::vector<LayerShape>& layers);
 
 void bind_chain(py::module_& m);
+void bind_matching(py::module_& m);
 void bind_merge(py::module_& m);
 void bind_files(py::module_& m);
 void bind_model_files(py::module_& m);

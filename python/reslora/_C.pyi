@@ -28,6 +28,62 @@ def config_defaults() -> dict[str, Any]:
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """Return lora_alpha / r, or lora_alpha / sqrt(r)."""
 
+class ModuleInfo:
+    """What the rules for names ask of one module of a model; see include/reslora/matching.h."""
+
+    def __init__(
+        self,
+        path: str,
+        type: str,
+        in_features: int,
+        out_features: int,
+        *,
+        is_linear: bool,
+        is_head: bool,
+        is_bypassed: bool,
+        is_uniform: bool,
+    ) -> None: ...
+    @property
+    def path(self) -> str: ...
+
+class Matching:
+    """What a config means in a model."""
+
+    @property
+    def targets(self) -> str | list[str]:
+        """Return the target_modules in force: the config's, else the defaults."""
+    @property
+    def layers(self) -> list[str]:
+        """Return the paths to adapt, in the order of the modules."""
+    @property
+    def saved(self) -> list[str]:
+        """Return the paths of modules_to_save."""
+    @property
+    def warnings(self) -> list[str]: ...
+
+ExpressionMatch = Callable[[str, str], bool]
+"""Tells whether a regular expression matches the whole of a text."""
+
+def default_targets(modules: Sequence[ModuleInfo]) -> list[str]:
+    """Return what a model calls its queries and values; ValueError where that is not known."""
+
+def match_layers(modules: Sequence[ModuleInfo], config: str, match: ExpressionMatch) -> Matching:
+    """Return the layers that a config (JSON) means in the modules of a model, in their order."""
+
+def find_chains(
+    modules: Sequence[ModuleInfo], layers: Sequence[str], config: str, match: ExpressionMatch
+) -> list[tuple[str, list[LayerTuple]]]:
+    """Return the key and the layers of every chain that `layers` form."""
+
+def warning_without_links(chains: Sequence[Chain]) -> str:
+    """Return the warning where a shortcut is asked for and no two layers are linked, else ""."""
+
+def is_or_ends_with(path: str, name: str) -> bool:
+    """Tell whether a path is `name` or ends with "." and `name`."""
+
+def matches_pattern(path: str, pattern: str, match: ExpressionMatch) -> bool:
+    """Tell whether a regular expression matches all of a path, or all that follows a dot of it."""
+
 def window_mean(norms: Tensor, count: Tensor, which: str) -> float | None:
     """Return the mean of a norm window's valid entries, None where it has none.
 

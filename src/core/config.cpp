@@ -30,21 +30,21 @@ void check_list(const char* option, const std::vector<std::string>& names) {
     RESLORA_CHECK(!name.empty(), "[config] {} must be names; got an empty one", option);
 }
 
-void validate_names(const ResLoraConfig& config) {
+void validate_names(const ResLoraConfig& config, const ExpressionMatch& match) {
   const ModuleNames& targets = config.target_modules();
   RESLORA_CHECK(!targets.is_list() || !targets.names().empty(),
                 "[config] target_modules must be names or a regular expression; got an empty list");
   check_list("target_modules", targets.names());
   check_list("exclude_modules", config.exclude_modules().names());
   check_list("modules_to_save", config.modules_to_save());
-  targets.matches("");  // an expression that cannot be read throws
-  config.exclude_modules().matches("");
+  targets.matches("", match);  // an expression that cannot be read throws
+  config.exclude_modules().matches("", match);
   for (const auto& [pattern, rank] : config.rank_pattern()) {
-    matches_pattern("", pattern);
+    matches_pattern("", pattern, match);
     scaling_of(config.lora_alpha(), rank, config.use_rslora());
   }
   for (const auto& [pattern, alpha] : config.alpha_pattern()) {
-    matches_pattern("", pattern);
+    matches_pattern("", pattern, match);
     scaling_of(alpha, config.r(), config.use_rslora());
   }
   for (const int64_t index : config.layers_to_transform())
@@ -55,8 +55,7 @@ void validate_names(const ResLoraConfig& config) {
   RESLORA_CHECK(
       config.layers_to_transform().empty() || targets.is_list() || targets.is_all_linear(),
       "[config] layers_to_transform needs a list of target_modules or 'all-linear'; got the "
-      "regular "
-      "expression '{}' (write the indices into it)",
+      "regular expression '{}' (write the indices into it)",
       targets.expression());
 }
 
@@ -85,7 +84,7 @@ double scaling_of(double lora_alpha, int64_t r, bool use_rslora) {
   return lora_alpha / (use_rslora ? std::sqrt(rank) : rank);
 }
 
-void validate(const ResLoraConfig& config) {
+void validate(const ResLoraConfig& config, const ExpressionMatch& match) {
   scaling_of(config.lora_alpha(), config.r(), config.use_rslora());
   RESLORA_CHECK(config.lora_dropout() >= 0 && config.lora_dropout() < 1,
                 "[config] lora_dropout must lie in [0, 1); got {}", config.lora_dropout());
@@ -106,7 +105,7 @@ void validate(const ResLoraConfig& config) {
   const auto* init = std::get_if<std::string>(&config.init_lora_weights());
   RESLORA_CHECK(init == nullptr || *init == "gaussian",
                 "[config] init_lora_weights must be true, false or 'gaussian'; got '{}'", *init);
-  validate_names(config);
+  validate_names(config, match);
 }
 
 }  // namespace reslora

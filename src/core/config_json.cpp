@@ -172,10 +172,11 @@ std::string config_to_json(const ResLoraConfig& config) {
   return json.end_object().text() + "\n";
 }
 
-ResLoraConfig config_from_json(const std::string& text, const std::string& source) {
+ResLoraConfig config_from_json(const std::string& text, const std::string& source,
+                               const ExpressionMatch& match) {
   try {
     ResLoraConfig config = read_config(text, source);
-    validate(config);
+    validate(config, match);
     return config;
   } catch (const ContentError& error) {
     RESLORA_CHECK(false, "[config] {}", error.what());

@@ -3,26 +3,26 @@
 
 #include <algorithm>
 #include <cctype>
+#include <map>
 #include <regex>
 
 #include "core/check.h"
 
 namespace reslora {
-namespace {
-
-/// `shown`: what the user wrote.
-bool matches_whole(const std::string& path, const std::string& expression,
-                   const std::string& shown) {
-  try {
-    return std::regex_match(path, std::regex(expression));
-  } catch (const std::regex_error& error) {
-    RESLORA_CHECK(false,
-                  "[config] a pattern must be a regular expression (ECMAScript); got '{}' ({})",
-                  shown, error.what());
+bool matches_ecma_script(const std::string& expression, const std::string& text) {
+  thread_local std::map<std::string, std::regex> compiled;
+  auto found = compiled.find(expression);
+  if (found == compiled.end()) {
+    try {
+      found = compiled.emplace(expression, std::regex(expression)).first;
+    } catch (const std::regex_error& error) {
+      RESLORA_CHECK(false,
+                    "[config] a pattern must be a regular expression (ECMAScript); got '{}' ({})",
+                    expression, error.what());
+    }
   }
+  return std::regex_match(text, found->second);
 }
-
-}  // namespace
 
 bool ModuleNames::is_all_linear() const {
   std::string lower = expression_;
@@ -31,11 +31,11 @@ bool ModuleNames::is_all_linear() const {
   return lower == "all-linear";
 }
 
-bool ModuleNames::matches(const std::string& path) const {
+bool ModuleNames::matches(const std::string& path, const ExpressionMatch& match) const {
   if (is_list_)
     return std::any_of(names_.begin(), names_.end(),
                        [&](const std::string& name) { return is_or_ends_with(path, name); });
-  return is_given() && !is_all_linear() && matches_whole(path, expression_, expression_);
+  return is_given() && !is_all_linear() && match(expression_, path);
 }
 
 std::string ModuleNames::shown() const {
@@ -49,8 +49,13 @@ bool is_or_ends_with(const std::string& path, const std::string& name) {
   return path[start - 1] == '.' && path.compare(start, name.size(), name) == 0;
 }
 
-bool matches_pattern(const std::string& path, const std::string& pattern) {
-  return matches_whole(path, "(.*\\.)?(" + pattern + ")", pattern);
+bool matches_pattern(const std::string& path, const std::string& pattern,
+                     const ExpressionMatch& match) {
+  for (size_t start = 0;; ++start) {
+    if (match(pattern, path.substr(start))) return true;
+    start = path.find('.', start);
+    if (start == std::string::npos) return false;
+  }
 }
 
 }  // namespace reslora

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._C import AdapterFile, load_adapter, save_adapter, save_statistics
+from .._C import AdapterFile, is_or_ends_with, load_adapter, save_adapter, save_statistics
 from ..config import ResLoraConfig
 from ..injection.adapted import Injection, factors_of, find_layers, injection_of, plain_model
 from ..injection.heads import saved_module, saved_names
 from ..injection.inject import inject
-from ..injection.targets import matches_names
 from ..merging.merge import unload
 from ..nn.base_layers import is_conv1d
 from ..nn.sharding import is_sharded, whole, writes
@@ -92,7 +91,7 @@ def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:
     """Return the config, with those of modules_to_save that are there: PEFT lists guesses."""
     config = copy.copy(injection.config)
     heads = saved_names(model, injection)
-    names = [n for n in config.modules_to_save or () if any(matches_names([n], h) for h in heads)]
+    names = [n for n in config.modules_to_save or () if any(is_or_ends_with(h, n) for h in heads)]
     config.modules_to_save = names or None
     return config
 

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import ResLoraConfig
 from .adapted import Injection
-from .targets import matches_names
-
-
-def find_saved(model: nn.Module, config: ResLoraConfig) -> list[str]:
-    """Return the paths of modules_to_save."""
-    found = []
-    for name in config.modules_to_save or ():
-        keys = [key for key, _ in model.named_modules() if matches_names([name], key)]
-        if not keys:
-            raise ValueError(f"[inject] modules_to_save must match modules; got {name!r}")
-        found += keys
-    return list(dict.fromkeys(found))
 
 
 def saved_module(model: nn.Module, name: str) -> nn.Module:

@@ -17,13 +17,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .._C import warning_without_links
 from ..config import ResLoraConfig
 from ..nn.factors import fill_factors
 from ..nn.grouping import Group, find_groups
 from ..nn.session import Session
 from .adapted import Injection, find_layers
 from .chains import make_chains, root_name
-from .heads import find_saved, refuse_tied, saved_parameters
+from .heads import refuse_tied, saved_parameters
 from .targets import find_targets
 
 
@@ -50,12 +51,11 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
     config = copy.deepcopy(config)
     config.validate()
     _check_model(model)
-    targets = find_targets(model, config)
-    saved = find_saved(model, config)
-    refuse_tied(model, saved, "inject")
+    matching = find_targets(model, config)
+    refuse_tied(model, matching.saved, "inject")
     injection = Injection(config)
-    injection.chains = make_chains(model, config, targets)
-    injection.saved_modules = saved
+    injection.chains = make_chains(model, config, matching.layers)
+    injection.saved_modules = matching.saved
     for layer in injection.layers:
         layer.chain.injection = injection
         fill_factors(layer.reslora_A, layer.reslora_B, config.init_lora_weights)
@@ -152,13 +152,6 @@ def _freeze(model: nn.Module, injection: Injection) -> None:
 
 def warn_without_links(injection: Injection) -> None:
     """Say so where a shortcut is asked for and no link could be made."""
-    config = injection.config
-    if config.res_mode == "none" or config.pre_num == 0:
-        return
-    linked = any(c.links.is_linked(n) for c in injection.chains for n in range(len(c.names)))
-    if not linked:
-        warnings.warn(
-            f"[inject] no two adapted layers are linked: res_mode={config.res_mode!r} works like "
-            "plain LoRA here (print_links(model) shows the chains)",
-            stacklevel=3,
-        )
+    warning = warning_without_links([chain.links for chain in injection.chains])
+    if warning:
+        warnings.warn(warning, stacklevel=3)

@@ -15,9 +15,9 @@ from torch import nn
 from ..config import PEFT_TYPE
 from ..files.checkpoint import transposed_chains
 from ..injection.adapted import Injection
-from ..injection.chains import make_chains, shape_of
+from ..injection.chains import make_chains, rank_of
 from ..injection.inject import open_sessions, warn_without_links
-from ..injection.targets import default_targets
+from ..injection.targets import targets_by_default
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
@@ -52,7 +52,7 @@ class ResLoraModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(self.model)
+            peft_config.target_modules = targets_by_default(self.model)
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]
@@ -73,7 +73,7 @@ class ResLoraModel(BaseTuner):
                 f"{type(target).__name__} at {current_key}{why} (name it in exclude_modules)"
             )
         layer = target if isinstance(target, PeftLinear) else PeftLinear(target)
-        r = shape_of(peft_config, current_key, layer)[2]
+        r = rank_of(peft_config, current_key)
         layer.add_factors(adapter_name, r, peft_config.init_lora_weights)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -92,7 +92,7 @@ class ResLoraModel(BaseTuner):
         def adapter_of(layer: PeftLinear, chain: LayerChain, position: int, shape: Any) -> Adapter:
             return Adapter(layer, name, chain, position, shape)
 
-        injection.chains = make_chains(model, config, layers, adapter_of)
+        injection.chains = make_chains(model, config, list(layers), adapter_of)
         for layer in injection.layers:
             layer.chain.injection = injection
             layers[layer.name].reslora_adapters[name] = layer

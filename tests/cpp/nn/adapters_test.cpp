@@ -74,6 +74,16 @@ TEST(Inject, FillsAsAsked) {
   EXPECT_GT(b.parameters()[1].abs().max().item<double>(), 0);
 }
 
+TEST(Inject, TakesQueriesAndValuesWhereNoTargetsAreNamed) {
+  Net net(2);
+  const Adapters adapters = inject(*net, ResLoraConfig().r(2));
+  EXPECT_EQ(adapters.names(), (std::vector<std::string>{"layers.*.q_proj", "layers.*.v_proj"}));
+  EXPECT_EQ(adapters.config().target_modules(), ModuleNames({"q_proj", "v_proj"}));
+  torch::nn::Sequential other{ResLoraLinear(4, 4)};
+  EXPECT_TRUE(refuses([&] { inject(*other, ResLoraConfig()); },
+                      "target_modules must be given; got none (candidates: 0; or"));
+}
+
 struct Bad {
   ResLoraConfig config;
   const char* sentence;
@@ -82,7 +92,6 @@ struct Bad {
 TEST(Inject, RefusesInOneSentenceAndChangesNothing) {
   const ResLoraConfig base = ResLoraConfig().r(2);
   const Bad bad[] = {
-      {base, "target_modules must be given; got none (candidates: q_proj, v_proj, head"},
       {ResLoraConfig(base).target_modules({"nope"}), "got 'nope', which matches nothing"},
       {ResLoraConfig(base).target_modules({"q_proj", "nope"}), "got 'nope'"},
       {ResLoraConfig(base).target_modules("(("), "must be a regular expression"},
@@ -90,7 +99,8 @@ TEST(Inject, RefusesInOneSentenceAndChangesNothing) {
       {ResLoraConfig(base).target_modules({"head"}),
        "got head: declare this member as reslora::ResLoraLinear"},
       {ResLoraConfig(base).target_modules("all-linear"), "got head: declare"},
-      {ResLoraConfig(base).target_modules({"norm"}), "must be linear layers; got layers.0.norm"},
+      {ResLoraConfig(base).target_modules({"norm"}),
+       "must be linear layers that are called; got layers.0.norm (LayerNorm)"},
       {config_of().exclude_modules(".*"), "matches none that is not excluded"},
       {config_of().layers_to_transform({7}), "layers_to_transform must name layers"},
       {config_of().rank_pattern({{"k_proj", 3}}), "rank_pattern must match adapted layers"},

@@ -8,6 +8,8 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -28,6 +30,13 @@ def environment() -> dict[str, str]:
     """
     defaults = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", "OMP_NUM_THREADS": "1"}
     return {**defaults, **os.environ, "CMAKE_GENERATOR": "Ninja"}
+
+
+def build_folder() -> Path:
+    """Return the build tree of the installation that tests/run.sh makes."""
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    return BUILDS / f"{tag}-{tag}-{platform}"
 
 
 def run(*command: str | Path, cwd: Path = REPOSITORY) -> str:

@@ -43,7 +43,7 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({}, "target_modules must be given; got None"),
+        ({}, "target_modules must be given; got none"),
         ({"target_modules": ["zzz"]}, "got 'zzz', which matches nothing"),
         ({"target_modules": ["q", "zzz"]}, "got 'zzz', which matches nothing"),
         ({"target_modules": ".*zzz"}, "matches nothing"),

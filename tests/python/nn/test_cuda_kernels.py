@@ -10,16 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+from cpp_programs import REPOSITORY, build_folder
 from samples import adapt
 
 from reslora import _C
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 LIBRARY = Path(_C.__file__).parent / "libreslora.so"
 KERNELS = {"project_kernel", "project_grad_kernel", "expand_kernel", "expand_grad_kernel"}
 ARCHITECTURES = {"sm_80", "sm_90"}
@@ -42,13 +41,6 @@ def needs_kernels() -> None:
     release = re.search(r"release (\d+)\.", printed)
     if release is None or release.group(1) != (torch.version.cuda or "none").split(".")[0]:
         pytest.skip(f"no CUDA toolkit that fits torch's CUDA {torch.version.cuda}")
-
-
-def build_folder() -> Path:
-    """Return the build tree of the installation that tests/run.sh makes."""
-    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    return REPOSITORY / "build" / f"{tag}-{tag}-{platform}"
 
 
 def read_reports(folder: Path) -> list[tuple[str, str, int, int]]:

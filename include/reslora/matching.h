@@ -1,0 +1,76 @@
+/// @file
+/// Which layers of a model a config means, and which chains they form. These rules stand here
+/// alone: `inject` of C++ and of Python describe their model as a list and ask.
+///
+/// @code{.cpp}
+/// const reslora::Matching found = reslora::match_layers(modules, config);
+/// for (const auto& chain : reslora::find_chains(modules, found.layers, config)) ...
+/// @endcode
+///
+/// Names are matched as PEFT does: a list holds names and suffixes of whole parts, a string is a
+/// regular expression for the whole path, "all-linear" means every linear layer but output heads,
+/// experts, and layers that are never called.
+#pragma once
+
+#include <reslora/chain.h>
+#include <reslora/config.h>
+#include <reslora/export.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace reslora {
+
+/// What the rules ask of one module of a model.
+struct ModuleInfo {
+  std::string path;          ///< its dotted path; empty for the model itself
+  std::string type;          ///< the name of its class, for errors
+  int64_t in_features = 0;   ///< of a layer that can be adapted, else 0
+  int64_t out_features = 0;  ///< of a layer that can be adapted, else 0
+  bool is_linear = false;    ///< a kind of layer that "all-linear" means
+  bool is_head = false;      ///< the model names it as its output head
+  bool is_bypassed = false;  ///< its weight is read by its parent, which never calls it
+  bool is_uniform = false;   ///< a list or sequence whose children are all of one class
+};
+
+/// What a config means in a model.
+struct Matching {
+  ModuleNames targets;                ///< the target_modules in force: the config's, else defaults
+  std::vector<std::string> layers;    ///< paths to adapt, in the order of the modules
+  std::vector<std::string> saved;     ///< paths of modules_to_save
+  std::vector<std::string> warnings;  ///< one sentence each
+};
+
+/// The layers of one chain.
+struct ChainShape {
+  std::string key;                 ///< the path of its layers with `*` for the layer's index
+  std::vector<LayerShape> layers;  ///< in the order of the modules
+};
+
+/// Returns what a model calls its queries and values (or all in one), the targets where a config
+/// names none, as in the paper. Throws c10::ValueError where no known names are there.
+RESLORA_API std::vector<std::string> default_targets(const std::vector<ModuleInfo>& modules);
+
+/// Returns the layers to adapt; `modules` are all modules in the order of registration. `match`
+/// reads the config's regular expressions. Throws c10::ValueError, in a sentence, for a pattern or
+/// index that matches nothing, and for a target that cannot be adapted. Cost: modules * patterns.
+RESLORA_API Matching match_layers(const std::vector<ModuleInfo>& modules,
+                                  const ResLoraConfig& config,
+                                  const ExpressionMatch& match = matches_ecma_script);
+
+/// Returns the chains that `layers` (paths among `modules`) form, with the rank and scaling of each
+/// layer. An index of a path counts as a layer's where the children of its list are all of one
+/// class, as in T5's `block.3.layer.1`, a layer of `block.*.layer.1`; without any such, the first
+/// number does. Experts see other tokens, and the levels of a UNet have other resolutions: their
+/// indices stay.
+RESLORA_API std::vector<ChainShape> find_chains(const std::vector<ModuleInfo>& modules,
+                                                const std::vector<std::string>& layers,
+                                                const ResLoraConfig& config,
+                                                const ExpressionMatch& match = matches_ecma_script);
+
+/// Returns the warning where a shortcut is asked for and no two layers of `chains` are linked, else
+/// nothing.
+RESLORA_API std::string warning_without_links(const std::vector<const Chain*>& chains);
+
+}  // namespace reslora

@@ -1,0 +1,66 @@
+// The rules for names: which layers a config means, and which chains they form.
+#include <reslora/config_json.h>
+#include <reslora/matching.h>
+
+#include "bindings.h"
+
+namespace reslora::python {
+namespace {
+
+constexpr const char* kSource = "the options";
+
+std::vector<ChainTuple> chains_from(const std::vector<ModuleInfo>& modules,
+                                    const std::vector<std::string>& layers,
+                                    const std::string& config, const ExpressionMatch& match) {
+  std::vector<ChainTuple> chains;
+  const ResLoraConfig options = config_from_json(config, kSource, match);
+  for (const ChainShape& chain : find_chains(modules, layers, options, match))
+    chains.emplace_back(chain.key, tuples_from(chain.layers));
+  return chains;
+}
+
+py::object targets_of(const Matching& matching) {
+  if (matching.targets.is_list()) return py::cast(matching.targets.names());
+  return py::cast(matching.targets.expression());
+}
+
+}  // namespace
+
+void bind_matching(py::module_& m) {
+  py::class_<ModuleInfo>(m, "ModuleInfo", "What the rules for names ask of one module of a model.")
+      .def(
+          py::init([](std::string path, std::string type, int64_t in_features, int64_t out_features,
+                      bool is_linear, bool is_head, bool is_bypassed, bool is_uniform) {
+            return ModuleInfo{std::move(path), std::move(type), in_features, out_features,
+                              is_linear,       is_head,         is_bypassed, is_uniform};
+          }),
+          py::arg("path"), py::arg("type"), py::arg("in_features"), py::arg("out_features"),
+          py::kw_only(), py::arg("is_linear"), py::arg("is_head"), py::arg("is_bypassed"),
+          py::arg("is_uniform"))
+      .def_readonly("path", &ModuleInfo::path);
+  py::class_<Matching>(m, "Matching", "What a config means in a model.")
+      .def_property_readonly("targets", &targets_of)
+      .def_readonly("layers", &Matching::layers)
+      .def_readonly("saved", &Matching::saved)
+      .def_readonly("warnings", &Matching::warnings);
+  m.def("default_targets", &default_targets, py::arg("modules"),
+        "Return what a model calls its queries and values.");
+  m.def(
+      "match_layers",
+      [](const std::vector<ModuleInfo>& modules, const std::string& config,
+         const ExpressionMatch& match) {
+        return match_layers(modules, config_from_json(config, kSource, match), match);
+      },
+      py::arg("modules"), py::arg("config"), py::arg("match"),
+      "Return the layers that a config (JSON) means.");
+  m.def("find_chains", &chains_from, py::arg("modules"), py::arg("layers"), py::arg("config"),
+        py::arg("match"), "Return (key, layers) of every chain.");
+  m.def("warning_without_links", &warning_without_links, py::arg("chains"),
+        "Return the warning where no two layers are linked, else nothing.");
+  m.def("is_or_ends_with", &is_or_ends_with, py::arg("path"), py::arg("name"),
+        "Tell whether a path is a name or ends with it after a dot.");
+  m.def("matches_pattern", &matches_pattern, py::arg("path"), py::arg("pattern"), py::arg("match"),
+        "Tell whether a regular expression matches all of a path, or what follows a dot.");
+}
+
+}  // namespace reslora::python
