@@ -1,9 +1,14 @@
 """What every Python test shares: a fixed seed, few programs on PATH, and a fresh compiler."""
 
 import os
+import signal
 
 import pytest
 import torch
+
+# A shell that runs the tests in the background lets its children ignore Ctrl-C, and theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a developer's machine has, and neither tests/run.sh nor a minimal Debian with g++ brings.
 HIDDEN = ("make", "gmake", "git", "curl", "wget")

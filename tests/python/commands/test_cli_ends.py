@@ -200,10 +200,21 @@ class BuildInfo:
 
 
 WHOLE = [f"{name} = {getattr(_build_info, name)!r}" for name in _loading.BUILD_VALUES]
+
+
+def error_of_zeros() -> str:
+    """Return what Python calls it where source code holds a zero: that has changed in 3.11."""
+    try:
+        compile("\0", "zeros", "exec")
+    except (SyntaxError, ValueError) as error:
+        return type(error).__name__
+    raise AssertionError("zeros are no source code")
+
+
 DAMAGES = [
     ("", "holds no VERSION"),
     ("VERSION = ", "cannot be read (SyntaxError)"),
-    ("\0" * 9, "cannot be read (SyntaxError)"),
+    ("\0" * 9, f"cannot be read ({error_of_zeros()})"),
     ("print(VERSION)", "cannot be read (NameError)"),
     ("\n".join(WHOLE[:-1]), "holds no TORCH_MINOR"),
     ("\n".join([*WHOLE, "TORCH_CUDA = 13.2"]), "holds no TORCH_CUDA"),
