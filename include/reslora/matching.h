@@ -3,8 +3,9 @@
 /// alone: `inject` of C++ and of Python describe their model as a list and ask.
 ///
 /// @code{.cpp}
+/// const auto config = reslora::ResLoraConfig().target_modules("all-linear");
 /// const reslora::Matching found = reslora::match_layers(modules, config);
-/// for (const auto& chain : reslora::find_chains(modules, found.layers, config)) ...
+/// const auto chains = reslora::find_chains(modules, found.layers, config);
 /// @endcode
 ///
 /// Names are matched as PEFT does: a list holds names and suffixes of whole parts, a string is a

@@ -20,6 +20,7 @@
 #include <reslora/config_json.h>    // IWYU pragma: export
 #include <reslora/formulas.h>       // IWYU pragma: export
 #include <reslora/linear.h>         // IWYU pragma: export
+#include <reslora/matching.h>       // IWYU pragma: export
 #include <reslora/merge.h>          // IWYU pragma: export
 #include <reslora/merge_errors.h>   // IWYU pragma: export
 #include <reslora/merge_files.h>    // IWYU pragma: export

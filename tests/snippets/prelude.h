@@ -20,6 +20,7 @@ extern Model model;
 extern std::vector<torch::Tensor> batches;
 extern std::vector<reslora::ResLoraLinear> layers;
 extern std::vector<reslora::LayerShape> shapes;
+extern std::vector<reslora::ModuleInfo> modules;
 extern std::vector<reslora::ChainView> views;
 extern reslora::LinkedChain chain;
 extern reslora::MergePlan plan;

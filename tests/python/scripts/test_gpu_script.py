@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from pathlib import Path
 
-import pip
 import pytest
 from machine import PYTHON, Machine, copy_of_checkout
 
+# Importing pip would let setuptools take the distutils of the standard library from then on.
+PIP = Path(sysconfig.get_path("purelib")) / "pip"
 # Sees a GPU, and has the packages whose metadata lie in ~/site.
 WITH_GPU = f"""#!/bin/bash
 case "$*" in
@@ -37,7 +39,7 @@ class GpuMachine(Machine):
         """Run gpu.sh where the interpreter at hand has these packages."""
         site = self.home / "site"
         site.mkdir()
-        (site / "pip").symlink_to(Path(pip.__file__).parent)
+        (site / "pip").symlink_to(PIP)
         for name, version in packages.items():
             place = site / f"{name}-{version}.dist-info"
             place.mkdir()
