@@ -224,8 +224,10 @@ class FitCollector:
         """Forget the last x."""
     def finish_pass(self) -> bool:
         """Solve what was collected; tell whether the batches must be run again."""
-    def fit(self, chain: int, position: int) -> Fit | None: ...
-    def sums(self, chain: int, position: int) -> FitSums | None: ...
+    def fit(self, chain: int, position: int) -> Fit | None:
+        """Return the fit of a layer, None where it has none yet."""
+    def sums(self, chain: int, position: int) -> FitSums | None:
+        """Return what a layer's fit was solved from, None where it was not kept."""
     @property
     def cost(self) -> FitCost: ...
 
@@ -340,7 +342,8 @@ class ModelFiles:
     def __init__(self, paths: Sequence[str]) -> None: ...
     @property
     def names(self) -> list[str]: ...
-    def path_of(self, name: str) -> str: ...
+    def path_of(self, name: str) -> str:
+        """Return the file that holds a tensor."""
     def tensor(self, name: str) -> Tensor:
         """Return a view of the file; it must not be written to."""
     def write(
