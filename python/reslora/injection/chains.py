@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from .._C import Chain, find_chains, matches_pattern
+from .._C import Chain, ModuleInfo, find_chains, matches_pattern
 from .._C import scaling_of as core_scaling_of
 from ..config import ResLoraConfig
 from ..nn.layer import LayerChain, ResLoraLinear
-from .targets import describe, matches, options_of
+from .targets import matches, options_of
 
 
 def pattern_value(pattern: dict[str, Any], key: str, default: Any) -> Any:
@@ -33,13 +33,17 @@ def scaling_of(config: ResLoraConfig, name: str) -> float:
 
 def make_chains(
     model: nn.Module,
+    modules: list[ModuleInfo],
     config: ResLoraConfig,
     names: list[str],
     kind: Callable[..., ResLoraLinear] = ResLoraLinear,
 ) -> list[LayerChain]:
-    """Return the chains of the layers named; `kind(target, chain, position, shape)` makes one."""
+    """Return the chains of the layers named; `kind(target, chain, position, shape)` makes one.
+
+    `modules` is what `describe` says of the model.
+    """
     chains = []
-    for key, layers in find_chains(describe(model), names, options_of(config), matches):
+    for key, layers in find_chains(modules, names, options_of(config), matches):
         chain = LayerChain(key, config, Chain(config.core(), layers), [name for name, *_ in layers])
         for position, (name, *shape, _) in enumerate(layers):
             chain.layers.append(kind(model.get_submodule(name), chain, position, tuple(shape)))

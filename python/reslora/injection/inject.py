@@ -25,7 +25,7 @@ from ..nn.session import Session
 from .adapted import Injection, find_layers
 from .chains import make_chains, root_name
 from .heads import refuse_tied, saved_parameters
-from .targets import find_targets
+from .targets import describe, find_targets
 
 
 def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
@@ -51,10 +51,11 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
     config = copy.deepcopy(config)
     config.validate()
     _check_model(model)
-    matching = find_targets(model, config)
+    modules = describe(model)
+    matching = find_targets(modules, config)
     refuse_tied(model, matching.saved, "inject")
     injection = Injection(config)
-    injection.chains = make_chains(model, config, matching.layers)
+    injection.chains = make_chains(model, modules, config, matching.layers)
     injection.saved_modules = matching.saved
     for layer in injection.layers:
         layer.chain.injection = injection

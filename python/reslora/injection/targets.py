@@ -2,7 +2,7 @@
 
 Example::
 
-    matching = find_targets(model, config)
+    matching = find_targets(describe(model), config)
     matching.layers  # ["model.layers.0.self_attn.q_proj", ...]
 """
 
@@ -60,13 +60,13 @@ def _is_uniform(container: nn.Module) -> bool:
     return len({type(getattr(child, "base_layer", child)) for child in container}) == 1
 
 
-def find_targets(model: nn.Module, config: ResLoraConfig) -> Matching:
-    """Return which modules are adapted, and which are trained and saved whole.
+def find_targets(modules: list[ModuleInfo], config: ResLoraConfig) -> Matching:
+    """Return which modules of a model, as described, are adapted or trained and saved whole.
 
     Raises:
         ValueError: for a pattern that matches nothing and for modules that cannot be adapted.
     """
-    matching = match_layers(describe(model), options_of(config), matches)
+    matching = match_layers(modules, options_of(config), matches)
     for warning in matching.warnings:
         warnings.warn(warning, stacklevel=3)
     config.target_modules = matching.targets

@@ -17,7 +17,7 @@ from ..files.checkpoint import transposed_chains
 from ..injection.adapted import Injection
 from ..injection.chains import make_chains, rank_of
 from ..injection.inject import open_sessions, warn_without_links
-from ..injection.targets import targets_by_default
+from ..injection.targets import describe, targets_by_default
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
@@ -92,7 +92,7 @@ class ResLoraModel(BaseTuner):
         def adapter_of(layer: PeftLinear, chain: LayerChain, position: int, shape: Any) -> Adapter:
             return Adapter(layer, name, chain, position, shape)
 
-        injection.chains = make_chains(model, config, list(layers), adapter_of)
+        injection.chains = make_chains(model, describe(model), config, list(layers), adapter_of)
         for layer in injection.layers:
             layer.chain.injection = injection
             layers[layer.name].reslora_adapters[name] = layer
