@@ -31,3 +31,4 @@
 #include <reslora/plain_lora.h>     // IWYU pragma: export
 #include <reslora/regression.h>     // IWYU pragma: export
 #include <reslora/statistics_io.h>  // IWYU pragma: export
+#include <reslora/stage.h>          // IWYU pragma: export

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -366,6 +367,30 @@ class AdapterFile:
     def chains(self) -> list[tuple[str, list[LayerTuple]]]: ...
     @property
     def tensors(self) -> dict[str, Tensor]: ...
+
+class Stage:
+    """What becomes visible on disk at once, as context; see include/reslora/stage.h.
+
+    Files that join `folder`, or with `is_whole` a folder to make. At the end of the context all is
+    there; after an exception nothing is.
+
+    Raises:
+        OSError: where the system refuses, also at the end.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, is_whole: bool = False) -> None: ...
+    def __enter__(self) -> Stage: ...
+    def __exit__(self, kind: object, error: object, trace: object) -> None: ...
+    @property
+    def place(self) -> Path:
+        """Return the folder to write to until the end."""
+    def path(self, name: str) -> Path:
+        """Return where to write the file that will have this name."""
+    def remove(self, name: str) -> None:
+        """Let the file of this name go at the end."""
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically; OSError where the system refuses."""
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and the metadata of a safetensors file."""

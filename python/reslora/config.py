@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from ._build_info import VERSION
-from ._C import config_defaults, scaling_of, validate_config
-from .text_files import parse_object, write_text
+from ._C import config_defaults, scaling_of, validate_config, write_text
+from .text_files import parse_object
 
 PEFT_TYPE = "RESLORA"
 ALL_LINEAR = "all-linear"  # as target_modules, in any case of letters
