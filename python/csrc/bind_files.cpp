@@ -1,11 +1,12 @@
 // Safetensors files and adapters.
+#include <reslora/adapted_files.h>
 #include <reslora/adapter_io.h>
-
 #include <reslora/stage.h>
+
 #include <filesystem>
 #include <map>
-
 #include <memory>
+
 #include "bindings.h"
 
 namespace reslora::python {
@@ -47,7 +48,8 @@ void bind_adapter(py::module_& m) {
                                }
                                return chains;
                              })
-      .def_readonly("tensors", &AdapterFile::tensors);
+      .def_readonly("tensors", &AdapterFile::tensors)
+      .def_property_readonly("transposed_chains", &transposed_chains);
   m.def(
       "save_adapter",
       [](const Path& path, const std::string& config_json, const std::vector<ChainTuple>& chains,
@@ -73,8 +75,6 @@ void bind_adapter(py::module_& m) {
       },
       py::arg("path"), "Read and check an adapter.");
 }
-
-}  // namespace
 
 void bind_stage(py::module_& m) {
   using Path = std::filesystem::path;
@@ -113,10 +113,12 @@ void bind_stage(py::module_& m) {
       py::arg("path"), py::arg("text"), "Write a text file atomically.");
 }
 
+}  // namespace
+
 void bind_files(py::module_& m) {
   bind_tensors(m);
+  bind_stage(m);
   bind_adapter(m);
 }
-  bind_stage(m);
 
 }  // namespace reslora::python

@@ -321,9 +321,6 @@ def layer_errors(
 def merged_forward(planned: LayerMerge, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return y of the merged layer, as `apply` would leave it."""
 
-def moved(layer: LayerMerge, device: str) -> LayerMerge:
-    """Return a planned pair on another device."""
-
 class TensorEdit:
     """What happens to one tensor on its way to the output."""
 
@@ -343,8 +340,8 @@ class ModelFiles:
     def __init__(self, paths: Sequence[str]) -> None: ...
     @property
     def names(self) -> list[str]: ...
-    def path_of(self, name: str) -> str:
-        """Return the file that holds a tensor."""
+    def names_by_path(self, edits: dict[str, TensorEdit]) -> dict[str, list[str]]:
+        """Return the tensors of each file, and with the last those of edits that none holds."""
     def tensor(self, name: str) -> Tensor:
         """Return a view of the file; it must not be written to."""
     def write(
@@ -356,7 +353,40 @@ class ModelFiles:
         metadata: dict[str, str] = ...,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Write some tensors to a new file, atomically, edits applied."""
+        """Write some tensors to a new file, atomically, edits applied.
+
+        Raises:
+            OSError: where the system refuses.
+        """
+
+class AdaptedFiles:
+    """The files of a base as a saved adapter sees them; see include/reslora/adapted_files.h."""
+
+    def __init__(self, files: ModelFiles, adapter: AdapterFile, match: ExpressionMatch) -> None: ...
+    def plan(
+        self, folder: str | os.PathLike[str], merge_method: str, use_affine: bool = True
+    ) -> MergePlan:
+        """Plan the merge with the statistics in the adapter's folder; "": the adapter's method."""
+    def edits(
+        self, plan: MergePlan, ties_embeddings: bool = False, device: str = "cpu"
+    ) -> dict[str, TensorEdit]:
+        """Return what a plan and the trained heads change, by the files' names of tensors."""
+
+def plan_adapter(
+    adapter: AdapterFile,
+    folder: str | os.PathLike[str],
+    merge_method: str,
+    match: ExpressionMatch,
+) -> MergePlan:
+    """Plan the merge of a saved adapter without its base, as `AdaptedFiles.plan` does with it."""
+
+def merge_files(
+    base: Sequence[str],
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    merge_method: str = "",
+) -> list[LayerMerge]:
+    """Merge as C++ programs do; see include/reslora/merge_files.h."""
 
 class AdapterFile:
     """An unmerged ResLoRA adapter, as read from a file."""
@@ -367,6 +397,9 @@ class AdapterFile:
     def chains(self) -> list[tuple[str, list[LayerTuple]]]: ...
     @property
     def tensors(self) -> dict[str, Tensor]: ...
+    @property
+    def transposed_chains(self) -> list[str]:
+        """Return the chains whose base files hold W^T."""
 
 class Stage:
     """What becomes visible on disk at once, as context; see include/reslora/stage.h.

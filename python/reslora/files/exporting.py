@@ -12,7 +12,6 @@ factor 1, whether it takes alpha per file, per layer or not at all.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import replace
@@ -288,7 +287,7 @@ def export_folder(
     if base_revision is not None:
         config = replace(config, revision=base_revision)
     base_named, task_type = _names_for(folder, base)
-    transposed = set(json.loads(read.config_json).get("fan_in_fan_out") or ())
+    transposed = read.transposed_chains
     R = _write_lora(
         directory,
         layers,
