@@ -44,8 +44,10 @@ HEADERS = {
     "io": "adapter_io merge_files model_files plain_lora statistics_io",
     "merge": "finishing merge merge_errors regression",
     "ops": "ops",
-    "core": "chain chain_view config config_json export formulas initial_factors matching merge_rule module_names "
-    "norm_window",
+    "core": (
+        "chain chain_view config config_json export formulas initial_factors matching merge_rule "
+        "module_names norm_window"
+    ),
 }
 TORCH_FREE = {"safetensors", "cuda"}  # rooms that must build without torch
 
