@@ -51,9 +51,6 @@ class RESLORA_API AdaptedFiles {
   AdaptedFiles(const ModelFiles& files, const AdapterFile& adapter,
                const ExpressionMatch& match = matches_ecma_script);
 
-  /// The adapter, as it was given.
-  const AdapterFile& adapter() const { return adapter_; }
-
   /// As `plan_adapter`, with the base. `use_affine` as in `MergePlan`.
   MergePlan plan(const std::map<std::string, LayerStatistics>& statistics,
                  const std::string& merge_method, bool use_affine = true) const;

@@ -2,6 +2,7 @@
 #include <reslora/adapted_files.h>
 #include <reslora/adapter_io.h>
 #include <reslora/stage.h>
+#include <reslora/statistics_io.h>
 
 #include <filesystem>
 #include <map>
@@ -42,22 +43,18 @@ void bind_adapter(py::module_& m) {
       .def_readonly("config_json", &AdapterFile::config_json)
       .def_property_readonly("chains",
                              [](const AdapterFile& file) {
-                               std::vector<ChainTuple> chains;
-                               for (const auto& chain : file.chains) {
-                                 chains.emplace_back(chain.name, tuples_from(chain.layers));
-                               }
+                               std::vector<NamedChain> chains;
+                               for (const auto& chain : file.chains)
+                                 chains.emplace_back(chain.name, chain.layers);
                                return chains;
                              })
       .def_readonly("tensors", &AdapterFile::tensors)
       .def_property_readonly("transposed_chains", &transposed_chains);
   m.def(
       "save_adapter",
-      [](const Path& path, const std::string& config_json, const std::vector<ChainTuple>& chains,
+      [](const Path& path, const std::string& config_json, const std::vector<NamedChain>& chains,
          const Tensors& tensors) {
-        AdapterFile file{config_json, {}, tensors};
-        for (const auto& [name, layers] : chains)
-          file.chains.push_back({name, shapes_from(layers)});
-        save_adapter(path.string(), file);
+        save_adapter(path.string(), {config_json, records_from(chains), tensors});
       },
       py::arg("path"), py::arg("config_json"), py::arg("chains"), py::arg("tensors"), NoGil(),
       "Write an adapter atomically.");
@@ -74,6 +71,13 @@ void bind_adapter(py::module_& m) {
         return adapter;
       },
       py::arg("path"), "Read and check an adapter.");
+  m.def(
+      "statistics_beside",
+      [](const Path& folder, const AdapterFile& adapter) {
+        return statistics_beside(folder.string(), adapter);
+      },
+      py::arg("folder"), py::arg("adapter"), NoGil(),
+      "Read the statistics in the folder of an adapter.");
 }
 
 void bind_stage(py::module_& m) {

@@ -17,14 +17,8 @@ void bind_adapted_files(py::module_& m) {
   py::class_<AdaptedFiles>(m, "AdaptedFiles", "The files of a base as a saved adapter sees them.")
       .def(py::init<const ModelFiles&, const AdapterFile&, const ExpressionMatch&>(),
            py::arg("files"), py::arg("adapter"), py::arg("match"))
-      .def(
-          "plan",
-          [](const AdaptedFiles& adapted, const Path& folder, const std::string& merge_method,
-             bool use_affine) {
-            return adapted.plan(statistics_beside(folder.string(), adapted.adapter()), merge_method,
-                                use_affine);
-          },
-          py::arg("folder"), py::arg("merge_method"), py::arg("use_affine") = true, NoGil())
+      .def("plan", &AdaptedFiles::plan, py::arg("statistics"), py::arg("merge_method"),
+           py::arg("use_affine") = true, NoGil())
       .def(
           "edits",
           [](const AdaptedFiles& adapted, const MergePlan& plan, bool ties_embeddings,
@@ -39,15 +33,9 @@ void bind_adapted_files(py::module_& m) {
             return edits;
           },
           py::arg("plan"), py::arg("ties_embeddings") = false, py::arg("device") = "cpu");
-  m.def(
-      "plan_adapter",
-      [](const AdapterFile& adapter, const Path& folder, const std::string& merge_method,
-         const ExpressionMatch& match) {
-        return plan_adapter(adapter, statistics_beside(folder.string(), adapter), merge_method,
-                            match);
-      },
-      py::arg("adapter"), py::arg("folder"), py::arg("merge_method"), py::arg("match"),
-      "Plan the merge of a saved adapter without its base.");
+  m.def("plan_adapter", &plan_adapter, py::arg("adapter"), py::arg("statistics"),
+        py::arg("merge_method"), py::arg("match"),
+        "Plan the merge of a saved adapter without its base.");
   m.def(
       "merge_files",
       [](const std::vector<std::string>& base, const Path& adapter, const Path& output,

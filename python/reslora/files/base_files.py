@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._C import AdaptedFiles, AdapterFile, ModelFiles
-from ..injection.targets import matches
+from ..config import matches
 from ..text_files import read_object
 from .folders import PathLike
 from .hub import BASE, local_folder

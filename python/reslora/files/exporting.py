@@ -199,7 +199,7 @@ def _write_lora(
     """Write a folder in PEFT's format and return the rank of its pairs."""
     saved = config.modules_to_save or []
     R = save_plain_lora(
-        directory, layers, heads, targets, saved, fan_in_fan_out,
+        directory, layers, heads, targets, list(saved), fan_in_fan_out,
         base or "", task_type or "", (config.revision or "") if base else "",
     )  # fmt: skip
     write_text(Path(directory) / "README.md", _card(config.res_mode, layers, base))

@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._C import AdapterFile, MergePlan, Stage, plan_adapter
-from ..config import ResLoraConfig
-from ..injection.targets import matches
+from .._C import AdapterFile, MergePlan, Stage, plan_adapter, statistics_beside
+from ..config import ResLoraConfig, matches
 from ..nn.factors import is_factor
 from ..text_files import read_object
 from .base_files import base_folder, open_base
@@ -92,7 +91,7 @@ def merge_folder(
     _check_target(source, target)
     _check_device(device)
     weights, files, adapted = open_base(source, read)
-    plan = adapted.plan(place, merge_method or "")
+    plan = adapted.plan(statistics_beside(place, read), merge_method or "")
     _warn_of_stopgap(plan)
     edits = adapted.edits(plan, _ties_heads(source, read), device)
     layout = Layout(files, weights, edits, dtype=dtype, shard_size=shard_size)
@@ -166,13 +165,13 @@ def plan_from_files(
         )
     folder = adapter_folder(adapter, "merge", revision, subfolder)
     read, config = read_adapter(folder)
-    method = merge_method or ""
+    statistics, method = statistics_beside(folder, read), merge_method or ""
     try:
         if base is None:
-            plan = plan_adapter(read, folder, method, matches)
+            plan = plan_adapter(read, statistics, method, matches)
         else:
             _, _, adapted = open_base(base_folder(base, base_revision, config.revision), read)
-            plan = adapted.plan(folder, method, use_affine=False)
+            plan = adapted.plan(statistics, method, use_affine=False)
     except ValueError as error:
         if base is None and "needs the base weight" in str(error):
             raise ValueError(

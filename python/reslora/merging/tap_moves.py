@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._C import Chain, Fit
+from .._C import ChainView, Fit
 from .._C import move_taps as core_move_taps
 from ..injection.adapted import Calibrated, Injection
 from ..nn.layer import LayerChain
 from .distance import distance
-from .planning import View, chain_views, make_plan
+from .planning import chain_views, make_plan
 from .stand_ins import plain_lora, standing_in
 
 SHARE = 0.5
@@ -76,6 +76,6 @@ def move_taps(
     return list(moved), start, least
 
 
-def moved_fits(chain: LayerChain, view: tuple[Chain, list[View]]) -> dict[str, Fit]:
+def moved_fits(chain: LayerChain, view: ChainView) -> dict[str, Fit]:
     """Return the fits of a chain with half of what its taps bring moved."""
     return dict(zip(chain.names, core_move_taps(view, SHARE), strict=True))

@@ -154,6 +154,35 @@ def test_errors_of_the_system_are_no_value_errors(tmp_path):
     assert not isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_stage_puts_all_in_place_or_nothing(tmp_path, is_whole):
+    out = tmp_path / "out"
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), _C.Stage(out, is_whole=is_whole) as stage:
+            _C.write_text(stage.path("a"), "half")
+            raise error
+        assert list(tmp_path.iterdir()) == []
+    with _C.Stage(out, is_whole=is_whole) as stage:
+        _C.write_text(stage.place / "b" if is_whole else stage.path("b"), "\u00e9")
+        assert not (out / "b").exists()
+    assert (out / "b").read_text(encoding="utf-8") == "\u00e9"
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "b"]
+
+
+def test_what_the_system_refuses_to_a_stage_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(OSError, match=r"^\[save\] .*no file can be made in its folder"):
+        _C.write_text(tmp_path / "none" / "file", "")
+    with pytest.raises(OSError, match="the folder could not be made"):
+        _C.Stage(tmp_path / "none" / "out", is_whole=True)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="could not be put in place"):
+        with _C.Stage(tmp_path / "out", is_whole=True):
+            (tmp_path / "out" / "mine").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    with pytest.raises(ValueError, match="below a file"):
+        _C.Stage(tmp_path / "out" / "mine" / "below")
+
+
 def test_empty_tensors_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="'w' must not be empty"):
         _C.save_tensors(str(tmp_path / "file"), {"w": torch.empty(0)}, {})
@@ -171,15 +200,16 @@ def test_a_saved_file_has_the_mode_of_the_umask(tmp_path):
 
 
 CONFIG = '{"r": 2, "res_mode": "is"}'
-CHAINS = [("q", [("l.0.q", 4, 3, 2, 0.1), ("l.1.q", 4, 3, 1, 2.0)]), ("v", [("v", 5, 6, 2, 1e-30)])]
+LAYERS = [_C.LayerShape("l.0.q", 4, 3, 2, 0.1), _C.LayerShape("l.1.q", 4, 3, 1, 2.0)]
+CHAINS = [("q", LAYERS), ("v", [_C.LayerShape("v", 5, 6, 2, 1e-30)])]
 
 
 def adapter_tensors():
     tensors = {"score.weight": torch.ones(2, 2, dtype=torch.bfloat16)}
     for _, layers in CHAINS:
-        for name, in_features, out_features, r, _ in layers:
-            tensors[f"{name}.reslora_A.weight"] = torch.randn(r, in_features)
-            tensors[f"{name}.reslora_B.weight"] = torch.randn(out_features, r)
+        for x in layers:
+            tensors[f"{x.name}.reslora_A.weight"] = torch.randn(x.r, x.in_features)
+            tensors[f"{x.name}.reslora_B.weight"] = torch.randn(x.out_features, x.r)
     return tensors
 
 
@@ -219,7 +249,7 @@ def test_an_adapter_round_trips(adapter):
     got = _C.load_adapter(adapter)
     tensors, metadata = _C.load_tensors(adapter)
     assert got.config_json == CONFIG
-    assert [(name, [tuple(layer) for layer in layers]) for name, layers in got.chains] == CHAINS
+    assert got.chains == CHAINS
     assert all(name.startswith(PREFIX) for name in tensors)  # as PEFT names them
     own = without_prefix(tensors)
     assert_same(got.tensors, own)
