@@ -42,7 +42,7 @@ HEADERS = {
     "reslora": "reslora",
     "nn": "adapters linear",
     "io": "adapter_io merge_files model_files plain_lora statistics_io",
-    "merge": "merge merge_errors regression",
+    "merge": "calibration merge merge_errors regression",
     "ops": "ops",
     "core": "chain chain_view config config_json export formulas matching module_names norm_window",
 }

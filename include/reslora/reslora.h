@@ -14,6 +14,7 @@
 
 #include <reslora/adapter_io.h>     // IWYU pragma: export
 #include <reslora/adapters.h>       // IWYU pragma: export
+#include <reslora/calibration.h>    // IWYU pragma: export
 #include <reslora/chain.h>          // IWYU pragma: export
 #include <reslora/chain_view.h>     // IWYU pragma: export
 #include <reslora/config.h>         // IWYU pragma: export

@@ -1,5 +1,6 @@
 // Plans, fits and what is calibrated.
 #include <ATen/ops/matmul.h>
+#include <reslora/calibration.h>
 #include <reslora/merge.h>
 #include <reslora/merge_errors.h>
 #include <reslora/plain_lora.h>
@@ -41,10 +42,6 @@ std::vector<ChainView> views_from(const std::vector<ChainViewTuple>& chains) {
   std::vector<ChainView> views;
   for (const ChainViewTuple& chain : chains) views.push_back(view_from(chain));
   return views;
-}
-
-FitOptions options_from(double ridge, bool affine, int64_t max_cov_bytes, bool keep_sums) {
-  return {ridge, affine, max_cov_bytes, keep_sums};
 }
 
 Fit fit_from(const Tensor& A, const MaybeTensor& B, const MaybeTensor& affine_A,
@@ -106,21 +103,27 @@ void bind_sums(py::module_& m) {
             return sums_from(s[0].cast<Tensor>(), s[1].cast<Tensor>(), s[2].cast<Tensor>(),
                              s[3].cast<Tensor>(), s[4].cast<double>(), s[5].cast<int64_t>());
           }));
-  m.def(
-      "solve_fit",
-      [](const FitSums& sums, const Tensor& A, double ridge, bool affine, const std::string& name) {
-        return solve_fit(sums, A, options_from(ridge, affine, 0, false), name);
-      },
-      py::arg("sums"), py::arg("A"), py::arg("ridge"), py::arg("affine"), py::arg("name"), NoGil(),
-      "Solve for A' from sums.");
 }
 
-void bind_move_taps(py::module_& m) {
-  m.def(
-      "move_taps",
-      [](const ChainViewTuple& chain, double share) { return move_taps(view_from(chain), share); },
-      py::arg("chain"), py::arg("share"), NoGil(),
-      "Move a share of every tap to the layer whose input it reads.");
+std::optional<Fit> or_none(const Fit& fit) {
+  return fit.A.defined() ? std::optional<Fit>(fit) : std::nullopt;
+}
+
+void bind_solving(py::module_& m) {
+  const FitOptions defaults;
+  py::class_<FitOptions>(m, "FitOptions", "How fits are made.")
+      .def(py::init([](double ridge, bool affine, int64_t max_cov_bytes, bool keep_sums) {
+             return FitOptions{ridge, affine, max_cov_bytes, keep_sums};
+           }),
+           py::arg("ridge") = defaults.ridge, py::arg("affine") = defaults.affine,
+           py::arg("max_cov_bytes") = defaults.max_cov_bytes,
+           py::arg("keep_sums") = defaults.keep_sums)
+      .def_readonly("ridge", &FitOptions::ridge)
+      .def_readonly("affine", &FitOptions::affine)
+      .def_readonly("max_cov_bytes", &FitOptions::max_cov_bytes)
+      .def_readonly("keep_sums", &FitOptions::keep_sums);
+  m.def("solve_fit", &solve_fit, py::arg("sums"), py::arg("A"), py::arg("options"), py::arg("name"),
+        NoGil(), "Solve for A' from sums.");
 }
 
 void bind_collector(py::module_& m) {
@@ -130,26 +133,71 @@ void bind_collector(py::module_& m) {
       .def_readonly("row_file_bytes", &FitCost::row_file_bytes)
       .def_readonly("solver_steps", &FitCost::solver_steps);
   py::class_<FitCollector>(m, "FitCollector", "Sums over calibration batches, and their fits.")
-      .def(py::init([](const std::vector<ChainViewTuple>& chains, double ridge, bool affine,
-                       int64_t max_cov_bytes, bool keep_sums) {
-             return FitCollector(views_from(chains),
-                                 options_from(ridge, affine, max_cov_bytes, keep_sums));
+      .def(py::init([](const std::vector<ChainViewTuple>& chains, const FitOptions& options) {
+             return FitCollector(views_from(chains), options);
            }),
-           py::arg("chains"), py::arg("ridge"), py::arg("affine"), py::arg("max_cov_bytes"),
-           py::arg("keep_sums"))
+           py::arg("chains"), py::arg("options"))
+      .def("begin_batch", &FitCollector::begin_batch, py::arg("masks"), NoGil())
       .def("add", &FitCollector::add, py::arg("chain"), py::arg("position"), py::arg("x"),
-           py::arg("v"), py::arg("mask") = std::nullopt, NoGil())
+           py::arg("v"), NoGil())
       .def("end_batch", &FitCollector::end_batch)
       .def("finish_pass", &FitCollector::finish_pass, NoGil())
       .def(
           "fit",
-          [](const FitCollector& collector, int64_t chain, int64_t n) -> std::optional<Fit> {
-            const Fit& fit = collector.views().at(chain).layers.at(n).fit;
-            return fit.A.defined() ? std::optional<Fit>(fit) : std::nullopt;
+          [](const FitCollector& collector, int64_t chain, int64_t n) {
+            return or_none(collector.views().at(chain).layers.at(n).fit);
           },
           py::arg("chain"), py::arg("position"))
       .def("sums", &FitCollector::sums, py::arg("chain"), py::arg("position"))
-      .def_property_readonly("cost", &FitCollector::cost);
+      .def_property_readonly("cost", &FitCollector::cost)
+      .def("padding_warning", &FitCollector::padding_warning);
+}
+
+void bind_padding(py::module_& m) {
+  m.def("padding_masks", &padding_masks, py::arg("masks"), py::arg("op"), NoGil(),
+        "Check the padding masks of a batch and return them as bool.");
+  m.def(
+      "row_mask",
+      [](const std::vector<Tensor>& masks, const std::vector<int64_t>& leading) {
+        return row_mask(masks, leading);
+      },
+      py::arg("masks"), py::arg("leading"), "Return the mask of rows, flat, None without one.");
+}
+
+void bind_moves(py::module_& m) {
+  m.def(
+      "move_taps", [](const ChainViewTuple& chain) { return move_taps(view_from(chain)); },
+      py::arg("chain"), NoGil(), "Move half of every tap to the layer whose input it reads.");
+  py::class_<MovedTaps>(m, "MovedTaps", "What `choose_moves` decided.")
+      .def_readonly("chains", &MovedTaps::chains)
+      .def_readonly("before", &MovedTaps::before)
+      .def_readonly("after", &MovedTaps::after)
+      .def_property_readonly("fits", [](const MovedTaps& moved) {
+        std::vector<std::vector<std::optional<Fit>>> all;
+        for (const auto& fits : moved.fits) {
+          auto& own = all.emplace_back();
+          for (const Fit& fit : fits) own.push_back(or_none(fit));
+        }
+        return all;
+      });
+  m.def(
+      "choose_moves",
+      [](const std::vector<ChainViewTuple>& c, const MoveMeasure& f) {
+        return choose_moves(views_from(c), f);
+      },
+      py::arg("chains"), py::arg("measure"), NoGil(),
+      "Move the taps of those chains whose moved form is nearer to the adapted model.");
+  m.def(
+      "has_moved_taps", [](const ChainViewTuple& c) { return has_moved_taps(view_from(c)); },
+      py::arg("chain"), "Tell whether the taps of a chain were moved.");
+  m.def(
+      "measured_batches", [] { return kMeasuredBatches; },
+      "Return on how many batches moved taps are tried.");
+  m.def(
+      "few_rows_warning",
+      [](const std::vector<ChainViewTuple>& c) { return few_rows_warning(views_from(c)); },
+      py::arg("chains"),
+      "Return a warning where layers saw fewer rows than they have features, else nothing.");
 }
 
 /// Norms, count, fit, sums.
@@ -285,8 +333,10 @@ void bind_pairs(py::module_& m) {
 void bind_merge(py::module_& m) {
   bind_fit(m);
   bind_sums(m);
-  bind_move_taps(m);
+  bind_solving(m);
   bind_collector(m);
+  bind_padding(m);
+  bind_moves(m);
   bind_statistics(m);
   bind_plan(m);
   bind_pairs(m);
