@@ -104,11 +104,12 @@ def check(base: Path, adapter: Path, merged: Path) -> None:
     before, after = (reslora._C.ModelFiles(weight_paths(f)) for f in (base, merged))
     for key, layers in read.chains:
         blocks = []
-        for name, _, _, _, scaling in layers[:2]:
+        for name, scaling in ((shape.name, shape.scaling) for shape in layers[:2]):
             A, B = (read.tensors[f"{name}.reslora_{x}.weight"] for x in "AB")
-            blocks.append((before.tensor(f"{name}.weight").float(), None, A, B, scaling))
+            W = before.tensor(f"{name}.weight").float()
+            blocks.append(reslora._C.formulas.Block(W, None, A, B, scaling))
         wanted = reslora._C.formulas.merged_bs(blocks, 1, config.pre_num)
-        got = after.tensor(f"{layers[1][0]}.weight").float()
+        got = after.tensor(f"{layers[1].name}.weight").float()
         harness.require_close(key, got, wanted, relative=torch.finfo(torch.bfloat16).eps)
 
 

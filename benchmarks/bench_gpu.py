@@ -65,7 +65,8 @@ def errors_of(tokens: int, width: int, out: int, r: int, dtype: torch.dtype, dev
         return [y.detach(), *torch.autograd.grad(y, [x, A, B], dy)]
 
     def literal(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        low_rank = _C.formulas.forward_none((torch.zeros_like(W), None, A, B, 0.5), x * kept)
+        alone = _C.formulas.Block(torch.zeros_like(W), None, A, B, 0.5)
+        low_rank = _C.formulas.forward_none(alone, x * kept)
         return torch.nn.functional.linear(x, W, b) + low_rank
 
     def ours(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor) -> Tensor:

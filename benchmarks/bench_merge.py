@@ -162,7 +162,7 @@ def scaled(model: nn.Module, alpha_star: float) -> Iterator[None]:
         for n, layer in enumerate(chain.layers):
             factor = 1 + alpha_star * len(chain.links.reached(n))
             factor = 2.0 if chain.links.wiring(n).is_doubled else factor
-            planned.append((layer, factor * chain.links.layers[n][4]))
+            planned.append((layer, factor * chain.links.layers[n].scaling))
     with standing_in(planned, lambda y, s: plain_lora(y, y.reslora_A, y.reslora_B, s)):
         yield
 

@@ -42,9 +42,12 @@ HEADERS = {
     "reslora": "reslora",
     "nn": "adapters linear",
     "io": "adapter_io merge_files model_files plain_lora statistics_io",
-    "merge": "calibration merge merge_errors regression",
+    "merge": "calibration finishing merge merge_errors regression",
     "ops": "ops",
-    "core": "chain chain_view config config_json export formulas matching module_names norm_window",
+    "core": (
+        "chain chain_view config config_json export formulas initial_factors matching merge_rule "
+        "module_names norm_window"
+    ),
 }
 TORCH_FREE = {"safetensors", "cuda"}  # rooms that must build without torch
 

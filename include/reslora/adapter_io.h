@@ -42,12 +42,6 @@ RESLORA_API TensorFile load_tensors(const std::string& path);
 /// not dense or of another element type, and text that is not UTF-8.
 RESLORA_API void save_tensors(const std::string& path, const TensorFile& file);
 
-/// A chain as files name it.
-struct ChainRecord {
-  std::string name;                ///< such as "layers.*.q_proj"
-  std::vector<LayerShape> layers;  ///< in the order of execution
-};
-
 /// An unmerged ResLoRA adapter. Keys of `tensors`: `<module>.reslora_A.weight`,
 /// `<module>.reslora_B.weight`, and any others (modules_to_save) under their own names. In the file
 /// all begin with "base_model.model.", where PEFT has the model; load_adapter takes that off again,

@@ -41,6 +41,20 @@ struct LayerShape {
   double scaling = 1;        ///< lora_alpha / r, or / sqrt(r)
 };
 
+/// True where name, sizes, rank and scaling are the same.
+RESLORA_API bool operator==(const LayerShape& a, const LayerShape& b);
+/// The opposite of `==`.
+inline bool operator!=(const LayerShape& a, const LayerShape& b) { return !(a == b); }
+
+/// A layer for messages, such as "layers.0.q (64 -> 64, r 8, scaling 2)".
+RESLORA_API std::string shown(const LayerShape& layer);
+
+/// The layers of one chain, as models and files name them.
+struct ChainRecord {
+  std::string name;                ///< such as "layers.*.q_proj"
+  std::vector<LayerShape> layers;  ///< in the order of execution
+};
+
 /// Which output of `adapt` a later layer reads.
 enum class Handed {
   kNothing,
@@ -55,6 +69,7 @@ struct Wiring {
   std::vector<double> scaling;       ///< one per B block
   std::vector<int64_t> taps;         ///< layers whose tap is added to what enters B
   Handed handed = Handed::kNothing;  ///< what a later layer may read
+  bool keep_tap = false;             ///< the tap is the layer's own product A_n x_n
   bool is_doubled = false;           ///< first layer of an `is` chain with first_block = "double"
   std::vector<std::string> broken;   ///< one sentence for each link that shapes forbid
 };
@@ -97,5 +112,13 @@ class RESLORA_API Chain {
   std::vector<LayerShape> layers_;
   std::vector<Wiring> wirings_;
 };
+
+/// A chain's layers under its name, for files.
+RESLORA_API ChainRecord record_of(const std::string& name, const Chain& chain);
+
+/// Throws c10::ValueError, naming the first difference, unless the chains of a model are those of
+/// an adapter's file, in any order.
+RESLORA_API void check_chains(const std::vector<ChainRecord>& model,
+                              const std::vector<ChainRecord>& file);
 
 }  // namespace reslora

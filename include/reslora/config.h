@@ -94,13 +94,35 @@ struct ResLoraConfig {
 RESLORA_API void validate(const ResLoraConfig& config,
                           const ExpressionMatch& match = matches_ecma_script);
 
+/// The name of the first option in which two configs differ, in the order of the files; "" where
+/// they are equal. `other_options` are compared by name, whatever their order.
+RESLORA_API std::string first_difference(const ResLoraConfig& a, const ResLoraConfig& b);
+
+/// True where every option is the same.
+inline bool operator==(const ResLoraConfig& a, const ResLoraConfig& b) {
+  return first_difference(a, b).empty();
+}
+/// The opposite of `==`.
+inline bool operator!=(const ResLoraConfig& a, const ResLoraConfig& b) { return !(a == b); }
+
+/// The first of those options in which two configs differ that change what given A and B compute
+/// (res_mode, pre_num, first_block); "" where none does.
+RESLORA_API std::string formula_difference(const ResLoraConfig& a, const ResLoraConfig& b);
+
+/// What `res_mode` may be: "none", "is", "bs", "ms".
+RESLORA_API std::vector<std::string> shortcut_names();
+
 /// Returns the shortcut that `res_mode` names; throws c10::ValueError for an unknown name.
 RESLORA_API Shortcut parse_shortcut(const std::string& res_mode);
 
 /// Returns the name of a shortcut as `res_mode` spells it.
 RESLORA_API std::string shortcut_name(Shortcut shortcut);
 
-/// Returns lora_alpha / r, or lora_alpha / sqrt(r).
+/// Returns lora_alpha / r, or lora_alpha / sqrt(r). Throws c10::ValueError for r < 1 and for a
+/// lora_alpha that is not finite and greater than 0.
 RESLORA_API double scaling_of(double lora_alpha, int64_t r, bool use_rslora);
+
+/// Returns the lora_alpha whose `scaling_of` is `scaling`.
+RESLORA_API double lora_alpha_of(double scaling, int64_t r, bool use_rslora);
 
 }  // namespace reslora

@@ -43,12 +43,6 @@ struct Matching {
   std::vector<std::string> warnings;  ///< one sentence each
 };
 
-/// The layers of one chain.
-struct ChainShape {
-  std::string key;                 ///< the path of its layers with `*` for the layer's index
-  std::vector<LayerShape> layers;  ///< in the order of the modules
-};
-
 /// Returns what a model calls its queries and values (or all in one), the targets where a config
 /// names none, as in the paper. Throws c10::ValueError where no known names are there.
 RESLORA_API std::vector<std::string> default_targets(const std::vector<ModuleInfo>& modules);
@@ -61,14 +55,23 @@ RESLORA_API Matching match_layers(const std::vector<ModuleInfo>& modules,
                                   const ExpressionMatch& match = matches_ecma_script);
 
 /// Returns the chains that `layers` (paths among `modules`) form, with the rank and scaling of each
-/// layer. An index of a path counts as a layer's where the children of its list are all of one
-/// class, as in T5's `block.3.layer.1`, a layer of `block.*.layer.1`; without any such, the first
-/// number does. Experts see other tokens, and the levels of a UNet have other resolutions: their
-/// indices stay.
-RESLORA_API std::vector<ChainShape> find_chains(const std::vector<ModuleInfo>& modules,
-                                                const std::vector<std::string>& layers,
-                                                const ResLoraConfig& config,
-                                                const ExpressionMatch& match = matches_ecma_script);
+/// layer; a chain's name is the path of its layers with `*` for the index. An index of a path
+/// counts as a layer's where the children of its list are all of one class, as in T5's
+/// `block.3.layer.1`, a layer of `block.*.layer.1`; without any such, the first number does.
+/// Experts see other tokens, and the levels of a UNet have other resolutions: their indices stay.
+RESLORA_API std::vector<ChainRecord> find_chains(
+    const std::vector<ModuleInfo>& modules, const std::vector<std::string>& layers,
+    const ResLoraConfig& config, const ExpressionMatch& match = matches_ecma_script);
+
+/// The rank and the scaling of a layer.
+struct RankAndScaling {
+  int64_t r = 0;       ///< of rank_pattern, else the config's
+  double scaling = 0;  ///< lora_alpha / r, or / sqrt(r), with the layer's own r and lora_alpha
+};
+
+/// Returns what a config gives the layer of a path. Throws as `match` does.
+RESLORA_API RankAndScaling rank_and_scaling(const ResLoraConfig& config, const std::string& path,
+                                            const ExpressionMatch& match = matches_ecma_script);
 
 /// Returns the warning where a shortcut is asked for and no two layers of `chains` are linked, else
 /// nothing.

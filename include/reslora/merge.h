@@ -15,6 +15,7 @@
 #include <ATen/core/Tensor.h>
 #include <reslora/chain_view.h>
 #include <reslora/export.h>
+#include <reslora/merge_rule.h>
 
 #include <functional>
 #include <optional>
@@ -24,22 +25,6 @@
 
 namespace reslora {
 
-/// How a layer's shortcut is replaced.
-enum class MergeRule {
-  kExact,     ///< none, bs, unlinked layers, the first layer of a chain
-  kInput,     ///< eq. 6-9, 12: ratio of windowed norms
-  kWeight,    ///< eq. 10-11, 13: ratio of merged weight norms
-  kFactored,  ///< ms: windowed |x|_F on the neighbours' A; the same as kInput for is
-  kLsq,       ///< the fit of regression.h
-  kRefined,   ///< that fit, improved by distillation; asked for as "lsq"
-};
-
-/// Returns the rule that a name stands for; throws c10::ValueError for an unknown name.
-RESLORA_API MergeRule parse_merge_rule(const std::string& merge_method);
-
-/// Returns the name of a rule: "exact", "input", "weight", "factored", "lsq" or "refined".
-RESLORA_API std::string merge_rule_name(MergeRule rule);
-
 /// What was decided for one layer: W* = W + B A, and bias* = bias + `bias` after an affine fit.
 struct LayerMerge {
   std::string name;                    ///< full module path
@@ -47,9 +32,13 @@ struct LayerMerge {
   std::vector<double> alpha_star;      ///< one per reached layer, nearest first; empty where unused
   at::Tensor A;                        ///< [R, in] fp32 (fp64 for fp64 adapters)
   at::Tensor B;                        ///< [out, R], scaling and alpha* folded
-  at::Tensor bias = {};  ///< [out], what an affine fit adds to the bias; undefined elsewhere
+  at::Tensor bias = {};                ///< [out], what an affine fit adds; undefined elsewhere
   std::optional<double> residual = {};  ///< of the fit, on its calibration rows
 };
+
+/// The singular values of W* - W = B A, largest first, fp64 [R] on the CPU. Cost: an SVD of an
+/// R x R matrix.
+RESLORA_API at::Tensor singular_values(const LayerMerge& layer);
 
 /// All decisions of a merge, and the merge itself; see above.
 class RESLORA_API MergePlan {

@@ -77,13 +77,4 @@ RESLORA_API bool is_or_ends_with(const std::string& path, const std::string& nam
 RESLORA_API bool matches_pattern(const std::string& path, const std::string& pattern,
                                  const ExpressionMatch& match = matches_ecma_script);
 
-/// The value of the first pattern that matches `path`, else `otherwise`.
-template <typename T>
-T value_for(const std::vector<std::pair<std::string, T>>& patterns, const std::string& path,
-            T otherwise, const ExpressionMatch& match = matches_ecma_script) {
-  for (const auto& [pattern, value] : patterns)
-    if (matches_pattern(path, pattern, match)) return value;
-  return otherwise;
-}
-
 }  // namespace reslora

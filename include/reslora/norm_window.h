@@ -35,6 +35,10 @@ class RESLORA_API NormWindow {
   /// Mean of the valid entries, nullopt while there are none (the paper's f_n). Reads the device.
   std::optional<double> mean(Norm which) const;
 
+  /// The valid entries in the order of their forwards, fp32 [2, filled] on the CPU. Reads the
+  /// device.
+  at::Tensor in_order() const;
+
   /// fp32 [2, N], rows as `Norm`.
   const at::Tensor& norms() const { return norms_; }
   /// int64 [1]: forwards ever recorded.
@@ -44,5 +48,11 @@ class RESLORA_API NormWindow {
   at::Tensor norms_;
   at::Tensor count_;
 };
+
+/// Makes the windows of several ranks one. `squares` [2, N] is the sum over ranks of the squared
+/// norms; `norms` [2, N] become the roots of the mean over ranks: the norm of the whole batch but
+/// for a constant factor, which alpha* does not see.
+RESLORA_API void set_to_mean_of_ranks(const at::Tensor& norms, const at::Tensor& squares,
+                                      int64_t ranks);
 
 }  // namespace reslora

@@ -1,5 +1,6 @@
-// Options, chains and norm windows.
-#include <reslora/config.h>
+// Chains and norm windows.
+#include <reslora/config_json.h>
+#include <reslora/initial_factors.h>
 #include <reslora/norm_window.h>
 
 #include "bindings.h"
@@ -7,78 +8,41 @@
 namespace reslora::python {
 namespace {
 
-template <typename T>
-T value_of(const std::string& key, const py::handle& value, const char* wanted) {
-  try {
-    return py::cast<T>(value);
-  } catch (const py::cast_error&) {
-    TORCH_CHECK_VALUE(false, "[config] ", key, " must be ", wanted, "; got ",
-                      py::repr(value).cast<std::string>());
-  }
+std::vector<LayerShape> layers_of(const Chain& chain) {
+  std::vector<LayerShape> layers;
+  for (int64_t n = 0; n < chain.size(); ++n) layers.push_back(chain.layer(n));
+  return layers;
 }
 
-/// Sets one option by name; false for a name that the C++ side does not know.
-bool set_option(ResLoraConfig& config, const std::string& key, const py::handle& value) {
-  const auto integer = [&] { return value_of<int64_t>(key, value, "an integer"); };
-  const auto number = [&] { return value_of<double>(key, value, "a number"); };
-  const auto text = [&] { return value_of<std::string>(key, value, "a string"); };
-  const auto truth = [&] { return value_of<bool>(key, value, "True or False"); };
-  if (key == "r") return config.r(integer()), true;
-  if (key == "lora_alpha") return config.lora_alpha(number()), true;
-  if (key == "lora_dropout") return config.lora_dropout(number()), true;
-  if (key == "res_mode") return config.res_mode(text()), true;
-  if (key == "pre_num") return config.pre_num(integer()), true;
-  if (key == "first_block") return config.first_block(text()), true;
-  if (key == "use_rslora") return config.use_rslora(truth()), true;
-  if (key == "norm_window") return config.norm_window(integer()), true;
-  if (key == "detach_taps") return config.detach_taps(truth()), true;
-  if (key == "strict_links") return config.strict_links(truth()), true;
-  return false;
+/// A chain reads no regular expression: which layers it holds was decided before.
+Chain make_chain(const std::string& config, const std::vector<LayerShape>& layers) {
+  const auto no_match = [](const std::string&, const std::string&) { return false; };
+  return Chain(config_from(config, no_match), layers);
 }
 
-py::dict dict_from(const ResLoraConfig& config) {
-  py::dict options;
-  options["r"] = config.r();
-  options["lora_alpha"] = config.lora_alpha();
-  options["lora_dropout"] = config.lora_dropout();
-  options["res_mode"] = config.res_mode();
-  options["pre_num"] = config.pre_num();
-  options["first_block"] = config.first_block();
-  options["use_rslora"] = config.use_rslora();
-  options["norm_window"] = config.norm_window();
-  options["detach_taps"] = config.detach_taps();
-  options["strict_links"] = config.strict_links();
-  return options;
+py::tuple shape_state(const LayerShape& shape) {
+  return py::make_tuple(shape.name, shape.in_features, shape.out_features, shape.r, shape.scaling);
 }
 
-ResLoraConfig config_from(const py::dict& options) {
-  ResLoraConfig config;
-  for (const auto& [key, value] : options) {
-    const std::string name = py::str(key);
-    TORCH_CHECK_VALUE(set_option(config, name, value), "[config] the option must be one of ",
-                      py::str(", ").attr("join")(dict_from(ResLoraConfig())).cast<std::string>(),
-                      "; got '", name, "'");
-  }
-  return config;
+LayerShape shape_from(const py::tuple& state) {
+  return {state[0].cast<std::string>(), state[1].cast<int64_t>(), state[2].cast<int64_t>(),
+          state[3].cast<int64_t>(), state[4].cast<double>()};
 }
 
-LayerShape shape_from(const LayerTuple& layer) {
-  const auto& [name, in_features, out_features, r, scaling] = layer;
-  return {name, in_features, out_features, r, scaling};
+/// What a pickle of a chain holds; those of older versions hold the options as a dict.
+Chain chain_from(const py::tuple& state) {
+  const bool is_older = py::isinstance<py::dict>(state[0]);
+  const py::object config =
+      is_older ? py::module_::import("json").attr("dumps")(state[0]) : py::object(state[0]);
+  std::vector<LayerShape> layers;
+  for (const py::handle& layer : state[1]) layers.push_back(shape_from(layer.cast<py::tuple>()));
+  return make_chain(config.cast<std::string>(), layers);
 }
 
-LayerTuple tuple_from(const LayerShape& layer) {
-  return {layer.name, layer.in_features, layer.out_features, layer.r, layer.scaling};
-}
-
-std::vector<LayerTuple> layers_of(const Chain& chain) {
-  std::vector<LayerTuple> tuples;
-  for (int64_t n = 0; n < chain.size(); ++n) tuples.push_back(tuple_from(chain.layer(n)));
-  return tuples;
-}
-
-Chain make_chain(const py::dict& config, const std::vector<LayerTuple>& layers) {
-  return Chain(config_from(config), shapes_from(layers));
+py::tuple chain_state(const Chain& chain) {
+  py::list layers;
+  for (const LayerShape& layer : layers_of(chain)) layers.append(shape_state(layer));
+  return py::make_tuple(config_to_json(chain.config()), layers);
 }
 
 int64_t checked(const Chain& chain, int64_t n) {
@@ -104,15 +68,7 @@ Norm norm_from(const std::string& which) {
   return which == "input" ? Norm::kInput : Norm::kOwnProduct;
 }
 
-void bind_config(py::module_& m) {
-  m.def(
-      "validate_config", [](const py::dict& config) { validate(config_from(config)); },
-      py::arg("config"), "Raise ValueError for the first option out of its range.");
-  m.def(
-      "config_defaults", [] { return dict_from(ResLoraConfig()); },
-      "Return the C++ options with their defaults.");
-  m.def("scaling_of", &scaling_of, py::arg("lora_alpha"), py::arg("r"), py::arg("use_rslora"),
-        "Return lora_alpha / r, or lora_alpha / sqrt(r).");
+void bind_norms(py::module_& m) {
   m.def(
       "window_mean",
       [](const Tensor& norms, const Tensor& count, const std::string& which) {
@@ -120,30 +76,64 @@ void bind_config(py::module_& m) {
       },
       py::arg("norms"), py::arg("count"), py::arg("which"),
       "Return the mean of a norm window's valid entries, None where it has none.");
+  m.def(
+      "window_in_order",
+      [](const Tensor& norms, const Tensor& count) { return NormWindow(norms, count).in_order(); },
+      py::arg("norms"), py::arg("count"), "Return a window's valid entries, oldest first.");
+  m.def("set_to_mean_of_ranks", &set_to_mean_of_ranks, py::arg("norms"), py::arg("squares"),
+        py::arg("ranks"), "Set a window to that of all ranks, from the sum of their squares.");
+}
+
+void bind_shape(py::module_& m) {
+  m.def("fill_factors", &fill_factors, py::arg("A"), py::arg("B"), py::arg("how"), NoGil(),
+        "Fill A and B in place as init_lora_weights says.");
+  py::class_<LayerShape>(m, "LayerShape", "What a chain needs to know of one layer.")
+      .def(py::init([](std::string name, int64_t in_features, int64_t out_features, int64_t r,
+                       double scaling) {
+             return LayerShape{std::move(name), in_features, out_features, r, scaling};
+           }),
+           py::arg("name"), py::arg("in_features"), py::arg("out_features"), py::arg("r"),
+           py::arg("scaling"))
+      .def_readonly("name", &LayerShape::name)
+      .def_readonly("in_features", &LayerShape::in_features)
+      .def_readonly("out_features", &LayerShape::out_features)
+      .def_readonly("r", &LayerShape::r)
+      .def_readonly("scaling", &LayerShape::scaling)
+      .def("__eq__", [](const LayerShape& a, const LayerShape& b) { return a == b; })
+      .def("__repr__", &shown)
+      .def(py::pickle(&shape_state, &shape_from));
 }
 
 }  // namespace
 
-std::vector<LayerShape> shapes_from(const std::vector<LayerTuple>& layers) {
-  std::vector<LayerShape> shapes;
-  for (const LayerTuple& layer : layers) shapes.push_back(shape_from(layer));
-  return shapes;
+std::vector<ChainRecord> records_from(const std::vector<NamedChain>& chains) {
+  std::vector<ChainRecord> records;
+  for (const auto& [name, layers] : chains) records.push_back({name, layers});
+  return records;
 }
 
-std::vector<LayerTuple> tuples_from(const std::vector<LayerShape>& layers) {
-  std::vector<LayerTuple> tuples;
-  for (const auto& layer : layers) tuples.push_back(tuple_from(layer));
-  return tuples;
+NormWindow window_from(const MaybeTensor& norms, const MaybeTensor& count) {
+  if (!norms.has_value() && !count.has_value()) return {};
+  return {or_undefined(norms), or_undefined(count)};
 }
 
 void bind_chain(py::module_& m) {
-  bind_config(m);
+  bind_norms(m);
+  bind_shape(m);
+  m.def(
+      "check_chains",
+      [](const std::vector<NamedChain>& model, const std::vector<NamedChain>& file) {
+        check_chains(records_from(model), records_from(file));
+      },
+      py::arg("model"), py::arg("file"),
+      "Raise ValueError unless a model's chains are those of a file.");
   py::class_<Wiring>(m, "Wiring", "What one layer reads and hands on.")
       .def_readonly("a", &Wiring::a)
       .def_readonly("b", &Wiring::b)
       .def_readonly("scaling", &Wiring::scaling)
       .def_readonly("taps", &Wiring::taps)
       .def_property_readonly("handed", &handed_name)
+      .def_readonly("keep_tap", &Wiring::keep_tap)
       .def_readonly("is_doubled", &Wiring::is_doubled)
       .def_readonly("broken", &Wiring::broken);
   py::class_<Chain>(m, "Chain", "The links between the adapted layers of one kind.")
@@ -151,7 +141,7 @@ void bind_chain(py::module_& m) {
       .def("__len__", &Chain::size)
       .def_property_readonly("size", &Chain::size)
       .def_property_readonly("shortcut", [](const Chain& c) { return shortcut_name(c.shortcut()); })
-      .def_property_readonly("config", [](const Chain& c) { return dict_from(c.config()); })
+      .def_property_readonly("config", [](const Chain& c) { return config_to_json(c.config()); })
       .def_property_readonly("layers", &layers_of)
       .def(
           "wiring", [](const Chain& c, int64_t n) { return c.wiring(checked(c, n)); }, py::arg("n"))
@@ -164,11 +154,7 @@ void bind_chain(py::module_& m) {
       .def(
           "merges_exactly",
           [](const Chain& c, int64_t n) { return c.merges_exactly(checked(c, n)); }, py::arg("n"))
-      .def(py::pickle(
-          [](const Chain& c) { return py::make_tuple(dict_from(c.config()), layers_of(c)); },
-          [](const py::tuple& state) {
-            return make_chain(state[0].cast<py::dict>(), state[1].cast<std::vector<LayerTuple>>());
-          }));
+      .def(py::pickle(&chain_state, &chain_from));
 }
 
 }  // namespace reslora::python

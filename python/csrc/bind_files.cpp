@@ -53,21 +53,17 @@ void bind_adapter(py::module_& m) {
       .def_readonly("config_json", &AdapterFile::config_json)
       .def_property_readonly("chains",
                              [](const AdapterFile& file) {
-                               std::vector<ChainTuple> chains;
-                               for (const auto& chain : file.chains) {
-                                 chains.emplace_back(chain.name, tuples_from(chain.layers));
-                               }
+                               std::vector<NamedChain> chains;
+                               for (const auto& chain : file.chains)
+                                 chains.emplace_back(chain.name, chain.layers);
                                return chains;
                              })
       .def_readonly("tensors", &AdapterFile::tensors);
   m.def(
       "save_adapter",
-      [](const Path& path, const std::string& config_json, const std::vector<ChainTuple>& chains,
+      [](const Path& path, const std::string& config_json, const std::vector<NamedChain>& chains,
          const Tensors& tensors) {
-        AdapterFile file{config_json, {}, tensors};
-        for (const auto& [name, layers] : chains)
-          file.chains.push_back({name, shapes_from(layers)});
-        save_adapter(path.string(), file);
+        save_adapter(path.string(), {config_json, records_from(chains), tensors});
       },
       py::arg("path"), py::arg("config_json"), py::arg("chains"), py::arg("tensors"), NoGil(),
       "Write an adapter atomically.");

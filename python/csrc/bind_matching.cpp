@@ -1,5 +1,4 @@
 // The rules for names: which layers a config means, and which chains they form.
-#include <reslora/config_json.h>
 #include <reslora/matching.h>
 
 #include "bindings.h"
@@ -7,16 +6,25 @@
 namespace reslora::python {
 namespace {
 
-constexpr const char* kSource = "the options";
-
-std::vector<ChainTuple> chains_from(const std::vector<ModuleInfo>& modules,
+std::vector<NamedChain> chains_from(const std::vector<ModuleInfo>& modules,
                                     const std::vector<std::string>& layers,
                                     const std::string& config, const ExpressionMatch& match) {
-  std::vector<ChainTuple> chains;
-  const ResLoraConfig options = config_from_json(config, kSource, match);
-  for (const ChainShape& chain : find_chains(modules, layers, options, match))
-    chains.emplace_back(chain.key, tuples_from(chain.layers));
+  std::vector<NamedChain> chains;
+  for (ChainRecord& chain : find_chains(modules, layers, config_from(config, match), match))
+    chains.emplace_back(std::move(chain.name), std::move(chain.layers));
   return chains;
+}
+
+std::vector<std::pair<int64_t, double>> ranks_and_scalings(const std::string& config,
+                                                           const std::vector<std::string>& paths,
+                                                           const ExpressionMatch& match) {
+  const ResLoraConfig options = config_from(config, match);
+  std::vector<std::pair<int64_t, double>> found;
+  for (const std::string& path : paths) {
+    const RankAndScaling own = rank_and_scaling(options, path, match);
+    found.emplace_back(own.r, own.scaling);
+  }
+  return found;
 }
 
 py::object targets_of(const Matching& matching) {
@@ -49,18 +57,18 @@ void bind_matching(py::module_& m) {
       "match_layers",
       [](const std::vector<ModuleInfo>& modules, const std::string& config,
          const ExpressionMatch& match) {
-        return match_layers(modules, config_from_json(config, kSource, match), match);
+        return match_layers(modules, config_from(config, match), match);
       },
       py::arg("modules"), py::arg("config"), py::arg("match"),
       "Return the layers that a config (JSON) means.");
   m.def("find_chains", &chains_from, py::arg("modules"), py::arg("layers"), py::arg("config"),
         py::arg("match"), "Return (key, layers) of every chain.");
+  m.def("ranks_and_scalings", &ranks_and_scalings, py::arg("config"), py::arg("paths"),
+        py::arg("match"), "Return (r, scaling) of every path.");
   m.def("warning_without_links", &warning_without_links, py::arg("chains"),
         "Return the warning where no two layers are linked, else nothing.");
   m.def("is_or_ends_with", &is_or_ends_with, py::arg("path"), py::arg("name"),
         "Tell whether a path is a name or ends with it after a dot.");
-  m.def("matches_pattern", &matches_pattern, py::arg("path"), py::arg("pattern"), py::arg("match"),
-        "Tell whether a regular expression matches all of a path, or what follows a dot.");
 }
 
 }  // namespace reslora::python

@@ -32,9 +32,12 @@ PYBIND11_MODULE(_C, m) {
   namespace own = reslora::python;
   m.doc() = "The C++ side of reslora.";
   pybind11::register_local_exception_translator(&own::translate_errors);
+  own::bind_config(m);
   own::bind_chain(m);
   own::bind_matching(m);
+  own::bind_views(m);
   own::bind_merge(m);
+  own::bind_calibration(m);
   own::bind_files(m);
   own::bind_model_files(m);
   pybind11::module_ formulas = m.def_submodule("formulas", "The paper's formulas, literally.");

@@ -3,27 +3,53 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-LayerTuple = tuple[str, int, int, int, float]
-"""Name, in_features, out_features, r, scaling."""
-ViewTuple = tuple[
-    Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, "Fit | None"
-]
-"""Weight [out, in], A [r, in], B [out, r], norms [2, N], count [1], bias [out], fit."""
-StatisticsTuple = tuple[Tensor | None, Tensor | None, "Fit | None", "FitSums | None"]
-"""Norms [2, N], count [1], fit, and what it was solved from."""
-BlockTuple = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
-"""W [out, in], bias [out], A [r, in], B [out, r], scaling."""
+NamedChain = tuple[str, Sequence["LayerShape"]]
+"""The name of a chain, such as "layers.*.q_proj", and its layers."""
 
-def validate_config(config: dict[str, Any]) -> None:
-    """Raise ValueError for the first option out of its range or of an unknown name."""
+ExpressionMatch = Callable[[str, str], bool]
+"""Tells whether a regular expression matches the whole of a text."""
 
-def config_defaults() -> dict[str, Any]:
-    """Return the C++ options with their defaults."""
+class OptionInfo:
+    """An option of ResLoraConfig, as C++ programs have it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str:
+        """Return what it must be, such as "be a whole number"."""
+    @property
+    def default_json(self) -> str: ...
+
+def options() -> list[OptionInfo]:
+    """Return the options that the C++ library has, in the order in which files hold them."""
+
+def validate_config(config: str, match: ExpressionMatch) -> None:
+    """Raise ValueError for the first option (of JSON) out of its range, or of another kind."""
+
+def config_to_json(config: str) -> str:
+    """Return options (JSON) as the text of an adapter_config.json; other keys are kept."""
+
+def first_difference(a: str, b: str) -> str:
+    """Return the name of the first option in which two configs (JSON) differ, else ""."""
+
+def formula_difference(a: str, b: str) -> str:
+    """Return the first option that differs and changes what given A and B compute, else ""."""
+
+def lora_alpha_of(scaling: float, r: int, use_rslora: bool) -> float:
+    """Return the lora_alpha whose `scaling_of` is `scaling`."""
+
+def shortcut_names() -> list[str]:
+    """Return what res_mode may be."""
+
+def merge_methods() -> list[str]:
+    """Return what merge_method may be."""
+
+def check_merge_method(name: str, where: str) -> None:
+    """Raise ValueError for a name of no merge rule; `where` begins the sentence."""
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """Return lora_alpha / r, or lora_alpha / sqrt(r)."""
@@ -61,9 +87,6 @@ class Matching:
     @property
     def warnings(self) -> list[str]: ...
 
-ExpressionMatch = Callable[[str, str], bool]
-"""Tells whether a regular expression matches the whole of a text."""
-
 def default_targets(modules: Sequence[ModuleInfo]) -> list[str]:
     """Return what a model calls its queries and values; ValueError where that is not known."""
 
@@ -72,7 +95,7 @@ def match_layers(modules: Sequence[ModuleInfo], config: str, match: ExpressionMa
 
 def find_chains(
     modules: Sequence[ModuleInfo], layers: Sequence[str], config: str, match: ExpressionMatch
-) -> list[tuple[str, list[LayerTuple]]]:
+) -> list[tuple[str, list[LayerShape]]]:
     """Return the key and the layers of every chain that `layers` form."""
 
 def warning_without_links(chains: Sequence[Chain]) -> str:
@@ -81,8 +104,10 @@ def warning_without_links(chains: Sequence[Chain]) -> str:
 def is_or_ends_with(path: str, name: str) -> bool:
     """Tell whether a path is `name` or ends with "." and `name`."""
 
-def matches_pattern(path: str, pattern: str, match: ExpressionMatch) -> bool:
-    """Tell whether a regular expression matches all of a path, or all that follows a dot of it."""
+def ranks_and_scalings(
+    config: str, paths: Sequence[str], match: ExpressionMatch
+) -> list[tuple[int, float]]:
+    """Return (r, scaling) that a config (JSON) gives the layer of every path."""
 
 def window_mean(norms: Tensor, count: Tensor, which: str) -> float | None:
     """Return the mean of a norm window's valid entries, None where it has none.
@@ -92,6 +117,35 @@ def window_mean(norms: Tensor, count: Tensor, which: str) -> float | None:
         count: How many entries were ever written, int64 [1].
         which: "input" for the norm of x, "own_product" for that of A x.
     """
+
+def window_in_order(norms: Tensor, count: Tensor) -> Tensor:
+    """Return a norm window's valid entries [2, filled], oldest first, on the CPU."""
+
+def set_to_mean_of_ranks(norms: Tensor, squares: Tensor, ranks: int) -> None:
+    """Set a window [2, N] to that of all ranks, from the sum over ranks of the squared norms."""
+
+def fill_factors(A: Tensor, B: Tensor, how: bool | str) -> None:
+    """Fill A [r, in] and B [out, r] in place as init_lora_weights says."""
+
+class LayerShape:
+    """What a chain needs to know of one layer. Can be compared, copied and pickled."""
+
+    def __init__(
+        self, name: str, in_features: int, out_features: int, r: int, scaling: float
+    ) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def r(self) -> int: ...
+    @property
+    def scaling(self) -> float: ...
+
+def check_chains(model: Sequence[NamedChain], file: Sequence[NamedChain]) -> None:
+    """Raise ValueError, naming the first difference, unless the chains are the same."""
 
 class Wiring:
     """What one layer reads and hands on; integers are positions in the chain."""
@@ -108,6 +162,9 @@ class Wiring:
     def handed(self) -> str:
         """Return "nothing", "tap" or "s"."""
     @property
+    def keep_tap(self) -> bool:
+        """Return whether the tap is the layer's own product."""
+    @property
     def is_doubled(self) -> bool: ...
     @property
     def broken(self) -> list[str]: ...
@@ -115,16 +172,17 @@ class Wiring:
 class Chain:
     """The links between the adapted layers of one kind. Can be pickled and copied."""
 
-    def __init__(self, config: dict[str, Any], layers: Sequence[LayerTuple]) -> None: ...
+    def __init__(self, config: str, layers: Sequence[LayerShape]) -> None: ...
     def __len__(self) -> int: ...
     @property
     def size(self) -> int: ...
     @property
     def shortcut(self) -> str: ...
     @property
-    def config(self) -> dict[str, Any]: ...
+    def config(self) -> str:
+        """Return the options as JSON."""
     @property
-    def layers(self) -> list[LayerTuple]: ...
+    def layers(self) -> list[LayerShape]: ...
     def wiring(self, n: int) -> Wiring:
         """Return what layer n reads and hands on; IndexError where there is no layer n."""
     def is_linked(self, n: int) -> bool:
@@ -187,6 +245,47 @@ class FitSums:
     @property
     def rows(self) -> int: ...
 
+class LayerView:
+    """The tensors of one layer of a chain: weight [out, in], A [r, in], B [out, r], bias [out]."""
+
+    def __init__(
+        self,
+        weight: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        norms: Tensor | None = None,
+        count: Tensor | None = None,
+        bias: Tensor | None = None,
+        fit: Fit | None = None,
+    ) -> None: ...
+
+class ChainView:
+    """A chain together with its tensors, in the same order."""
+
+    def __init__(self, chain: Chain, layers: Sequence[LayerView]) -> None: ...
+
+class LayerStatistics:
+    """What is known of one layer; any part may be None."""
+
+    def __init__(
+        self,
+        norms: Tensor | None = None,
+        count: Tensor | None = None,
+        fit: Fit | None = None,
+        sums: FitSums | None = None,
+    ) -> None: ...
+    @property
+    def norms(self) -> Tensor | None:
+        """Return the window of norms [2, N]."""
+    @property
+    def count(self) -> Tensor | None:
+        """Return how many norms were ever written [1]."""
+    @property
+    def fit(self) -> Fit | None: ...
+    @property
+    def sums(self) -> FitSums | None:
+        """Return what the fit was solved from."""
+
 class FitOptions:
     """How fits are made."""
 
@@ -209,6 +308,20 @@ class FitOptions:
 def solve_fit(sums: FitSums, A: Tensor, options: FitOptions, name: str) -> Fit:
     """Solve for A' from sums; `name` is the layer's, for messages."""
 
+class FinishedLayer:
+    """The plain LoRA that takes a layer's place; see include/reslora/finishing.h."""
+
+    @property
+    def A(self) -> Tensor: ...  # noqa: N802
+    @property
+    def B(self) -> Tensor | None:  # noqa: N802
+        """Return B [out, r], None where the layer keeps its own."""
+    @property
+    def scaling(self) -> float: ...
+
+def finish_chain(chain: ChainView) -> list[FinishedLayer]:
+    """Return the plain LoRA of every layer of a chain, from its fit where it has one."""
+
 class FitCost:
     """What collecting took."""
 
@@ -224,9 +337,7 @@ class FitCost:
 class FitCollector:
     """Sums over calibration batches, and their fits."""
 
-    def __init__(
-        self, chains: Sequence[tuple[Chain, Sequence[ViewTuple]]], options: FitOptions
-    ) -> None: ...
+    def __init__(self, chains: Sequence[ChainView], options: FitOptions) -> None: ...
     def begin_batch(self, masks: Sequence[Tensor]) -> None:
         """Begin a batch that is padded, with masks as in `padding_masks`."""
     def add(self, chain: int, position: int, x: Tensor, v: Tensor) -> None:
@@ -250,7 +361,7 @@ def padding_masks(masks: Sequence[Tensor], op: str) -> list[Tensor]:
 def row_mask(masks: Sequence[Tensor], leading: Sequence[int]) -> Tensor | None:
     """Return the mask that belongs to rows with these leading sizes, flat; None without one."""
 
-def move_taps(chain: tuple[Chain, Sequence[ViewTuple]]) -> list[Fit]:
+def move_taps(chain: ChainView) -> list[Fit]:
     """Move half of every tap to the layer whose input it reads; one fit for each layer."""
 
 PlanOf = Callable[[int], MergePlan]
@@ -273,26 +384,24 @@ class MovedTaps:
     @property
     def after(self) -> float: ...
 
-def choose_moves(
-    chains: Sequence[tuple[Chain, Sequence[ViewTuple]]], measure: MoveMeasure
-) -> MovedTaps:
+def choose_moves(chains: Sequence[ChainView], measure: MoveMeasure) -> MovedTaps:
     """Move the taps of those chains whose moved form is nearer to the adapted model."""
 
-def has_moved_taps(chain: tuple[Chain, Sequence[ViewTuple]]) -> bool:
+def has_moved_taps(chain: ChainView) -> bool:
     """Tell whether the taps of a chain were moved: a fit has more rows than the layer's A."""
 
 def measured_batches() -> int:
     """Return on how many batches moved taps are tried."""
 
-def few_rows_warning(chains: Sequence[tuple[Chain, Sequence[ViewTuple]]]) -> str:
+def few_rows_warning(chains: Sequence[ChainView]) -> str:
     """Return a warning where layers saw fewer rows than they have features, else ""."""
 
 def save_statistics(
-    path: str | os.PathLike[str], adapter_sum: str, statistics: dict[str, StatisticsTuple]
+    path: str | os.PathLike[str], adapter_sum: str, statistics: dict[str, LayerStatistics]
 ) -> None:
     """Write statistics by layer atomically."""
 
-def load_statistics(path: str | os.PathLike[str], adapter_sum: str) -> dict[str, StatisticsTuple]:
+def load_statistics(path: str | os.PathLike[str], adapter_sum: str) -> dict[str, LayerStatistics]:
     """Read statistics; those of another adapter are refused."""
 
 class LayerMerge:
@@ -314,13 +423,15 @@ class LayerMerge:
     def residual(self) -> float | None: ...
     def delta(self) -> Tensor:
         """Return W* - W [out, in]."""
+    def singular_values(self) -> Tensor:
+        """Return the singular values of W* - W, largest first, fp64 [R] on the CPU."""
 
 class MergePlan:
     """Plan, apply and revert a merge. Computes every alpha* before any weight is written."""
 
     def __init__(
         self,
-        chains: Sequence[tuple[Chain, Sequence[ViewTuple]]],
+        chains: Sequence[ChainView],
         merge_method: str,
         use_affine: bool = True,
     ) -> None: ...
@@ -361,6 +472,19 @@ def padded_factors(layer: LayerMerge, R: int) -> tuple[Tensor, Tensor]:
 def reduced_factors(layer: LayerMerge, max_rank: int, tolerance: float) -> tuple[LayerMerge, float]:
     """Reduce a pair to the smallest rank within a tolerance; also return the relative error."""
 
+class LayerErrors:
+    """Squared norms of one call: of the method's error, of rounding, of both, of y."""
+
+    def __init__(self, method: float, rounding: float, both: float, whole: float) -> None: ...
+    @property
+    def method(self) -> float: ...
+    @property
+    def rounding(self) -> float: ...
+    @property
+    def both(self) -> float: ...
+    @property
+    def whole(self) -> float: ...
+
 def layer_errors(
     planned: LayerMerge,
     x: Tensor,
@@ -370,8 +494,8 @@ def layer_errors(
     scaling: Sequence[float],
     weight: Tensor | None,
     mask: Tensor | None,
-) -> tuple[float, float, float, float]:
-    """Return squared norms: of the method's error, of rounding, of both, of y."""
+) -> LayerErrors:
+    """Compare one call of an unmerged layer with its planned pair."""
 
 def merged_forward(planned: LayerMerge, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return y of the merged layer, as `apply` would leave it."""
@@ -419,7 +543,7 @@ class AdapterFile:
     @property
     def config_json(self) -> str: ...
     @property
-    def chains(self) -> list[tuple[str, list[LayerTuple]]]: ...
+    def chains(self) -> list[tuple[str, list[LayerShape]]]: ...
     @property
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -437,7 +561,7 @@ def tensors_sum(tensors: dict[str, Tensor]) -> str:
 def save_adapter(
     path: str | os.PathLike[str],
     config_json: str,
-    chains: Sequence[tuple[str, Sequence[LayerTuple]]],
+    chains: Sequence[NamedChain],
     tensors: dict[str, Tensor],
 ) -> None:
     """Write an adapter atomically."""
@@ -448,17 +572,36 @@ def load_adapter(path: str | os.PathLike[str]) -> AdapterFile:
 class formulas:  # noqa: N801 - a submodule at run time
     """The paper's formulas, literally; differentiable by autograd."""
 
+    class Block:
+        """One adapted layer of a chain: W [out, in], bias [out], A [r, in], B [out, r]."""
+
+        def __init__(
+            self, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+        ) -> None: ...
+        @property
+        def W(self) -> Tensor: ...  # noqa: N802
+        @property
+        def bias(self) -> Tensor | None: ...
+        @property
+        def A(self) -> Tensor: ...  # noqa: N802
+        @property
+        def B(self) -> Tensor: ...  # noqa: N802
+        @property
+        def scaling(self) -> float: ...
+
     @staticmethod
-    def forward_none(block: BlockTuple, x: Tensor) -> Tensor:
+    def forward_none(block: formulas.Block, x: Tensor) -> Tensor:
         """Return W x + s B A x."""
     @staticmethod
-    def forward_is(block: BlockTuple, x: Tensor, x_previous: Tensor | None) -> Tensor:
+    def forward_is(block: formulas.Block, x: Tensor, x_previous: Tensor | None) -> Tensor:
         """Return W x + s B A (x + x_previous)."""
     @staticmethod
-    def forward_bs(blocks: Sequence[BlockTuple], n: int, m: int, x: Tensor) -> Tensor:
+    def forward_bs(blocks: Sequence[formulas.Block], n: int, m: int, x: Tensor) -> Tensor:
         """Return W_n x + the sum of s B A x over layers n-m .. n."""
     @staticmethod
-    def forward_ms(blocks: Sequence[BlockTuple], n: int, m: int, xs: Sequence[Tensor]) -> Tensor:
+    def forward_ms(
+        blocks: Sequence[formulas.Block], n: int, m: int, xs: Sequence[Tensor]
+    ) -> Tensor:
         """Return W_n x_n + s B_n times the sum of A x over layers n-m .. n."""
     @staticmethod
     def alpha_star_input(f_previous: float, f_own: float) -> float:
@@ -467,19 +610,19 @@ class formulas:  # noqa: N801 - a submodule at run time
     def alpha_star_weight(merged_norms: Sequence[float], n: int, k: int) -> float:
         """Return |W*_{n-k-1}| / |W*_{n-1}|, 1 where there is no layer n-k-1."""
     @staticmethod
-    def merged_none(block: BlockTuple) -> Tensor:
+    def merged_none(block: formulas.Block) -> Tensor:
         """Return W + s B A."""
     @staticmethod
-    def merged_is(block: BlockTuple, alpha_star: float) -> Tensor:
+    def merged_is(block: formulas.Block, alpha_star: float) -> Tensor:
         """Return W + s (1 + alpha*) B A."""
     @staticmethod
-    def merged_bs(blocks: Sequence[BlockTuple], n: int, m: int) -> Tensor:
+    def merged_bs(blocks: Sequence[formulas.Block], n: int, m: int) -> Tensor:
         """Return W_n + the sum of s B A over layers n-m .. n."""
     @staticmethod
-    def merged_ms_input(block: BlockTuple, alpha_star: Sequence[float]) -> Tensor:
+    def merged_ms_input(block: formulas.Block, alpha_star: Sequence[float]) -> Tensor:
         """Return W + s (1 + the sum of alpha*) B A."""
     @staticmethod
     def merged_ms_weight(
-        blocks: Sequence[BlockTuple], n: int, alpha_star: Sequence[float]
+        blocks: Sequence[formulas.Block], n: int, alpha_star: Sequence[float]
     ) -> Tensor:
         """Return W_n + s B_n (A_n + the sum of alpha*_{n-k} A_{n-k})."""

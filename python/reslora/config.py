@@ -5,8 +5,8 @@ Example::
     config = ResLoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], res_mode="is")
     config.save("adapter_config.json")
 
-Numbers and the names of shortcuts are checked by the C++ library, so that both worlds refuse the
-same values; what only Python knows (names of modules, initialisation) is checked here.
+Every option that C++ programs have too is checked by the C++ library, so that both worlds refuse
+the same values; what only Python knows (the base's revision, the finish) is checked here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from ._build_info import VERSION
-from ._C import config_defaults, scaling_of, validate_config
+from ._C import config_to_json, validate_config
 from .text_files import parse_object, write_text
 
 PEFT_TYPE = "RESLORA"
 ALL_LINEAR = "all-linear"  # as target_modules, in any case of letters
-MERGE_METHODS = ("exact", "lsq", "input", "weight", "factored")
+# Options that C++ programs do not have; files hold them where they are not the default.
+PYTHON_ONLY = ("bias", "finish_at", "revision", "finished_from", "finished_step")
+NAMES = ("modules_to_save", "layers_pattern")  # a single name stands for a list of it
 # What an adapter_config.json holds beside the options.
 FILE_KEYS = (
     "peft_type", "reslora_version", "base_model_name_or_path", "task_type", "fan_in_fan_out",
@@ -129,7 +130,7 @@ class ResLoraConfig(metaclass=_LoraOptions):
         default_factory=dict,
         metadata=_help("Regular expression of module names -> another lora_alpha."),
     )
-    modules_to_save: list[str] | None = field(
+    modules_to_save: str | list[str] | None = field(
         default=None,
         metadata=_help("Modules beside the adapters that are trained and saved whole (heads)."),
     )
@@ -203,27 +204,10 @@ class ResLoraConfig(metaclass=_LoraOptions):
 
     def validate(self) -> None:
         """Raise one sentence for the first bad value."""
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if isinstance(value, tuple | set | frozenset):
-                setattr(self, name, sorted(value) if not isinstance(value, tuple) else list(value))
-        if isinstance(self.layers_pattern, str):
-            self.layers_pattern = [self.layers_pattern]
-        _check_types(self)
-        _check_choices(self)
-        validate_config(self.core())
-        for key, rank in self.rank_pattern.items():
-            if not _is_whole(rank):
-                raise ValueError(
-                    f"[config] rank_pattern must map to whole numbers; got {rank!r} ({key})"
-                )
-            scaling_of(self.lora_alpha, rank, self.use_rslora)
-        for key, alpha in self.alpha_pattern.items():
-            if not _is_number(alpha):
-                raise ValueError(
-                    f"[config] alpha_pattern must map to numbers; got {alpha!r} ({key})"
-                )
-            scaling_of(alpha, self.r, self.use_rslora)
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            setattr(self, name, _as_list(getattr(self, name), name in NAMES))
+        _check_own(self)
+        validate_config(self.core(), matches)
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> Self:
@@ -238,9 +222,16 @@ class ResLoraConfig(metaclass=_LoraOptions):
         m = PRESET_PRE_NUM.get((name, options.get("res_mode", "is")))
         return cls(**PRESETS[name] | ({} if m is None else {"pre_num": m}) | options)
 
-    def core(self) -> dict[str, Any]:
-        """Return the options that the C++ library has too."""
-        return {name: getattr(self, name) for name in config_defaults()}
+    def core(self) -> str:
+        """Return the options as JSON for the C++ library, patterns in the order of their trial."""
+        values = {f.name: getattr(self, f.name) for f in fields(ResLoraConfig)}
+        try:
+            return json.dumps(values, allow_nan=False)
+        except (TypeError, ValueError):
+            name = next(name for name, value in values.items() if not _is_json(value))
+            raise ValueError(
+                f"[config] {name} must be a value that JSON has, and finite; got {values[name]!r}"
+            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options as JSON values."""
@@ -257,10 +248,10 @@ class ResLoraConfig(metaclass=_LoraOptions):
 
     def to_json(self, **file_keys: Any) -> str:
         """Return the text of an adapter_config.json."""
-        values = {"peft_type": PEFT_TYPE, "reslora_version": VERSION}
-        return (
-            json.dumps({**values, **file_keys, **self.to_dict()}, indent=2, sort_keys=True) + "\n"
-        )
+        defaults = {f.name: f.default for f in fields(ResLoraConfig) if f.name in PYTHON_ONLY}
+        own = {k: v for k, v in self.to_dict().items() if k not in defaults or v != defaults[k]}
+        given = {key: value for key, value in file_keys.items() if value is not None}
+        return config_to_json(json.dumps(own | given))
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "config") -> ResLoraConfig:
@@ -285,101 +276,47 @@ class ResLoraConfig(metaclass=_LoraOptions):
             return cls.from_json(file.read(), os.fspath(path))
 
 
+def matches(expression: str, text: str) -> bool:
+    """Tell whether a regular expression, as Python reads it, matches the whole of a text."""
+    try:
+        return re.fullmatch(expression, text) is not None
+    except re.error as error:
+        raise ValueError(
+            f"[config] a pattern must be a regular expression; got {expression!r} ({error})"
+        ) from None
+
+
+def _as_list(value: Any, takes_one: bool) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return [value] if takes_one and isinstance(value, str) else value
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_types(config: ResLoraConfig) -> None:
-    for name in ("r", "pre_num", "norm_window"):
-        if not _is_whole(getattr(config, name)):
-            raise ValueError(
-                f"[config] {name} must be a whole number; got {getattr(config, name)!r}"
-            )
-    for name in ("lora_alpha", "lora_dropout"):
-        if not _is_number(getattr(config, name)):
-            raise ValueError(f"[config] {name} must be a number; got {getattr(config, name)!r}")
-    for name in ("use_rslora", "detach_taps", "strict_links"):
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"[config] {name} must be a bool; got {getattr(config, name)!r}")
-    for name in ("res_mode", "first_block", "bias", "revision"):
-        value = getattr(config, name)
-        if not isinstance(value, str) and (name != "revision" or value is not None):
-            raise ValueError(f"[config] {name} must be a string; got {value!r}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(getattr(config, name), dict):
-            raise ValueError(f"[config] {name} must be a dict; got {getattr(config, name)!r}")
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) and v for v in value)
-
-
-def _check_expression(name: str, expression: Any) -> None:
-    try:
-        re.compile(expression)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"[config] {name} must be a regular expression; got {expression!r} ({error})"
-        ) from None
-
-
-def _check_layers(config: ResLoraConfig) -> None:
-    layers = config.layers_to_transform
-    wanted = layers if isinstance(layers, list) else [] if layers is None else [layers]
-    if any(not _is_whole(index) or index < 0 for index in wanted) or layers == []:
-        raise ValueError(f"[config] layers_to_transform must be layer indices; got {layers!r}")
-    before = config.layers_pattern
-    if before is not None and not _is_names(before):
-        raise ValueError(
-            f"[config] layers_pattern must be a name or a list of names; got {before!r}"
-        )
-    if before and not wanted:
-        raise ValueError(
-            "[config] layers_pattern says which number layers_to_transform means; got it alone"
-        )
-    targets = config.target_modules
-    if wanted and isinstance(targets, str) and targets.lower() != ALL_LINEAR:
-        raise ValueError(
-            "[config] layers_to_transform needs a list of target_modules or 'all-linear'; got the "
-            f"regular expression {targets!r} (write the indices into it)"
-        )
-
-
-def _check_choices(config: ResLoraConfig) -> None:
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, str) and not _is_names(value):
-            raise ValueError(
-                f"[config] {name} must be a list of names or a regular expression; got {value!r}"
-            )
-        if isinstance(value, str):
-            _check_expression(name, value)
-    if config.target_modules == []:
-        raise ValueError("[config] target_modules must be names or a regular expression; got []")
-    for name in ("rank_pattern", "alpha_pattern"):
-        for expression in getattr(config, name):
-            _check_expression(name, expression)
-    if config.modules_to_save is not None and not _is_names(config.modules_to_save):
-        raise ValueError(
-            f"[config] modules_to_save must be a list of names; got {config.modules_to_save!r}"
-        )
-    _check_layers(config)
+def _check_own(config: ResLoraConfig) -> None:
+    """Check the options that only Python has."""
     if config.bias != "none":
         raise ValueError(
             f"[config] bias must be 'none' (a changed bias does not merge into W); got "
             f"{config.bias!r}"
         )
-    if not (isinstance(config.init_lora_weights, bool) or config.init_lora_weights == "gaussian"):
-        raise ValueError(
-            "[config] init_lora_weights must be True, False or 'gaussian'; got "
-            f"{config.init_lora_weights!r}"
-        )
+    if config.revision is not None and not isinstance(config.revision, str):
+        raise ValueError(f"[config] revision must be a string; got {config.revision!r}")
     share = config.finish_at
-    if share is not None and not (_is_number(share) and 0 < share < 1):
+    if share is not None and not (isinstance(share, float) and 0 < share < 1):
         raise ValueError(f"[config] finish_at must lie above 0 and below 1; got {share!r}")
     if config.finished_from not in (None, "is", "ms"):
         raise ValueError(
@@ -388,8 +325,3 @@ def _check_choices(config: ResLoraConfig) -> None:
     step = config.finished_step
     if step is not None and not (_is_whole(step) and step >= 0):
         raise ValueError(f"[config] finished_step must be a number of steps; got {step!r}")
-    if config.merge_method is not None and config.merge_method not in MERGE_METHODS:
-        raise ValueError(
-            f"[config] merge_method must be one of {MERGE_METHODS} or None; got "
-            f"{config.merge_method!r}"
-        )

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._C import FitSums
+from ._C import FitSums, set_to_mean_of_ranks
 from .injection.adapted import Injection, factors_of, injection_of
 from .merging.calibration import RIDGE, moved_chains, solve_again
 
@@ -108,7 +108,7 @@ def sync_norms(injection: Injection, group: Group = None) -> None:
     for layer in layers:
         assert layer.norms is not None
         squares = _reduced(layer.norms.double().square(), group)
-        layer.norms.copy_((squares / dist.get_world_size(group)).sqrt())
+        set_to_mean_of_ranks(layer.norms, squares, dist.get_world_size(group))
 
 
 def _check_equal(counts: Tensor, group: Group) -> None:

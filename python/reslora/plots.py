@@ -16,10 +16,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from ._C import LayerMerge
+from ._C import LayerMerge, window_in_order
 from .injection.adapted import injection_of
 from .merging.planning import make_plan
 from .merging.report import MergeReport
@@ -183,10 +182,7 @@ def singular_values(
     lines = {}
     place = {"revision": revision, "subfolder": subfolder, "base_revision": base_revision}
     for layer in _planned(source, merge_method, base, place):
-        small = torch.linalg.multi_dot(
-            [torch.linalg.qr(layer.B.double())[1], torch.linalg.qr(layer.A.double().mT)[1].mT]
-        )
-        lines[layer.name] = torch.linalg.svdvals(small).tolist()
+        lines[layer.name] = layer.singular_values().tolist()
     return _lines(lines, xlabel="rank", ylabel="singular value of W* - W", yscale="log")
 
 
@@ -293,11 +289,9 @@ def _windows(source: Source, revision: str | None, subfolder: str | None) -> dic
 
         folder = adapter_folder(source, "plots", revision, subfolder)
         stored = read_statistics(folder, read_adapter(folder)[0])
-        found = {name: entry[:2] for name, entry in stored.items()}
+        found = {name: (own.norms, own.count) for name, own in stored.items()}
     windows = {}
     for name, (norms, count) in found.items():
         if norms is not None and count is not None:
-            number, size = int(count), norms.shape[1]
-            ring = norms[:, :number] if number < size else norms.roll(-(number % size), 1)
-            windows[name] = ring.cpu()
+            windows[name] = window_in_order(norms, count)
     return windows

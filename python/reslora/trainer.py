@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .config import MERGE_METHODS, ResLoraConfig
+from ._C import check_merge_method, formula_difference
+from .config import ResLoraConfig
 from .distributed import is_distributed, mean_over_ranks, sync_norms, sync_statistics
-from .files.checkpoint import FORMULA_OPTIONS
 from .files.folders import CONFIG_NAME
 from .files.statistics import read_norms, write_statistics
 from .injection.adapted import Injection, injection_of
@@ -81,11 +81,8 @@ class ResLoraCallback(TrainerCallback):
             raise ValueError(
                 f"[ResLoraCallback] calibration must be batches, or None; got {calibration!r}"
             )
-        if merge_method not in (None, *MERGE_METHODS):
-            raise ValueError(
-                f"[ResLoraCallback] merge_method must be one of {', '.join(MERGE_METHODS)}, or "
-                f"None; got {merge_method!r}"
-            )
+        if merge_method is not None:
+            check_merge_method(merge_method, "ResLoraCallback")
         for name, value in (("max_eval_batches", max_eval_batches), ("patience", patience)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(
@@ -316,7 +313,8 @@ def _check_same(injection: Injection, folder: Path) -> None:
     if not (folder / CONFIG_NAME).is_file():
         return
     stored = ResLoraConfig.load(folder / CONFIG_NAME)
-    for name in (*FORMULA_OPTIONS, "lora_alpha", "use_rslora"):
+    found = formula_difference(injection.config.core(), stored.core())
+    for name in (found, "lora_alpha", "use_rslora") if found else ("lora_alpha", "use_rslora"):
         own, other = getattr(injection.config, name), getattr(stored, name)
         if own != other:
             raise ValueError(

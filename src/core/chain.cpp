@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <utility>
 
 #include "core/check.h"
+#include "core/config_options.h"
 
 namespace reslora {
 namespace {
@@ -33,9 +35,19 @@ void check_same_features(const LayerShape& first, const LayerShape& layer) {
 
 }  // namespace
 
+bool operator==(const LayerShape& a, const LayerShape& b) {
+  return std::tie(a.name, a.in_features, a.out_features, a.r, a.scaling) ==
+         std::tie(b.name, b.in_features, b.out_features, b.r, b.scaling);
+}
+
+std::string shown(const LayerShape& layer) {
+  return fmt::format("{} ({} -> {}, r {}, scaling {})", layer.name, layer.in_features,
+                     layer.out_features, layer.r, layer.scaling);
+}
+
 Chain::Chain(const ResLoraConfig& config, std::vector<LayerShape> layers)
     : config_(config), shortcut_(Shortcut::kNone), layers_(std::move(layers)) {
-  validate(config_);
+  detail::validate_values(config_);
   shortcut_ = parse_shortcut(config_.res_mode());
   const bool is_plain = shortcut_ == Shortcut::kNone || config_.pre_num() == 0;
   for (int64_t n = 0; n < size(); ++n) {
@@ -52,6 +64,8 @@ Chain::Chain(const ResLoraConfig& config, std::vector<LayerShape> layers)
     if (shortcut_ == Shortcut::kBs) wire_block(n);
     if (shortcut_ == Shortcut::kMs) wire_middle(n);
   }
+  for (Wiring& own : wirings_)
+    own.keep_tap = own.handed == Handed::kTap && own.a.size() == own.b.size();
 }
 
 void Chain::wire_input(int64_t n) {
@@ -139,6 +153,36 @@ std::vector<int64_t> Chain::reached(int64_t n) const {
 
 bool Chain::merges_exactly(int64_t n) const {
   return shortcut_ == Shortcut::kNone || shortcut_ == Shortcut::kBs || !is_linked(n);
+}
+
+ChainRecord record_of(const std::string& name, const Chain& chain) {
+  ChainRecord record{name, {}};
+  for (int64_t n = 0; n < chain.size(); ++n) record.layers.push_back(chain.layer(n));
+  return record;
+}
+
+void check_chains(const std::vector<ChainRecord>& model, const std::vector<ChainRecord>& file) {
+  const std::vector<LayerShape> none;
+  const auto layers_of = [&](const std::vector<ChainRecord>& records, const std::string& name) {
+    const auto at = std::find_if(records.begin(), records.end(),
+                                 [&](const ChainRecord& record) { return record.name == name; });
+    return at == records.end() ? &none : &at->layers;
+  };
+  const auto text = [](const std::vector<LayerShape>& layers, size_t n) {
+    return n < layers.size() ? shown(layers[n]) : "nothing";
+  };
+  for (const std::vector<ChainRecord>* records : {&model, &file})
+    for (const ChainRecord& record : *records) {
+      const std::vector<LayerShape>& own = *layers_of(model, record.name);
+      const std::vector<LayerShape>& stored = *layers_of(file, record.name);
+      if (own == stored) continue;
+      size_t n = 0;
+      while (n < std::min(own.size(), stored.size()) && own[n] == stored[n]) ++n;
+      RESLORA_CHECK(false,
+                    "[load] the adapter must be of this model; got chain {} with {} layers in the "
+                    "model and {} in the file, first difference at {}: {} and {}",
+                    record.name, own.size(), stored.size(), n, text(own, n), text(stored, n));
+    }
 }
 
 }  // namespace reslora

@@ -1,12 +1,18 @@
-// The rules that the options must keep, and the names of the shortcuts.
+// The rules that the options must keep, their names, and how two configs differ.
 #include <reslora/config.h>
+#include <reslora/merge_rule.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
+#include <string_view>
+#include <type_traits>
 #include <utility>
 
 #include "core/check.h"
+#include "core/config_options.h"
+#include "core/names.h"
 
 namespace reslora {
 namespace {
@@ -18,11 +24,35 @@ constexpr std::array<std::pair<const char*, Shortcut>, 4> kShortcutNames = {{
     {"ms", Shortcut::kMs},
 }};
 
-constexpr std::array<const char*, 5> kMergeMethods = {"exact", "lsq", "input", "weight",
-                                                      "factored"};
+constexpr std::array<const char*, 3> kFormulaOptions = {"res_mode", "pre_num", "first_block"};
 
-bool is_merge_method(const std::string& name) {
-  return std::find(kMergeMethods.begin(), kMergeMethods.end(), name) != kMergeMethods.end();
+/// The names of the options in which two configs differ.
+std::vector<std::string> differences(const ResLoraConfig& a, const ResLoraConfig& b) {
+  std::vector<std::string> names;
+  detail::for_each_option(a, [&](const char* name, const auto& own) {
+    detail::for_each_option(b, [&](const char* other_name, const auto& other) {
+      if constexpr (std::is_same_v<decltype(own), decltype(other)>) {
+        if (std::string_view(name) == other_name && !(own == other)) names.emplace_back(name);
+      }
+    });
+  });
+  const auto by_name = [](const ResLoraConfig& config) {
+    return std::map<std::string, std::string>(config.other_options().begin(),
+                                              config.other_options().end());
+  };
+  const auto own = by_name(a), other = by_name(b);
+  for (const auto& [name, value] : own)
+    if (const auto at = other.find(name); at == other.end() || at->second != value)
+      names.push_back(name);
+  for (const auto& item : other)
+    if (own.count(item.first) == 0) names.push_back(item.first);
+  return names;
+}
+
+/// What lora_alpha is divided by.
+double divisor_of(int64_t r, bool use_rslora) {
+  const double rank = static_cast<double>(r);
+  return use_rslora ? std::sqrt(rank) : rank;
 }
 
 void check_list(const char* option, const std::vector<std::string>& names) {
@@ -65,7 +95,8 @@ Shortcut parse_shortcut(const std::string& res_mode) {
   for (const auto& [name, shortcut] : kShortcutNames) {
     if (res_mode == name) return shortcut;
   }
-  RESLORA_CHECK(false, "[config] res_mode must be 'none', 'is', 'bs' or 'ms'; got '{}'", res_mode);
+  RESLORA_CHECK(false, "[config] res_mode must be {}; got '{}'",
+                detail::alternatives(shortcut_names()), res_mode);
 }
 
 std::string shortcut_name(Shortcut shortcut) {
@@ -80,11 +111,32 @@ double scaling_of(double lora_alpha, int64_t r, bool use_rslora) {
   RESLORA_CHECK(r >= 1, "[config] r must be at least 1; got {}", r);
   RESLORA_CHECK(std::isfinite(lora_alpha) && lora_alpha > 0,
                 "[config] lora_alpha must be finite and greater than 0; got {}", lora_alpha);
-  const double rank = static_cast<double>(r);
-  return lora_alpha / (use_rslora ? std::sqrt(rank) : rank);
+  return lora_alpha / divisor_of(r, use_rslora);
 }
 
-void validate(const ResLoraConfig& config, const ExpressionMatch& match) {
+double lora_alpha_of(double scaling, int64_t r, bool use_rslora) {
+  return scaling * divisor_of(r, use_rslora);
+}
+
+std::vector<std::string> shortcut_names() {
+  std::vector<std::string> names;
+  for (const auto& item : kShortcutNames) names.emplace_back(item.first);
+  return names;
+}
+
+std::string first_difference(const ResLoraConfig& a, const ResLoraConfig& b) {
+  const std::vector<std::string> names = differences(a, b);
+  return names.empty() ? "" : names[0];
+}
+
+std::string formula_difference(const ResLoraConfig& a, const ResLoraConfig& b) {
+  const std::vector<std::string> names = differences(a, b);
+  for (const char* name : kFormulaOptions)
+    if (std::find(names.begin(), names.end(), name) != names.end()) return name;
+  return "";
+}
+
+void detail::validate_values(const ResLoraConfig& config) {
   scaling_of(config.lora_alpha(), config.r(), config.use_rslora());
   RESLORA_CHECK(config.lora_dropout() >= 0 && config.lora_dropout() < 1,
                 "[config] lora_dropout must lie in [0, 1); got {}", config.lora_dropout());
@@ -98,13 +150,14 @@ void validate(const ResLoraConfig& config, const ExpressionMatch& match) {
   RESLORA_CHECK(config.norm_window() >= 0,
                 "[config] norm_window must be 0 (keep no norms) or a number of forwards; got {}",
                 config.norm_window());
-  RESLORA_CHECK(config.merge_method().empty() || is_merge_method(config.merge_method()),
-                "[config] merge_method must be 'exact', 'lsq', 'input', 'weight', 'factored' or '' "
-                "(the best for what is at hand); got '{}'",
-                config.merge_method());
+  if (!config.merge_method().empty()) parse_merge_rule(config.merge_method(), "config");
   const auto* init = std::get_if<std::string>(&config.init_lora_weights());
   RESLORA_CHECK(init == nullptr || *init == "gaussian",
                 "[config] init_lora_weights must be true, false or 'gaussian'; got '{}'", *init);
+}
+
+void validate(const ResLoraConfig& config, const ExpressionMatch& match) {
+  detail::validate_values(config);
   validate_names(config, match);
 }
 

@@ -1,4 +1,4 @@
-// Options as JSON: one table says how each of them is written and read.
+// Options as JSON: how each kind of value is written, read, and named where it is of another kind.
 #include <reslora/config_json.h>
 
 #include <functional>
@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/config_options.h"
 #include "safetensors/json.h"
 
 namespace reslora {
@@ -67,6 +68,8 @@ void read(JsonReader& json, std::vector<T>& values) {
   if (json.null()) return;
   if (json.peek() != '[') return read(json, values.emplace_back());  // one value for a list of it
   json.array([&] { read(json, values.emplace_back()); });
+  // No layer at all is nobody's wish, and an empty list means all of them here.
+  if (std::is_same_v<T, int64_t> && values.empty()) throw ContentError("no index");
 }
 
 template <typename T>
@@ -99,37 +102,49 @@ void read(JsonReader& json, InitLoraWeights& value) {
   }
 }
 
+// ---- What each kind of value is called in a message, after the name of the option ---------------
+
+const char* kind_of(int64_t) { return "be a whole number"; }
+const char* kind_of(double) { return "be a number"; }
+const char* kind_of(bool) { return "be true or false"; }
+const char* kind_of(const std::string&) { return "be a string"; }
+const char* kind_of(const std::vector<int64_t>&) { return "be layer indices"; }
+const char* kind_of(const std::vector<std::string>&) { return "be a name or a list of names"; }
+const char* kind_of(const ModuleNames&) { return "be a list of names or a regular expression"; }
+const char* kind_of(const Patterns<int64_t>&) { return "map expressions to whole numbers"; }
+const char* kind_of(const Patterns<double>&) { return "map expressions to numbers"; }
+const char* kind_of(const InitLoraWeights&) { return "be true, false or 'gaussian'"; }
+
 // ---- The options by name -----------------------------------------------------------------------
 
-/// Calls visit(name, value) for every option; `Config` is const to write, plain to read.
-template <typename Config, typename Visit>
-void for_each_option(Config& config, const Visit& visit) {
-  visit("r", config.r());
-  visit("lora_alpha", config.lora_alpha());
-  visit("lora_dropout", config.lora_dropout());
-  visit("target_modules", config.target_modules());
-  visit("exclude_modules", config.exclude_modules());
-  visit("layers_to_transform", config.layers_to_transform());
-  visit("layers_pattern", config.layers_pattern());
-  visit("rank_pattern", config.rank_pattern());
-  visit("alpha_pattern", config.alpha_pattern());
-  visit("modules_to_save", config.modules_to_save());
-  visit("use_rslora", config.use_rslora());
-  visit("init_lora_weights", config.init_lora_weights());
-  visit("res_mode", config.res_mode());
-  visit("pre_num", config.pre_num());
-  visit("merge_method", config.merge_method());
-  visit("detach_taps", config.detach_taps());
-  visit("norm_window", config.norm_window());
-  visit("first_block", config.first_block());
-  visit("strict_links", config.strict_links());
+/// Reads the value of one option; a value of another kind is one sentence that names the option.
+template <typename T>
+void read_option(JsonReader& json, const char* name, T& value, const std::string& source) {
+  const std::string text = json.raw();
+  try {
+    JsonReader own(text, name);
+    read(own, value);
+  } catch (const ContentError&) {
+    const std::string quoted = detail::shown(text);
+    RESLORA_CHECK(false, "[config] {} must {}; got {}{}{}", name, kind_of(value),
+                  quoted.substr(1, quoted.size() - 2), source.empty() ? "" : " in ", source);
+  }
+}
+
+/// Writes the value of one option; Python says None where C++ has an empty text.
+template <typename T>
+void write_option(JsonWriter& json, const T& value) {
+  if constexpr (std::is_same_v<T, std::string>) {
+    if (value.empty()) return (void)json.null();
+  }
+  write(json, value);
 }
 
 ResLoraConfig read_config(const std::string& text, const std::string& source) {
   ResLoraConfig config;
   std::map<std::string, std::function<void(JsonReader&)>> readers;
-  for_each_option(config, [&](const char* name, auto& value) {
-    readers[name] = [&value](JsonReader& json) { read(json, value); };
+  detail::for_each_option(config, [&](const char* name, auto& value) {
+    readers[name] = [&, name](JsonReader& json) { read_option(json, name, value, source); };
   });
   JsonReader json(text, source);
   std::string type = kType;
@@ -157,19 +172,33 @@ std::string config_to_json(const ResLoraConfig& config) {
   JsonWriter json(2);
   try {
     json.begin_object().key(kTypeKey).string(kType).key(kVersionKey).string(RESLORA_VERSION);
-    for_each_option(config, [&](const char* name, const auto& value) {
-      json.key(name);
-      // Python says None where C++ has an empty text.
-      if constexpr (std::is_same_v<std::decay_t<decltype(value)>, std::string>) {
-        if (value.empty()) return (void)json.null();
-      }
-      write(json, value);
-    });
+    detail::for_each_option(
+        config, [&](const char* name, const auto& value) { write_option(json.key(name), value); });
     for (const auto& [name, value] : config.other_options()) json.key(name).raw(value);
   } catch (const ContentError& error) {
     RESLORA_CHECK(false, "[config] {}", error.what());
   }
   return json.end_object().text() + "\n";
+}
+
+std::vector<OptionInfo> options() {
+  std::vector<OptionInfo> list;
+  const ResLoraConfig config;
+  detail::for_each_option(config, [&](const char* name, const auto& value) {
+    JsonWriter json;
+    write_option(json, value);
+    list.push_back({name, kind_of(value), json.text()});
+  });
+  return list;
+}
+
+std::string option_json(const ResLoraConfig& config, const std::string& name) {
+  JsonWriter json;
+  detail::for_each_option(config, [&](const std::string& own, const auto& value) {
+    if (own == name) write_option(json, value);
+  });
+  RESLORA_CHECK(!json.text().empty(), "[config] there is no option '{}'", name);
+  return json.text();
 }
 
 ResLoraConfig config_from_json(const std::string& text, const std::string& source,

@@ -230,12 +230,13 @@ std::string chain_key(const std::unordered_map<std::string, const ModuleInfo*>& 
   return joined(parts, parts.size());
 }
 
-LayerShape shape_of(const ResLoraConfig& config, const ModuleInfo& module,
-                    const ExpressionMatch& match) {
-  const int64_t r = value_for(config.rank_pattern(), module.path, config.r(), match);
-  const double alpha = value_for(config.alpha_pattern(), module.path, config.lora_alpha(), match);
-  return {module.path, module.in_features, module.out_features, r,
-          scaling_of(alpha, r, config.use_rslora())};
+/// The value of the first pattern that matches a path, else `otherwise`.
+template <typename T>
+T value_for(const Patterns<T>& patterns, const std::string& path, T otherwise,
+            const ExpressionMatch& match) {
+  for (const auto& [pattern, value] : patterns)
+    if (matches_pattern(path, pattern, match)) return value;
+  return otherwise;
 }
 
 }  // namespace
@@ -276,18 +277,28 @@ Matching match_layers(const std::vector<ModuleInfo>& modules, const ResLoraConfi
   return matching;
 }
 
-std::vector<ChainShape> find_chains(const std::vector<ModuleInfo>& modules,
-                                    const std::vector<std::string>& layers,
-                                    const ResLoraConfig& config, const ExpressionMatch& match) {
+RankAndScaling rank_and_scaling(const ResLoraConfig& config, const std::string& path,
+                                const ExpressionMatch& match) {
+  const int64_t r = value_for(config.rank_pattern(), path, config.r(), match);
+  const double alpha = value_for(config.alpha_pattern(), path, config.lora_alpha(), match);
+  return {r, scaling_of(alpha, r, config.use_rslora())};
+}
+
+std::vector<ChainRecord> find_chains(const std::vector<ModuleInfo>& modules,
+                                     const std::vector<std::string>& layers,
+                                     const ResLoraConfig& config, const ExpressionMatch& match) {
   std::unordered_map<std::string, const ModuleInfo*> by_path;
   for (const ModuleInfo& module : modules) by_path[module.path] = &module;
-  std::vector<ChainShape> chains;
+  std::vector<ChainRecord> chains;
   std::unordered_map<std::string, size_t> places;
   for (const std::string& path : layers) {
     const std::string key = chain_key(by_path, path);
     const auto [place, is_new] = places.emplace(key, chains.size());
     if (is_new) chains.push_back({key, {}});
-    chains[place->second].layers.push_back(shape_of(config, *by_path.at(path), match));
+    const ModuleInfo& module = *by_path.at(path);
+    const RankAndScaling own = rank_and_scaling(config, path, match);
+    chains[place->second].layers.push_back(
+        {path, module.in_features, module.out_features, own.r, own.scaling});
   }
   return chains;
 }

@@ -36,6 +36,22 @@ int64_t NormWindow::filled() const {
   return std::min(count, norms_.size(1));
 }
 
+at::Tensor NormWindow::in_order() const {
+  const int64_t entries = filled(), size = norms_.size(1);
+  const at::Tensor norms = norms_.cpu();
+  // In a full ring the next column to be written holds the oldest entry.
+  return entries < size ? norms.narrow(1, 0, entries).clone()
+                        : norms.roll(-(count_.item<int64_t>() % size), 1);
+}
+
+void set_to_mean_of_ranks(const at::Tensor& norms, const at::Tensor& squares, int64_t ranks) {
+  RESLORA_CHECK(ranks >= 1 && norms.sizes() == squares.sizes(),
+                "[norm_window] squares of at least one rank must have the shape of norms, [{}]; "
+                "got [{}] of {}",
+                fmt::join(norms.sizes(), ", "), fmt::join(squares.sizes(), ", "), ranks);
+  norms.copy_((squares / ranks).sqrt());
+}
+
 std::optional<double> NormWindow::mean(Norm which) const {
   const int64_t entries = filled();
   if (entries == 0) return std::nullopt;

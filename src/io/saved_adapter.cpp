@@ -1,8 +1,6 @@
 // Reading the files of a folder, which must belong together.
 #include "io/saved_adapter.h"
 
-#include <sstream>
-
 #include "core/check.h"
 #include "io/factor_names.h"
 #include "io/folders.h"
@@ -10,18 +8,15 @@
 namespace reslora::detail {
 namespace {
 
-/// Demands that both configs are the same; names the first line where they are not.
-void check_equal(const std::string& in_weights, const std::string& beside,
-                 const std::string& folder) {
-  std::stringstream first(in_weights), second(beside);
-  std::string a, b;
-  while (std::getline(first, a), std::getline(second, b))
-    RESLORA_CHECK(a == b, "[load] {} and {} must agree on every option; got{} and{} in {}",
-                  kWeightsName, kConfigName, a, b, folder);
-  RESLORA_CHECK(in_weights == beside,
-                "[load] {} and {} must agree on every option; they do not in "
-                "{}",
-                kWeightsName, kConfigName, folder);
+/// Demands that both configs are the same but for the base's revision, a name that people change by
+/// hand and that changes nothing which the adapter computes.
+void check_same(const ResLoraConfig& in_weights, ResLoraConfig beside, const std::string& folder) {
+  beside.other_options() = in_weights.other_options();
+  const std::string name = first_difference(in_weights, beside);
+  if (name.empty()) return;
+  RESLORA_CHECK(false, "[load] {} and {} must agree on {}; got {} and {} in {}", kConfigName,
+                kWeightsName, name, option_json(beside, name), option_json(in_weights, name),
+                folder);
 }
 
 }  // namespace
@@ -35,7 +30,7 @@ SavedAdapter read_folder(const std::string& folder) {
   saved.file = load_adapter(path);
   saved.config = config_from_json(saved.file.config_json, path);
   const ResLoraConfig beside = config_from_json(file_text(config_path), config_path);
-  check_equal(config_to_json(saved.config), config_to_json(beside), folder);
+  check_same(saved.config, beside, folder);
   const std::string statistics = folder + "/" + kStatisticsName;
   if (is_file(statistics)) {
     std::map<std::string, at::Tensor> factors;

@@ -3,7 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <reslora/merge.h>
 
-#include <array>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -16,15 +16,6 @@ namespace reslora {
 namespace {
 
 using at::Tensor;
-
-constexpr std::array<std::pair<const char*, MergeRule>, 6> kRuleNames = {{
-    {"exact", MergeRule::kExact},
-    {"input", MergeRule::kInput},
-    {"weight", MergeRule::kWeight},
-    {"factored", MergeRule::kFactored},
-    {"lsq", MergeRule::kLsq},
-    {"refined", MergeRule::kRefined},
-}};
 
 /// Two layers that share one weight would merge into it twice.
 void check_untied(const std::vector<Tensor>& weights, const std::vector<LayerMerge>& layers) {
@@ -41,22 +32,12 @@ void check_untied(const std::vector<Tensor>& weights, const std::vector<LayerMer
 
 }  // namespace
 
-MergeRule parse_merge_rule(const std::string& merge_method) {
-  for (const auto& [name, rule] : kRuleNames) {
-    if (merge_method == name && rule != MergeRule::kRefined) return rule;
-  }
-  RESLORA_CHECK(false,
-                "[merge] merge_method must be 'exact', 'lsq', 'input', 'weight' or 'factored'; got "
-                "'{}'",
-                merge_method);
-}
-
-std::string merge_rule_name(MergeRule rule) {
-  for (const auto& [name, value] : kRuleNames) {
-    if (rule == value) return name;
-  }
-  RESLORA_CHECK(false, "[merge] a rule must be one of those of `MergeRule`; got {}",
-                static_cast<int>(rule));
+at::Tensor singular_values(const LayerMerge& layer) {
+  const detail::FullPrecision guard;
+  // B A = Qb (Rb Ra^T) Qa^T: the singular values are those of the small core.
+  const Tensor r_b = std::get<1>(at::linalg_qr(layer.B.to(at::kDouble)));
+  const Tensor r_a = std::get<1>(at::linalg_qr(layer.A.to(at::kDouble).t()));
+  return at::linalg_svdvals(at::mm(r_b, r_a.t())).cpu();
 }
 
 MergePlan::MergePlan(const std::vector<ChainView>& chains, const std::string& merge_method,

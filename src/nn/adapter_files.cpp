@@ -38,43 +38,11 @@ std::string adapter_sum(const Adapters::State& state) { return tensors_sum(facto
 
 namespace {
 
-std::string text_of(const LayerShape* layer) {
-  if (layer == nullptr) return "nothing";
-  return fmt::format("{} ({} -> {}, r {}, scaling {})", layer->name, layer->in_features,
-                     layer->out_features, layer->r, layer->scaling);
-}
-
-bool is_same(const LayerShape& a, const LayerShape& b) {
-  return a.name == b.name && a.in_features == b.in_features && a.out_features == b.out_features &&
-         a.r == b.r && a.scaling == b.scaling;
-}
-
-/// Demands that the file's chains are the model's.
-void check_chains(const std::vector<std::string>& names, const std::vector<const Chain*>& chains,
-                  const SavedAdapter& saved) {
-  const auto check = [&](const std::string& name, const Chain* own,
-                         const std::vector<LayerShape>& stored) {
-    const int64_t size = own == nullptr ? 0 : own->size();
-    const auto count = static_cast<int64_t>(stored.size());
-    int64_t n = 0;
-    while (n < std::min(size, count) && is_same(own->layer(n), stored[n])) ++n;
-    if (n == size && n == count) return;
-    RESLORA_CHECK(false,
-                  "[load] the adapter must be of this model; got chain {} with {} layers in the "
-                  "model and {} in the file, first difference at {}: {} and {}",
-                  name, size, count, n, text_of(n < size ? &own->layer(n) : nullptr),
-                  text_of(n < count ? &stored[n] : nullptr));
-  };
-  for (const ChainRecord& record : saved.file.chains) {
-    const auto at = std::find(names.begin(), names.end(), record.name);
-    check(record.name, at == names.end() ? nullptr : chains[at - names.begin()], record.layers);
-  }
-  for (size_t i = 0; i < names.size(); ++i) {
-    const bool is_stored =
-        std::any_of(saved.file.chains.begin(), saved.file.chains.end(),
-                    [&](const ChainRecord& record) { return record.name == names[i]; });
-    if (!is_stored) check(names[i], chains[i], {});
-  }
+std::vector<ChainRecord> records_of(const Adapters::State& state) {
+  std::vector<ChainRecord> records;
+  for (size_t i = 0; i < state.chains.size(); ++i)
+    records.push_back(record_of(state.names[i], state.chains[i].chain()));
+  return records;
 }
 
 /// Demands that what the file holds beside A and B are the heads of the model.
@@ -96,12 +64,10 @@ void check_heads(const std::map<std::string, at::Tensor>& heads, const SavedAdap
 }
 
 void check_options(const ResLoraConfig& own, const ResLoraConfig& stored) {
-  const auto check = [](const char* name, const auto& a, const auto& b) {
-    RESLORA_CHECK(a == b, "[load] model and file must agree on {}; got {} and {}", name, a, b);
-  };
-  check("res_mode", own.res_mode(), stored.res_mode());
-  check("pre_num", own.pre_num(), stored.pre_num());
-  check("first_block", own.first_block(), stored.first_block());
+  const std::string name = formula_difference(own, stored);
+  if (name.empty()) return;
+  RESLORA_CHECK(false, "[load] model and file must agree on {}; got {} and {}", name,
+                option_json(own, name), option_json(stored, name));
 }
 
 /// Copies what was checked.
@@ -131,12 +97,10 @@ void Adapters::save(const std::string& folder, bool statistics) const {
   AdapterFile file;
   file.config_json = config_to_json(state_->config);
   std::map<std::string, LayerStatistics> known;
+  file.chains = detail::records_of(*state_);
   for (size_t i = 0; i < state_->chains.size(); ++i) {
     const ChainView view = state_->chains[i].view();
-    ChainRecord& record = file.chains.emplace_back();
-    record.name = state_->names[i];
     for (int64_t n = 0; n < view.chain.size(); ++n) {
-      record.layers.push_back(view.chain.layer(n));
       LayerStatistics own;
       if (view.layers[n].norms.is_defined()) own.norms = view.layers[n].norms;
       if (!state_->fits.empty()) own.fit = state_->fits[i][n];
@@ -166,9 +130,7 @@ void Adapters::load(const std::string& folder) const {
   RESLORA_CHECK(!is_merged(), "[load] the adapters must not be merged; got merged ones (unmerge)");
   const detail::SavedAdapter saved = detail::read_folder(folder);
   detail::check_options(state_->config, saved.config);
-  std::vector<const Chain*> chains;
-  for (const LinkedChain& chain : state_->chains) chains.push_back(&chain.chain());
-  detail::check_chains(state_->names, chains, saved);
+  check_chains(detail::records_of(*state_), saved.file.chains);
   detail::check_heads(state_->heads, saved);
   detail::copy_into(*state_, saved);
 }
@@ -176,9 +138,10 @@ void Adapters::load(const std::string& folder) const {
 Adapters load(torch::nn::Module& model, const std::string& folder) {
   const detail::SavedAdapter saved = detail::read_folder(folder);
   detail::Prepared prepared = detail::prepare(model, saved.config);
-  std::vector<const Chain*> chains;
-  for (const auto& state : prepared.states) chains.push_back(&state->chain);
-  detail::check_chains(prepared.names, chains, saved);
+  std::vector<ChainRecord> chains;
+  for (size_t i = 0; i < prepared.names.size(); ++i)
+    chains.push_back(record_of(prepared.names[i], prepared.states[i]->chain));
+  check_chains(chains, saved.file.chains);
   detail::check_heads(prepared.heads, saved);
   std::shared_ptr<Adapters::State> state = detail::commit(model, std::move(prepared));
   detail::copy_into(*state, saved);

@@ -104,7 +104,7 @@ std::map<std::string, at::Tensor> heads_of(const torch::nn::Module& model,
   return heads;
 }
 
-std::vector<ResLoraLinear> layers_of(const ChainShape& chain, const Modules& modules) {
+std::vector<ResLoraLinear> layers_of(const ChainRecord& chain, const Modules& modules) {
   std::vector<ResLoraLinear> layers;
   for (const LayerShape& shape : chain.layers) {
     auto layer = std::dynamic_pointer_cast<ResLoraLinearImpl>(modules.at(shape.name));
@@ -136,9 +136,9 @@ Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config) {
   for (const std::string& warning : found.warnings) TORCH_WARN(warning);
   Prepared prepared{config, {}, {}, heads_of(model, found.saved)};
   prepared.config.target_modules(std::move(found.targets));
-  for (ChainShape& chain : find_chains(infos, found.layers, config)) {
+  for (ChainRecord& chain : find_chains(infos, found.layers, config)) {
     const std::vector<ResLoraLinear> layers = layers_of(chain, by_path);
-    prepared.names.push_back(std::move(chain.key));
+    prepared.names.push_back(std::move(chain.name));
     prepared.states.push_back(new_state(layers, Chain(config, std::move(chain.layers))));
   }
   return prepared;

@@ -2,6 +2,7 @@
 //
 // A layer holds its chain's state strongly, the state holds its layers weakly: no cycle, and a
 // model that is gone takes its chains along.
+#include <reslora/initial_factors.h>
 #include <reslora/linear.h>
 #include <reslora/ops.h>
 #include <torch/nn/functional/linear.h>
@@ -68,13 +69,8 @@ std::pair<at::Tensor, at::Tensor> ResLoraLinearImpl::new_adapter(
   const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto made = weight.options().dtype(dtype).requires_grad(false);
   at::Tensor A = torch::empty({r, options.in_features()}, made);
-  at::Tensor B = torch::zeros({options.out_features(), r}, made);
-  if (std::holds_alternative<std::string>(init)) {  // "gaussian"
-    torch::nn::init::normal_(A, 0, 1 / static_cast<double>(r));
-  } else {
-    torch::nn::init::kaiming_uniform_(A, std::sqrt(5));
-    if (!std::get<bool>(init)) torch::nn::init::kaiming_uniform_(B, std::sqrt(5));
-  }
+  at::Tensor B = torch::empty({options.out_features(), r}, made);
+  fill_factors(A, B, init);
   return {A, B};
 }
 
@@ -242,7 +238,7 @@ AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
     }
   }
   in.dropout = is_training() ? config.lora_dropout() : 0;
-  in.keep_tap = wiring.handed == Handed::kTap && wiring.a.size() == wiring.b.size();
+  in.keep_tap = wiring.keep_tap;
   in.want_norms = is_training() && torch::GradMode::is_enabled() && config.norm_window() > 0;
   return in;
 }

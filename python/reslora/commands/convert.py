@@ -66,7 +66,7 @@ def convert_folder(source: PathLike, directory: PathLike, base: str | nn.Module)
         tensors |= zip(factor_names(layer.name), pair, strict=True)
     text = injection.config.to_json(
         base_model_name_or_path=base if isinstance(base, str) else None,
-        fan_in_fan_out=transposed_chains(injection),
+        fan_in_fan_out=transposed_chains(injection) or None,
     )
     with staged(make_folder(directory)) as stage:
         save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._C import ModelFiles
+from .._C import LayerShape, ModelFiles
 from ..config import PEFT_TYPE
 from ..files.base_files import STEMS, weight_files
 from ..files.checkpoint import read_adapter
@@ -223,8 +223,8 @@ def _inspect_adapter(folder: Path, shown: str) -> Inspection:
     for name, layers in adapter.chains:
         found.chains.append(_describe(name, layers, adapter.tensors))
     statistics = read_statistics(folder, adapter)
-    fits = [fit for _, _, fit, _ in statistics.values() if fit is not None]
-    windows = sum(norms is not None for norms, *_ in statistics.values())
+    fits = [own.fit for own in statistics.values() if own.fit is not None]
+    windows = sum(own.norms is not None for own in statistics.values())
     if statistics:
         found.statistics = f"norms of {windows} layers, fits of {len(fits)}"
         if fits:
@@ -235,17 +235,15 @@ def _inspect_adapter(folder: Path, shown: str) -> Inspection:
     return found
 
 
-def _describe(
-    name: str, layers: list[tuple[str, int, int, int, float]], tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    sizes = [float(tensors[f"{n}.reslora_B.weight"].double().square().sum()) for n, *_ in layers]
+def _describe(name: str, layers: list[LayerShape], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    sizes = [float(tensors[f"{x.name}.reslora_B.weight"].double().square().sum()) for x in layers]
     norms = [math.sqrt(size) for size in sizes]
     return {
         "name": name,
         "layers": len(layers),
-        "shape": _range({f"{i} -> {o}" for _, i, o, _, _ in layers}),
-        "r": _range({str(r) for *_, r, _ in layers}),
-        "scaling": _range({f"{s:g}" for *_, s in layers}),
+        "shape": _range({f"{x.in_features} -> {x.out_features}" for x in layers}),
+        "r": _range({str(x.r) for x in layers}),
+        "scaling": _range({f"{x.scaling:g}" for x in layers}),
         "norm_B": f"{min(norms):.3g} to {max(norms):.3g}",
     }
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from .._build_info import VERSION
 from .._C import __file__ as library
-from ..config import MERGE_METHODS
+from .._C import merge_methods, shortcut_names
 from . import run as commands
 
 WIDTH = 78  # of a help text, whatever the terminal has
@@ -158,7 +158,7 @@ def _add_output(command: Parser) -> None:
 
 def _add_method(command: Parser) -> None:
     command.add_argument(
-        "--method", choices=MERGE_METHODS, help="merge rule (default: the best at hand)"
+        "--method", choices=merge_methods(), help="merge rule (default: the best at hand)"
     )
 
 
@@ -243,7 +243,7 @@ def _add_plot(command: Parser) -> None:
     _add_place(command)
     command.add_argument("output", metavar="OUT", help="picture to write (.png, .svg, .pdf)")
     command.add_argument(
-        "--method", choices=MERGE_METHODS, help="merge rule of alpha and singular-values"
+        "--method", choices=merge_methods(), help="merge rule of alpha and singular-values"
     )
     _add_base(command)
     command.add_argument("--key", default="loss", help="of losses: what to draw (default: loss)")
@@ -262,7 +262,7 @@ def _add_convert(command: Parser) -> None:
 def _add_doctor(command: Parser) -> None:
     command.add_argument("--model", metavar="BASE", help="folder or Hub name; its config is read")
     command.add_argument("--target", nargs="+", metavar="NAME", help="target_modules")
-    command.add_argument("--res-mode", choices=("none", "is", "bs", "ms"), default="is")
+    command.add_argument("--res-mode", choices=shortcut_names(), default="is")
     command.add_argument("--pre-num", type=parse_whole, default=1, metavar="M")
 
 

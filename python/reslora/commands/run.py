@@ -133,7 +133,7 @@ def _rule_of_alphas(adapter: str, place: dict[str, Any]) -> str:
 
     folder = adapter_folder(adapter, "plot", **place)
     stored = read_statistics(folder, read_adapter(folder)[0]).values()
-    return "input" if any(norms is not None for norms, *_ in stored) else "weight"
+    return "input" if any(own.norms is not None for own in stored) else "weight"
 
 
 def run_convert(options: argparse.Namespace) -> Outcome:

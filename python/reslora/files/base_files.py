@@ -175,7 +175,7 @@ def file_keys(names: list[str], adapter: AdapterFile) -> dict[str, str]:
     """Return the file's name for the weight of every adapted layer."""
     by_suffix: dict[str, str] = {}
     for _, layers in adapter.chains:
-        for name, *_ in layers:
+        for name in (shape.name for shape in layers):
             key = find_name(names, f"{name}.weight")
             if key is None:
                 raise ValueError(
@@ -220,7 +220,7 @@ def check_chains(names: list[str], adapter: AdapterFile, config: ResLoraConfig) 
 def transposed_layers(adapter: AdapterFile) -> set[str]:
     """Return the layers whose file holds W^T."""
     chains = set(json.loads(adapter.config_json).get("fan_in_fan_out") or ())
-    return {name for key, layers in adapter.chains if key in chains for name, *_ in layers}
+    return {x.name for key, layers in adapter.chains if key in chains for x in layers}
 
 
 def weight_views(
@@ -229,7 +229,8 @@ def weight_views(
     """Return views of the base weights [out, in]; shapes are checked against the adapter."""
     weights = {}
     for _, layers in adapter.chains:
-        for name, inputs, outputs, _, _ in layers:
+        for shape in layers:
+            name, inputs, outputs = shape.name, shape.in_features, shape.out_features
             stored = files.tensor(keys[name])
             weight = stored.t() if name in transposed and stored.dim() == 2 else stored
             if list(weight.shape) != [outputs, inputs]:

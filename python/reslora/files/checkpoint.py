@@ -18,7 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._C import AdapterFile, is_or_ends_with, load_adapter, save_adapter, save_statistics
+from .._C import (
+    AdapterFile,
+    check_chains,
+    first_difference,
+    formula_difference,
+    is_or_ends_with,
+    load_adapter,
+    save_adapter,
+    save_statistics,
+)
 from ..config import ResLoraConfig
 from ..injection.adapted import Injection, factors_of, find_layers, injection_of, plain_model
 from ..injection.heads import saved_module, saved_names
@@ -40,7 +49,6 @@ from .folders import (
 from .statistics import give_statistics, read_statistics, statistics_of, sum_of_factors
 
 # Options that change what an adapter computes, beside the ranks and scalings of its chains.
-FORMULA_OPTIONS = ("res_mode", "pre_num", "first_block")
 
 
 def save_pretrained(
@@ -69,7 +77,7 @@ def save_pretrained(
         )
     base = base_name(model, None)
     text = _saved_config(model, injection).to_json(
-        base_model_name_or_path=base, fan_in_fan_out=transposed_chains(injection)
+        base_model_name_or_path=base, fan_in_fan_out=transposed_chains(injection) or None
     )
     layers = statistics_of(injection, statistics == "covariances") if statistics else {}
     own = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
@@ -156,14 +164,12 @@ def read_adapter(folder: Path) -> tuple[AdapterFile, ResLoraConfig]:
     beside, path = read_config(folder), folder / WEIGHTS_NAME
     adapter = load_adapter(path)
     config = ResLoraConfig.from_json(adapter.config_json, os.fspath(path))
-    other = beside.to_dict()
-    for name, value in config.to_dict().items():
-        if name != "revision" and other[name] != value:
-            raise ValueError(
-                f"[load] {CONFIG_NAME} and {WEIGHTS_NAME} must agree on {name}; got "
-                f"{other[name]!r} and {value!r} in {folder}"
-            )
     config.revision = beside.revision
+    if name := first_difference(beside.core(), config.core()):
+        raise ValueError(
+            f"[load] {CONFIG_NAME} and {WEIGHTS_NAME} must agree on {name}; got "
+            f"{getattr(beside, name)!r} and {getattr(config, name)!r} in {folder}"
+        )
     return adapter, config
 
 
@@ -173,43 +179,17 @@ def _copy_adapter(
     """Check everything, then copy the values."""
     if injection.applied is not None:
         raise ValueError("[load] the model must not be merged; got a merged one (unmerge it first)")
-    for name in FORMULA_OPTIONS:
-        own, stored = getattr(injection.config, name), getattr(config, name)
-        if own != stored:
-            raise ValueError(
-                f"[load] model and file must agree on {name}; got {own!r} and {stored!r}"
-            )
-    _check_chains(injection, adapter)
+    if name := formula_difference(injection.config.core(), config.core()):
+        raise ValueError(
+            f"[load] model and file must agree on {name}; got {getattr(injection.config, name)!r} "
+            f"and {getattr(config, name)!r}"
+        )
+    check_chains(injection.chain_records, adapter.chains)
     own_tensors = _own_tensors(model, injection)
     _check_keys(own_tensors, adapter.tensors)
     with torch.no_grad():
         for key, tensor in own_tensors.items():
             tensor.copy_(adapter.tensors[key])
-
-
-def _check_chains(injection: Injection, adapter: AdapterFile) -> None:
-    stored = dict(adapter.chains)
-    own = {chain.key: chain.links.layers for chain in injection.chains}
-    for key in [*own, *stored]:
-        layers, others = own.get(key, []), stored.get(key, [])
-        if list(map(tuple, layers)) == list(map(tuple, others)):
-            continue
-        first = next(
-            (n for n, pair in enumerate(zip(layers, others, strict=False)) if pair[0] != pair[1]),
-            min(len(layers), len(others)),
-        )
-        raise ValueError(
-            f"[load] the adapter must be of this model; got chain {key} with {len(layers)} layers "
-            f"in the model and {len(others)} in the file, first difference at {first}: "
-            f"{_layer_text(layers, first)} and {_layer_text(others, first)}"
-        )
-
-
-def _layer_text(layers: list[tuple[str, int, int, int, float]], n: int) -> str:
-    if n >= len(layers):
-        return "nothing"
-    name, inputs, outputs, r, scaling = layers[n]
-    return f"{name} ({inputs} -> {outputs}, r {r}, scaling {scaling:g})"
 
 
 def _check_keys(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:

@@ -198,7 +198,7 @@ def _write_lora(
     folder = make_folder(directory)
     saved = config.modules_to_save or []
     R = save_plain_lora(
-        folder, layers, heads, targets, saved, fan_in_fan_out,
+        folder, layers, heads, targets, list(saved), fan_in_fan_out,
         base or "", task_type or "", (config.revision or "") if base else "",
     )  # fmt: skip
     write_text(folder / "README.md", _card(config.res_mode, layers, base))

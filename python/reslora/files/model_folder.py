@@ -22,16 +22,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._C import AdapterFile, Chain, MergePlan, ModelFiles, TensorEdit, moved
+from .._C import (
+    AdapterFile,
+    Chain,
+    ChainView,
+    LayerView,
+    MergePlan,
+    ModelFiles,
+    TensorEdit,
+    moved,
+)
 from ..config import ResLoraConfig
-from ..merging.planning import View
 from ..nn.factors import factor_names, is_factor
 from ..text_files import read_object
 from .base_files import AdaptedBase, base_folder, bias_keys, find_name, open_base
 from .checkpoint import read_adapter
 from .folder_writer import Layout, copy_rest, size_of_rest, unfinished
 from .folders import PathLike, adapter_folder
-from .statistics import read_statistics
+from .statistics import UNKNOWN, read_statistics
 
 # Embeddings that transformers ties to a head that the files do not hold.
 EMBEDDINGS = re.compile(r"(embed_tokens|wte|word_embeddings|shared|embed_in)\.weight$")
@@ -149,12 +157,13 @@ def plan_of(
     statistics = read_statistics(folder, adapter)
     chains = []
     for _, layers in adapter.chains:
-        views: list[View] = []
-        for name, *_ in layers:
-            norms, count, fit, _ = statistics.get(name, (None, None, None, None))
+        views: list[LayerView] = []
+        for name in (shape.name for shape in layers):
+            own = statistics.get(name, UNKNOWN)
             A, B = (adapter.tensors[key] for key in factor_names(name))
-            views.append((weights.get(name), A, B, norms, count, biases.get(name), fit))
-        chains.append((Chain(config.core(), layers), views))
+            bias = biases.get(name)
+            views.append(LayerView(weights.get(name), A, B, own.norms, own.count, bias, own.fit))
+        chains.append(ChainView(Chain(config.core(), layers), views))
     method = merge_method if merge_method is not None else config.merge_method or ""
     plan = MergePlan(chains, method)
     for layer in plan.layers:

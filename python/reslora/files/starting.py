@@ -11,6 +11,7 @@ With a shortcut the same A and B compute something else than the LoRA did, alrea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import scaling_of
+from .._C import ranks_and_scalings
+from ..config import matches
 from ..injection.adapted import injection_of, plain_model
-from ..injection.chains import pattern_value
 from ..merging.batches import as_batches, evaluating
 from ..merging.distance import distance
 from ..merging.stand_ins import plain_lora, standing_in
@@ -32,6 +33,7 @@ from .folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder, load_t
 
 # What changes what a LoRA computes, beside its factors and scale.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the base is as it was
+SCALING_OPTIONS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "alora_invocation_tokens")
 
 
@@ -143,7 +145,7 @@ def _as_lora(layer: ResLoraLinear, _: None) -> Callable[[Tensor], Tensor]:
 
 
 def _scaling(layer: ResLoraLinear) -> float:
-    return layer.chain.links.layers[layer.position][-1]  # without what doubles a first layer
+    return layer.chain.links.layers[layer.position].scaling  # without what doubles a first layer
 
 
 def _pair_of(
@@ -161,9 +163,8 @@ def _pair_of(
             f"[init_from_lora] shapes must be {shapes[0]} and {shapes[1]}; got {list(A.shape)} and "
             f"{list(B.shape)} for {layer.name} (r must be the LoRA's)"
         )
-    r = pattern_value(config.get("rank_pattern") or {}, layer.name, config["r"])
-    alpha = pattern_value(config.get("alpha_pattern") or {}, layer.name, config["lora_alpha"])
-    scaling = scaling_of(float(alpha), int(r), bool(config.get("use_rslora")))
+    options = {key: config[key] for key in SCALING_OPTIONS if config.get(key) is not None}
+    _, scaling = ranks_and_scalings(json.dumps(options), [layer.name], matches)[0]
     wide = layer.reslora_B.dtype
     return A.to(wide), B.to(wide) * (scaling / _scaling(layer))
 

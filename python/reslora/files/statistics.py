@@ -6,19 +6,27 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .._C import AdapterFile, Fit, FitSums, load_statistics, save_statistics, tensors_sum
+from .._C import (
+    AdapterFile,
+    Fit,
+    FitSums,
+    LayerStatistics,
+    load_statistics,
+    save_statistics,
+    tensors_sum,
+)
 from ..injection.adapted import Calibrated, Injection, adapter_sum
 from ..nn.factors import is_factor
 from .folders import STATISTICS_NAME
 
-# By layer: norms [2, N], their count [1], fit, and what it was solved from.
-Statistics = dict[str, "tuple[Tensor | None, Tensor | None, Fit | None, FitSums | None]"]
+Statistics = dict[str, LayerStatistics]  # by layer
+UNKNOWN = LayerStatistics()
 
 
 def write_statistics(injection: Injection, folder: Path) -> None:
     """Write the norm windows beside an adapter that was saved as it is."""
     layers: Statistics = {
-        layer.name: (layer.norms, layer.norm_count, None, None)
+        layer.name: LayerStatistics(layer.norms, layer.norm_count)
         for layer in injection.layers
         if layer.norms is not None and bool(layer.norm_count)
     }
@@ -33,7 +41,8 @@ def read_norms(injection: Injection, folder: Path) -> None:
         return
     stored = load_statistics(path, adapter_sum(injection))
     for layer in injection.layers:
-        norms, count = stored.get(layer.name, (None, None, None, None))[:2]
+        own = stored.get(layer.name, UNKNOWN)
+        norms, count = own.norms, own.count
         if norms is not None and count is not None and layer.chain.keeps_norms:
             device = layer.reslora_A.device
             layer.norms, layer.norm_count = norms.to(device), count.to(device)
@@ -57,10 +66,10 @@ def statistics_of(injection: Injection, covariances: bool) -> Statistics:
     found = {}
     for layer in injection.layers:
         has_norms = layer.norms is not None and bool(layer.norm_count)
-        norms = (layer.norms, layer.norm_count) if has_norms else (None, None)
-        own = (*norms, fits.get(layer.name), sums.get(layer.name))
-        if any(part is not None for part in own):
-            found[layer.name] = own
+        norms, count = (layer.norms, layer.norm_count) if has_norms else (None, None)
+        fit, own_sums = fits.get(layer.name), sums.get(layer.name)
+        if not (norms is None and fit is None and own_sums is None):
+            found[layer.name] = LayerStatistics(norms, count, fit, own_sums)
     return found
 
 
@@ -70,14 +79,14 @@ def give_statistics(injection: Injection, statistics: Statistics) -> None:
     fits: dict[str, Fit] = {}
     sums: dict[str, FitSums] = {}
     for layer in injection.layers:
-        norms, count, fit, own_sums = statistics.get(layer.name, (None, None, None, None))
+        own = statistics.get(layer.name, UNKNOWN)
         device = layer.reslora_A.device
-        layer.norms = None if norms is None else norms.to(device)
-        layer.norm_count = None if count is None else count.to(device)
-        if fit is not None:
-            fits[layer.name] = fit
-        if own_sums is not None:
-            sums[layer.name] = own_sums
+        layer.norms = None if own.norms is None else own.norms.to(device)
+        layer.norm_count = None if own.count is None else own.count.to(device)
+        if own.fit is not None:
+            fits[layer.name] = own.fit
+        if own.sums is not None:
+            sums[layer.name] = own.sums
     if fits:
         injection.calibrated = Calibrated(fits, adapter_sum(injection), sums)
 
@@ -93,14 +102,14 @@ def read_statistics(folder: Path, adapter: AdapterFile) -> Statistics:
     if not path.is_file():
         return {}
     statistics = load_statistics(path, sum_of_factors(adapter.tensors))
-    shapes = {name: [r, i] for _, layers in adapter.chains for name, i, _, r, _ in layers}
-    for name, (_, _, fit, _) in statistics.items():
+    shapes = {shape.name: shape for _, layers in adapter.chains for shape in layers}
+    for name, own in statistics.items():
         if name not in shapes:
             raise ValueError(f"[load] statistics must be of layers of the adapter; got {name}")
-        if fit is None:
+        if (fit := own.fit) is None:
             continue
-        r, inputs = shapes[name]
-        wanted = [r if fit.B is None else len(fit.A), inputs]  # with a B of its own: any rank
+        r = shapes[name].r if fit.B is None else len(fit.A)  # with a B of its own: any rank
+        wanted = [r, shapes[name].in_features]
         if list(fit.A.shape) != wanted:
             raise ValueError(
                 f"[load] a fit must have the shape of A, {wanted}; got {list(fit.A.shape)} "

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
-from .._C import Chain, ModuleInfo, find_chains, matches_pattern
-from .._C import scaling_of as core_scaling_of
-from ..config import ResLoraConfig
+from .._C import Chain, ModuleInfo, find_chains
+from ..config import ResLoraConfig, matches
 from ..nn.layer import LayerChain, ResLoraLinear
-from .targets import matches, options_of
-
-
-def pattern_value(pattern: dict[str, Any], key: str, default: Any) -> Any:
-    """Return the value of the first key of a pattern that matches, as PEFT does."""
-    found = (value for name, value in pattern.items() if matches_pattern(key, name, matches))
-    return next(found, default)
-
-
-def rank_of(config: ResLoraConfig, name: str) -> int:
-    """Return the rank of a layer."""
-    return pattern_value(config.rank_pattern, name, config.r)
-
-
-def scaling_of(config: ResLoraConfig, name: str) -> float:
-    """Return the scaling of a layer."""
-    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-    return core_scaling_of(float(alpha), rank_of(config, name), config.use_rslora)
 
 
 def make_chains(
@@ -43,10 +23,11 @@ def make_chains(
     `modules` is what `describe` says of the model.
     """
     chains = []
-    for key, layers in find_chains(modules, names, options_of(config), matches):
-        chain = LayerChain(key, config, Chain(config.core(), layers), [name for name, *_ in layers])
-        for position, (name, *shape, _) in enumerate(layers):
-            chain.layers.append(kind(model.get_submodule(name), chain, position, tuple(shape)))
+    for key, layers in find_chains(modules, names, config.core(), matches):
+        links, paths = Chain(config.core(), layers), [shape.name for shape in layers]
+        chain = LayerChain(key, config, links, paths)
+        for position, shape in enumerate(layers):
+            chain.layers.append(kind(model.get_submodule(shape.name), chain, position, shape))
         chains.append(chain)
     return chains
 

@@ -17,9 +17,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .._C import warning_without_links
+from .._C import fill_factors, warning_without_links
 from ..config import ResLoraConfig
-from ..nn.factors import fill_factors
 from ..nn.grouping import Group, find_groups
 from ..nn.session import Session
 from .adapted import Injection, find_layers

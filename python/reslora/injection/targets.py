@@ -8,27 +8,14 @@ Example::
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
-from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
 from .._C import Matching, ModuleInfo, default_targets, match_layers
-from ..config import ResLoraConfig
+from ..config import ResLoraConfig, matches
 from ..nn.base_layers import features_of, is_bypassed, is_conv1d
-
-
-def matches(expression: str, text: str) -> bool:
-    """Tell whether a regular expression, as Python reads it, matches the whole of a text."""
-    return re.fullmatch(expression, text) is not None
-
-
-def options_of(config: ResLoraConfig) -> str:
-    """Return the options as JSON for the core, patterns in the order in which they are tried."""
-    return json.dumps({f.name: getattr(config, f.name) for f in fields(ResLoraConfig)})
 
 
 def describe(model: nn.Module) -> list[ModuleInfo]:
@@ -66,7 +53,7 @@ def find_targets(modules: list[ModuleInfo], config: ResLoraConfig) -> Matching:
     Raises:
         ValueError: for a pattern that matches nothing and for modules that cannot be adapted.
     """
-    matching = match_layers(modules, options_of(config), matches)
+    matching = match_layers(modules, config.core(), matches)
     for warning in matching.warnings:
         warnings.warn(warning, stacklevel=3)
     config.target_modules = matching.targets

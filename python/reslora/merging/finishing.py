@@ -22,17 +22,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._C import Chain, Fit, MergePlan
-from ..config import ResLoraConfig
+from .._C import (
+    Chain,
+    FinishedLayer,
+    LayerShape,
+    finish_chain,
+    lora_alpha_of,
+    ranks_and_scalings,
+)
+from ..config import ResLoraConfig, matches
 from ..injection.adapted import Injection, earlier_fits_after_errors, injection_of
-from ..injection.chains import scaling_of
 from ..nn.grouping import Group
 from .batches import as_batches
 from .calibration import RIDGE, Calibration, calibrate
-from .planning import make_plan
+from .planning import chain_views
 
-# Bounds of the factor c that keeps a layer's step size, for fits that are far from a multiple of A.
-LEAST, MOST = 0.5, 8.0
 # What `finish` changes in a config.
 FINISHED_OPTIONS = ("res_mode", "finish_at", "finished_from", "finished_step", "alpha_pattern")
 
@@ -82,45 +86,37 @@ def finish(
             injection.calibrated = replace(
                 injection.calibrated, fits=injection.calibrated.plain, plain=None
             )
-        plan = make_plan(injection, "lsq", "finish", use_affine=False)
-        _check_ranks(injection, plan)
-    _convert(injection, plan, step)
+        finished = _finished(injection)
+    _convert(injection, finished, step)
     return result
 
 
-def _check_ranks(injection: Injection, plan: MergePlan) -> None:
-    for layer, planned in zip(injection.layers, plan.layers, strict=True):
-        if len(planned.A) != layer.r:
-            raise ValueError(
-                f"[finish] fits must have the rank of the adapter, r = {layer.r}; got one of rank "
-                f"{len(planned.A)}, with moved taps (layer {layer.name}): pass batches, or "
-                "calibrate with move_taps=False"
-            )
+def _finished(injection: Injection) -> dict[str, FinishedLayer]:
+    """Return what every layer becomes, by name; nothing is changed yet."""
+    return {
+        name: layer
+        for chain, view in zip(injection.chains, chain_views(injection), strict=True)
+        for name, layer in zip(chain.names, finish_chain(view), strict=True)
+    }
 
 
-def _convert(injection: Injection, plan: MergePlan, step: int | None) -> None:
-    planned = {entry.name: entry for entry in plan.layers}
+def _convert(injection: Injection, finished: dict[str, FinishedLayer], step: int | None) -> None:
     config = copy.deepcopy(injection.config)
     config.finished_from, config.finished_step = config.res_mode, step
     config.res_mode, config.finish_at = "none", None
-    fits = {} if injection.calibrated is None else injection.calibrated.fits
-    factors: dict[str, float] = {}
-    alphas: dict[str, float] = {}
-    for chain in injection.chains:
-        for n, (name, _, _, r, scaling) in enumerate(chain.links.layers):
-            factor = _factor(chain.links, n, fits.get(name))
-            # The plan has a doubled layer's 2 in B, unless a (refined) fit took its place.
-            doubled = 2.0 if chain.links.wiring(n).is_doubled and name not in fits else 1.0
-            factors[name] = doubled / factor
-            alphas[f"^{re.escape(name)}"] = factor * scaling * (r**0.5 if config.use_rslora else r)
-    config.alpha_pattern = alphas
+    config.alpha_pattern = {
+        f"^{re.escape(layer.name)}": lora_alpha_of(
+            finished[layer.name].scaling, layer.r, config.use_rslora
+        )
+        for layer in injection.layers
+    }
     config.validate()
     with torch.no_grad():
         for layer in injection.layers:
-            refined = None if layer.name not in fits else fits[layer.name].B
-            if refined is not None:  # regression alone leaves B as it is
-                layer.reslora_B.copy_(refined)
-            layer.reslora_A.copy_(planned[layer.name].A * factors[layer.name])
+            own = finished[layer.name]
+            layer.reslora_A.copy_(own.A)
+            if own.B is not None:
+                layer.reslora_B.copy_(own.B)
     adopt(injection, config)
 
 
@@ -132,8 +128,13 @@ def adopt(injection: Injection, config: ResLoraConfig) -> None:
     _end_passes(injection)
     injection.calibrated = None
     for chain in injection.chains:
-        shapes = [(*shape[:4], scaling_of(config, shape[0])) for shape in chain.links.layers]
-        chain.links = Chain(config.core(), shapes)
+        links, core = chain.links.layers, config.core()
+        found = ranks_and_scalings(core, [shape.name for shape in links], matches)
+        shapes = [
+            LayerShape(shape.name, shape.in_features, shape.out_features, shape.r, scaling)
+            for shape, (_, scaling) in zip(links, found, strict=True)
+        ]
+        chain.links = Chain(core, shapes)
         chain.merges_exactly, chain.keeps_norms = True, False
         for n, layer in enumerate(chain.layers):
             layer.wiring = chain.wiring(n)
@@ -153,10 +154,3 @@ def _end_passes(injection: Injection) -> None:
     for chain in injection.chains:
         if id(chain.session) not in kept:
             chain.session = None
-
-
-def _factor(links: Chain, n: int, fit: Fit | None) -> float:
-    """Return c of a layer: how many times A x what enters B is."""
-    if links.wiring(n).is_doubled:
-        return 2.0
-    return 1.0 if fit is None else min(max(1 + fit.alpha_star, LEAST), MOST)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import MergePlan, layer_errors, merged_forward, row_mask
+from .._C import LayerErrors, MergePlan, layer_errors, merged_forward, row_mask
 from ..injection.adapted import Injection, check_enabled, injection_of
 from ..nn.base_layers import base_weight
 from ..nn.layer import ResLoraLinear
@@ -77,13 +77,12 @@ class Squares:
     def __init__(self) -> None:
         self.method = self.rounding = self.both = self.whole = 0.0
 
-    def add(self, squares: tuple[float, float, float, float]) -> None:
+    def add(self, errors: LayerErrors) -> None:
         """Add the figures of one call."""
-        method, rounding, both, whole = squares
-        self.method += method
-        self.rounding += rounding
-        self.both += both
-        self.whole += whole
+        self.method += errors.method
+        self.rounding += errors.rounding
+        self.both += errors.both
+        self.whole += errors.whole
 
     def fill_in(self, entry: LayerReport | MergeReport, has_weights: bool) -> None:
         """Write relative errors into a report; without any call they stay None."""
@@ -126,7 +125,7 @@ def measure(
                     merged, _ = _rows(call(model, batch), masks)
             pairs = (ruled - wanted, merged - ruled, merged - wanted, wanted)
             method, rounding, both, size = (float(t.double().square().sum()) for t in pairs)
-            whole.add((method, rounding, both, size))
+            whole.add(LayerErrors(method, rounding, both, size))
             if is_logits:
                 report.add_rows(wanted, merged)
             count += 1

@@ -10,20 +10,15 @@ import warnings
 
 from torch import Tensor
 
-from .._C import Chain, Fit, MergePlan
-from ..config import MERGE_METHODS
+from .._C import ChainView, LayerView, MergePlan, check_merge_method
 from ..injection.adapted import Calibrated, Injection, adapter_sum
 from ..nn.base_layers import base_weight
 from ..nn.layer import LayerChain, ResLoraLinear
 
-View = tuple[
-    Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, "Fit | None"
-]
-
 
 def chain_views(
     injection: Injection, weights: dict[str, Tensor] | None = None, fits: bool = True
-) -> list[tuple[Chain, list[View]]]:
+) -> list[ChainView]:
     """Return the tensors of every chain as the C++ library takes them.
 
     Args:
@@ -45,25 +40,27 @@ def chain_views(
 
 def views_with(
     injection: Injection, calibrated: Calibrated | None, weights: dict[str, Tensor] | None = None
-) -> list[tuple[Chain, list[View]]]:
+) -> list[ChainView]:
     """Return the same with these fits, whatever the adapter is now."""
     return [
-        (chain.links, [_view(layer, calibrated, weights or {}) for layer in chain.layers])
+        ChainView(chain.links, [_view(layer, calibrated, weights or {}) for layer in chain.layers])
         for chain in injection.chains
     ]
 
 
-def _view(layer: ResLoraLinear, calibrated: Calibrated | None, weights: dict[str, Tensor]) -> View:
+def _view(
+    layer: ResLoraLinear, calibrated: Calibrated | None, weights: dict[str, Tensor]
+) -> LayerView:
     weight = weights.get(layer.name, base_weight(layer.base_layer))
     bias = getattr(layer.base_layer, "bias", None)
-    return (
+    return LayerView(
         None if weight is None else weight.detach(),
         layer.reslora_A.detach(),
         layer.reslora_B.detach(),
-        layer.norms,
-        layer.norm_count,
-        bias.detach() if isinstance(bias, Tensor) else None,
-        None if calibrated is None else calibrated.fits.get(layer.name),
+        norms=layer.norms,
+        count=layer.norm_count,
+        bias=bias.detach() if isinstance(bias, Tensor) else None,
+        fit=None if calibrated is None else calibrated.fits.get(layer.name),
     )
 
 
@@ -74,11 +71,8 @@ def needs_fit(chain: LayerChain, n: int) -> bool:
 
 def chosen_method(injection: Injection, merge_method: str | None) -> str:
     """Return the method asked for, by the call or else by the config; empty: the best at hand."""
-    if merge_method is not None and merge_method not in MERGE_METHODS:
-        raise ValueError(
-            f"[merge] merge_method must be one of {', '.join(MERGE_METHODS)}, or None; got "
-            f"{merge_method!r}"
-        )
+    if merge_method is not None:
+        check_merge_method(merge_method, "merge")
     return merge_method or injection.config.merge_method or ""
 
 

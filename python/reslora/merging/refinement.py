@@ -172,7 +172,7 @@ class _Student:
     def __init__(self, injection: Injection) -> None:
         plan = make_plan(injection, "lsq", "refine", use_affine=False)
         self.layers = injection.layers
-        self.scaling = {name: s for c in injection.chains for name, _, _, _, s in c.links.layers}
+        self.scaling = {x.name: x.scaling for c in injection.chains for x in c.links.layers}
         self.pairs: list[tuple[Tensor, Tensor]] = []
         for layer, planned in zip(self.layers, plan.layers, strict=True):
             B = planned.B / self.scaling[layer.name]

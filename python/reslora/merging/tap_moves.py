@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._C import Chain, Fit, MergePlan, choose_moves
+from .._C import ChainView, Fit, MergePlan, choose_moves
 from .._C import move_taps as core_move_taps
 from ..injection.adapted import Calibrated, Injection
 from ..nn.layer import LayerChain
 from .batches import NotComparableError
 from .distance import distances
-from .planning import View, views_with
+from .planning import views_with
 from .stand_ins import planned_pair, standing_in
 
 
@@ -63,6 +63,6 @@ def move_taps(
     return [injection.chains[i].key for i in chosen.chains], chosen.before, chosen.after
 
 
-def moved_fits(chain: LayerChain, view: tuple[Chain, list[View]]) -> dict[str, Fit]:
+def moved_fits(chain: LayerChain, view: ChainView) -> dict[str, Fit]:
     """Return the fits of a chain with half of what its taps bring moved."""
     return dict(zip(chain.names, core_move_taps(view), strict=True))

@@ -1,4 +1,4 @@
-"""A and B of a layer: how they are made, filled and named in files."""
+"""A and B of a layer: how they are made, and named in files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,6 @@ def empty_factors(base: nn.Module, inputs: int, outputs: int, r: int) -> tuple[T
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "device": like.device}
     return torch.empty(r, inputs, **options), torch.empty(outputs, r, **options)
-
-
-def fill_factors(A: Tensor, B: Tensor, how: bool | str) -> None:
-    """Fill A and B in place as `init_lora_weights` says."""
-    if how == "gaussian":
-        nn.init.normal_(A, std=1 / A.shape[0])
-    else:
-        nn.init.kaiming_uniform_(A, a=5**0.5)
-    if how is False:
-        nn.init.kaiming_uniform_(B, a=5**0.5)
-    else:
-        nn.init.zeros_(B)
 
 
 def factor_names(layer: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import Chain
+from .._C import Chain, LayerShape
 from ..config import ResLoraConfig
 from . import ops
 from .base_layers import base_weight, is_conv1d, typical_tensor
@@ -44,8 +44,7 @@ class LayerChain:
         """Return the wiring of layer `n` as plain Python values (torch.compile traces them)."""
         own = self.links.wiring(n)
         a, b = list(own.a), list(own.b)
-        keep_tap = own.handed == "tap" and len(a) == len(b)
-        return Wiring(a, b, list(own.scaling), list(own.taps), str(own.handed), keep_tap)
+        return Wiring(a, b, list(own.scaling), list(own.taps), str(own.handed), own.keep_tap)
 
     def has_taps(self) -> bool:
         """Tell whether anything passes between the layers of this chain."""
@@ -88,11 +87,11 @@ class ResLoraLinear(nn.Module):
     """A linear layer with a ResLoRA adapter. Made by `inject`; [..., in] -> [..., out]."""
 
     def __init__(
-        self, base_layer: nn.Module, chain: LayerChain, position: int, shape: tuple[int, int, int]
+        self, base_layer: nn.Module, chain: LayerChain, position: int, shape: LayerShape
     ) -> None:
-        """Wrap `base_layer`; `shape` is (in_features, out_features, r). A and B are not filled."""
+        """Wrap `base_layer`; A and B are not filled."""
         super().__init__()
-        self.in_features, self.out_features, self.r = shape
+        self.in_features, self.out_features, self.r = shape.in_features, shape.out_features, shape.r
         self._hold(base_layer)
         is_plain = type(base_layer) is nn.Linear or is_conv1d(base_layer)
         self.plain_type = type(base_layer) if is_plain else None

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftType
 from torch import Tensor
 
 from .._build_info import VERSION
-from .._C import save_adapter
+from .._C import config_to_json, save_adapter
 from ..config import PEFT_TYPE
 from ..config import ResLoraConfig as CoreConfig
 from ..files.folders import CONFIG_NAME, STATISTICS_NAME, WEIGHTS_NAME, load_tensors_of
@@ -61,7 +61,7 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         # PEFT lists what a head may be called; files of ours name what is there.
         own = [name for name in self.modules_to_save or () if _is_saved(name, tensors)]
-        text = json.dumps({**values, "modules_to_save": own or None}, indent=2, sort_keys=True)
+        text = config_to_json(json.dumps({**values, "modules_to_save": own or None}))
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         save_adapter(folder / WEIGHTS_NAME, text, chains, tensors)
         if (folder / "README.md").is_file():

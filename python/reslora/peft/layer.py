@@ -13,12 +13,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .._C import MergePlan
+from .._C import LayerShape, MergePlan, fill_factors
 from ..injection.adapted import Injection
 from ..merging.merge import unmerge_adapters
 from ..merging.planning import make_plan
 from ..nn.base_layers import features_of, is_conv1d, typical_tensor
-from ..nn.factors import empty_factors, fill_factors
+from ..nn.factors import empty_factors
 from ..nn.layer import LayerChain, ResLoraLinear
 
 
@@ -30,7 +30,7 @@ class Adapter(ResLoraLinear):
     is_held_off: bool
 
     def __init__(
-        self, owner: PeftLinear, name: str, chain: LayerChain, position: int, shape: Any
+        self, owner: PeftLinear, name: str, chain: LayerChain, position: int, shape: LayerShape
     ) -> None:
         # Not as a module: the layer is this module's parent.
         object.__setattr__(self, "owner", owner)

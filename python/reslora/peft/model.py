@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
-from ..config import PEFT_TYPE
+from .._C import LayerShape, ranks_and_scalings
+from ..config import PEFT_TYPE, matches
 from ..files.checkpoint import transposed_chains
 from ..injection.adapted import Injection
-from ..injection.chains import make_chains, rank_of
+from ..injection.chains import make_chains
 from ..injection.inject import open_sessions, warn_without_links
 from ..injection.targets import describe, targets_by_default
 from ..merging.merge import merge, merge_for_good
@@ -73,7 +74,7 @@ class ResLoraModel(BaseTuner):
                 f"{type(target).__name__} at {current_key}{why} (name it in exclude_modules)"
             )
         layer = target if isinstance(target, PeftLinear) else PeftLinear(target)
-        r = rank_of(peft_config, current_key)
+        [(r, _)] = ranks_and_scalings(peft_config.core(), [current_key], matches)
         layer.add_factors(adapter_name, r, peft_config.init_lora_weights)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -89,7 +90,9 @@ class ResLoraModel(BaseTuner):
             if isinstance(module, PeftLinear) and name in module.reslora_A
         }
 
-        def adapter_of(layer: PeftLinear, chain: LayerChain, position: int, shape: Any) -> Adapter:
+        def adapter_of(
+            layer: PeftLinear, chain: LayerChain, position: int, shape: LayerShape
+        ) -> Adapter:
             return Adapter(layer, name, chain, position, shape)
 
         injection.chains = make_chains(model, describe(model), config, list(layers), adapter_of)

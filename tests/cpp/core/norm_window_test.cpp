@@ -41,6 +41,24 @@ TEST(NormWindow, FullRingUsesEveryEntryHoweverOftenItWentRound) {
   EXPECT_DOUBLE_EQ(*window_of(1000).mean(Norm::kOwnProduct), 30);
 }
 
+TEST(NormWindow, EntriesComeOldestFirst) {
+  EXPECT_TRUE(at::equal(window_of(2).in_order(), window_of(2).norms().narrow(1, 0, 2)));
+  EXPECT_TRUE(at::equal(window_of(3).in_order(), window_of(3).norms()));
+  // The fourth forward went to column 0, so that column 1 holds the oldest.
+  const at::Tensor wanted = at::tensor({2.0, 6.0, 1.0, 20.0, 60.0, 10.0}, at::kFloat).view({2, 3});
+  EXPECT_TRUE(at::equal(window_of(4).in_order(), wanted));
+  EXPECT_EQ(window_of(0).in_order().size(1), 0);
+}
+
+TEST(NormWindow, OfSeveralRanksIsTheRootOfTheMeanSquare) {
+  const NormWindow own = window_of(3);
+  const at::Tensor squares = at::full({2, 3}, 9.0, at::kDouble) + at::full({2, 3}, 41.0);
+  set_to_mean_of_ranks(own.norms(), squares, 2);
+  EXPECT_TRUE(at::equal(own.norms(), at::full({2, 3}, 5.0, at::kFloat)));
+  EXPECT_TRUE(refuses([&] { set_to_mean_of_ranks(own.norms(), squares, 0); }, "of 0"));
+  EXPECT_TRUE(refuses([&] { set_to_mean_of_ranks(own.norms(), squares[0], 2); }, "shape of norms"));
+}
+
 TEST(NormWindow, RefusesWhatIsNoRing) {
   const at::Tensor norms = at::zeros({2, 3}, at::kFloat);
   const at::Tensor count = at::zeros({1}, at::kLong);

@@ -379,12 +379,16 @@ TEST(ConfigJson, RefusesWhatIsNone) {
   const std::pair<const char*, const char*> bad[] = {
       {"", "must have an object"},
       {"{\"r\": 0}", "r must be at least 1"},
-      {"{\"r\": 1.5}", "must have an integer"},
+      {"{\"r\": 1.5}", "[config] r must be a whole number; got 1.5 in the file"},
+      {"{\"use_rslora\": 1}", "use_rslora must be true or false; got 1"},
+      {"{\"layers_to_transform\": []}", "layers_to_transform must be layer indices; got []"},
+      {"{\"init_lora_weights\": 2}", "init_lora_weights must be true, false or 'gaussian'; got 2"},
+      {"{\"r\": 99999999999999999999}", "r must be a whole number; got 9999"},
       {"{\"r\": 2", "must have '}'"},
       {"{\"res_mode\": \"xs\"}", "res_mode must be"},
       {"{\"peft_type\": \"LORA\"}", "peft_type must be 'RESLORA'; got 'LORA' in the file"},
       {"{\"target_modules\": []}", "got an empty list"},
-      {"{\"rank_pattern\": [1]}", "must have an object"},
+      {"{\"rank_pattern\": [1]}", "rank_pattern must map expressions to whole numbers; got [1]"},
   };
   for (const auto& [text, sentence] : bad)
     EXPECT_TRUE(refuses([&, t = text] { config_from_json(t, "the file"); }, sentence)) << text;

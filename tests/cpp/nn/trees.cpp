@@ -1,16 +1,18 @@
 // Adapts generated models and prints which layers were found: for comparison with Python.
 //
-//   reslora_trees < cases
+//   reslora_trees FOLDER < cases
 //
 // A case is lines `module KIND PATH` in the order of registration, parents first, then
 // `config JSON` in one line. Kinds: Linear, Embedding, ModuleList, Sequential, and Kind0 to Kind3,
 // classes of their own that hold modules. Printed are lines `chain`, `saved` and `warning`, or one
-// `refused`; then `end`.
+// `refused`; then `end`. The adapter of the n-th case, every number of its heads 0.25, is saved to
+// FOLDER/n.
 #include <reslora/adapters.h>
 #include <reslora/config_json.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/embedding.h>
+#include <torch/utils.h>
 
 #include <iostream>
 #include <map>
@@ -76,14 +78,19 @@ void show(const Adapters& adapters) {
   }
 }
 
-void adapt(const Tree& tree, const std::string& config) {
+void adapt(const Tree& tree, const std::string& config, const std::string& folder) {
   const testing::Warnings warnings;
   try {
+    torch::manual_seed(0);
     const Adapters adapters = inject(*tree.model, config_from_json(config));
     show(adapters);
     for (auto& item : tree.model->named_parameters())
       if (item.value().requires_grad() && item.key().find("reslora_") == std::string::npos)
         std::cout << "saved " << item.key() << '\n';
+    const torch::NoGradGuard no_grad;
+    for (auto& item : tree.model->named_parameters())
+      if (item.key().find("reslora_") == std::string::npos) item.value().fill_(0.25);
+    adapters.save(folder);
     for (const std::string& text : warnings.all) std::cout << "warning " << text << '\n';
   } catch (const c10::Error& error) {
     std::cout << "refused " << error.what_without_backtrace() << '\n';
@@ -94,7 +101,9 @@ void adapt(const Tree& tree, const std::string& config) {
 }  // namespace
 }  // namespace reslora
 
-int main() {
+int main(int, char** arguments) {
+  const std::string folder = arguments[1];
+  int number = 0;
   std::string word;
   auto tree = std::make_unique<reslora::Tree>();
   while (std::cin >> word) {
@@ -105,7 +114,7 @@ int main() {
       tree->add(rest, kind);
     } else {
       std::getline(std::cin >> std::ws, rest);
-      reslora::adapt(*tree, rest);
+      reslora::adapt(*tree, rest, folder + "/" + std::to_string(number++));
       tree = std::make_unique<reslora::Tree>();
     }
   }

@@ -171,15 +171,16 @@ def test_a_saved_file_has_the_mode_of_the_umask(tmp_path):
 
 
 CONFIG = '{"r": 2, "res_mode": "is"}'
-CHAINS = [("q", [("l.0.q", 4, 3, 2, 0.1), ("l.1.q", 4, 3, 1, 2.0)]), ("v", [("v", 5, 6, 2, 1e-30)])]
+LAYERS = [_C.LayerShape("l.0.q", 4, 3, 2, 0.1), _C.LayerShape("l.1.q", 4, 3, 1, 2.0)]
+CHAINS = [("q", LAYERS), ("v", [_C.LayerShape("v", 5, 6, 2, 1e-30)])]
 
 
 def adapter_tensors():
     tensors = {"score.weight": torch.ones(2, 2, dtype=torch.bfloat16)}
     for _, layers in CHAINS:
-        for name, in_features, out_features, r, _ in layers:
-            tensors[f"{name}.reslora_A.weight"] = torch.randn(r, in_features)
-            tensors[f"{name}.reslora_B.weight"] = torch.randn(out_features, r)
+        for x in layers:
+            tensors[f"{x.name}.reslora_A.weight"] = torch.randn(x.r, x.in_features)
+            tensors[f"{x.name}.reslora_B.weight"] = torch.randn(x.out_features, x.r)
     return tensors
 
 
@@ -219,7 +220,7 @@ def test_an_adapter_round_trips(adapter):
     got = _C.load_adapter(adapter)
     tensors, metadata = _C.load_tensors(adapter)
     assert got.config_json == CONFIG
-    assert [(name, [tuple(layer) for layer in layers]) for name, layers in got.chains] == CHAINS
+    assert got.chains == CHAINS
     assert all(name.startswith(PREFIX) for name in tensors)  # as PEFT names them
     own = without_prefix(tensors)
     assert_same(got.tensors, own)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -37,9 +36,3 @@ def test_python_modules_agree_with_the_file(case, tmp_path):
         reslora.load(model, tmp_path)
         reslora.merge(model, "lsq")
         torch.testing.assert_close(model(x), merged, rtol=1e-13, atol=1e-14)
-
-
-def test_config_defaults_are_those_of_cpp():
-    ours = {f.name: f.default for f in fields(reslora.ResLoraConfig)}
-    for name, value in _C.config_defaults().items():
-        assert ours[name] == value, name

@@ -127,7 +127,7 @@ def test_variants_and_other_kinds_are_refused(tmp_path, base):
 def test_rank_stabilised_scaling_works_with_every_shortcut(tmp_path, base, res_mode, pre_num):
     config = reslora.ResLoraConfig(**OPTIONS, res_mode=res_mode, pre_num=pre_num, use_rslora=True)
     model = randomize(reslora.inject(copy.deepcopy(base), config), 0.1).eval()
-    assert find_layers(model)[1].chain.links.layers[0][-1] == pytest.approx(6 / 4**0.5)
+    assert find_layers(model)[1].chain.links.layers[0].scaling == pytest.approx(6 / 4**0.5)
     ids = tokens()
     wanted = model(ids).logits
     exact = all(x.chain.merges_exactly for x in find_layers(model))

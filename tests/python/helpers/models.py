@@ -104,7 +104,9 @@ def literal(model: Net, x: torch.Tensor, res_mode: str, pre_num: int, first: str
     for layer in (block.lin for block in model.layers):
         base, config = layer.base_layer, layer.chain.config
         scaling = _C.scaling_of(config.lora_alpha, layer.r, config.use_rslora)
-        blocks.append((base.weight, base.bias, layer.reslora_A, layer.reslora_B, scaling))
+        blocks.append(
+            formulas.Block(base.weight, base.bias, layer.reslora_A, layer.reslora_B, scaling)
+        )
     xs: list[torch.Tensor] = []
     for n, block in enumerate(blocks):
         xs.append(x)

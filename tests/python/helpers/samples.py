@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -99,9 +100,18 @@ class Sample:
         A, B = rest[: len(w.a)], rest[len(w.a) :]
         weight = None if self.base_out is not None else self.weight
         bias = None if self.base_out is not None else self.bias
-        keep_tap = w.handed == "tap" and len(w.a) == len(w.b)
         y, s, tap = adapt(
-            x, weight, bias, self.base_out, A, B, w.scaling, taps, self.dropout, self.bits, keep_tap
+            x,
+            weight,
+            bias,
+            self.base_out,
+            A,
+            B,
+            w.scaling,
+            taps,
+            self.dropout,
+            self.bits,
+            w.keep_tap,
         )[:3]
         return (y, s, tap) if tap.numel() or w.handed == "tap" else (y, s)
 
@@ -111,10 +121,10 @@ def make_chain(res_mode, pre_num, features=6, r=4, length=LENGTH, out_features=N
     ranks = options.pop("ranks", None) or [r] * length
     config.pop("ranks", None)
     layers = [
-        (f"layers.{n}", features, out_features or features, ranks[n], 0.5 + n)
+        _C.LayerShape(f"layers.{n}", features, out_features or features, ranks[n], 0.5 + n)
         for n in range(length)
     ]
-    return _C.Chain(config, layers)
+    return _C.Chain(json.dumps(config), layers)
 
 
 def make_sample(

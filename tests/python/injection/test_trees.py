@@ -1,4 +1,4 @@
-"""C++ and Python find the same layers, chains and refusals in the same models.
+"""C++ and Python find the same layers, chains and refusals in the same models, and save them alike.
 
 Models are generated, and taken from families of transformers; tests/cpp/nn/trees.cpp adapts their
 twins of LibTorch modules and prints what it found.
@@ -7,18 +7,22 @@ twins of LibTorch modules and prints what it found.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cpp_programs import build_folder
 from models import tiny_bert, tiny_clip, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from torch import nn
 
-from reslora import ResLoraConfig, inject
+from reslora import ResLoraConfig, inject, save_pretrained
+from reslora.files.folders import CONFIG_NAME, WEIGHTS_NAME
 from reslora.injection.adapted import injection_of
 
 CASES = 200
@@ -66,6 +70,7 @@ def options(draw: random.Random, modules: list[tuple[str, str]]) -> dict[str, An
         "r": 2,
         "target_modules": target,
         "res_mode": draw.choice(["is", "bs"]),
+        "init_lora_weights": draw.choice([True, True, False, "gaussian"]),
     }
     if draw.random() < 0.3:
         values["exclude_modules"] = draw.choice(
@@ -92,32 +97,38 @@ def built(modules: list[tuple[str, str]]) -> nn.Module:
     return model
 
 
-def found_by_python(case: Case) -> list[str]:
-    """Return the lines that the program prints for a case."""
+def found_by_python(case: Case, folder: Path) -> list[str]:
+    """Return the lines that the program prints for a case, and save what it saves."""
     modules, values = case
     model = built(modules)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
+            torch.manual_seed(0)
             inject(model, ResLoraConfig(**values))
         except ValueError as error:
             return [f"refused {error}"]
     chains = injection_of(model, "test").chains
     lines = [
-        f"chain {chain.key} {name} {r} {scaling:g}"
+        f"chain {chain.key} {shape.name} {shape.r} {shape.scaling:g}"
         for chain in chains
-        for name, _, _, r, scaling in chain.links.layers
+        for shape in chain.links.layers
     ]
     lines += [
         f"saved {name.replace('.base_layer', '')}"
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and "reslora_" not in name
     ]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "reslora_" not in name:
+                parameter.fill_(0.25)
+    save_pretrained(model, folder)
     return lines + [f"warning {warning.message}" for warning in caught]
 
 
-def found_by_cpp(cases: list[Case]) -> list[list[str]]:
-    """Return the lines of every case, of one run of the program."""
+def found_by_cpp(cases: list[Case], folder: Path) -> list[list[str]]:
+    """Return the lines of every case, of one run of the program, which saves to `folder`."""
     text = "".join(
         "".join(f"module {kind} {path}\n" for kind, path in modules)
         + f"config {json.dumps(values)}\n"
@@ -126,7 +137,7 @@ def found_by_cpp(cases: list[Case]) -> list[list[str]]:
     program = build_folder() / "tests" / "reslora_trees"
     if not program.exists():
         pytest.skip("the C++ tests are not built")
-    done = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+    done = subprocess.run([program, folder], input=text, capture_output=True, text=True, check=True)
     return [part.splitlines() for part in done.stdout.split("end\n")[:-1]]
 
 
@@ -139,13 +150,25 @@ def generated() -> list[Case]:
     return cases
 
 
-def test_generated_models_are_adapted_alike_and_refused_with_the_same_sentence():
-    cases = generated()
-    ours, theirs = [found_by_python(case) for case in cases], found_by_cpp(cases)
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Return what both languages write, by case and file."""
+    names = (CONFIG_NAME, WEIGHTS_NAME)
+    return {
+        os.fspath(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.name in names
+    }
+
+
+def test_generated_models_are_adapted_saved_and_refused_alike(tmp_path):
+    cases, own, other = generated(), tmp_path / "python", tmp_path / "cpp"
+    ours = [found_by_python(case, own / str(number)) for number, case in enumerate(cases)]
+    theirs = found_by_cpp(cases, other)
     differing = [
         (seed, a, b) for seed, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b
     ]
     assert differing == []
+    assert bytes_of(own) == bytes_of(other) != {}
     # Such a test is worth something where all kinds of results come up.
     for word, least in (("chain", 50), ("refused", 50), ("saved", 5), ("warning", 20)):
         assert sum(any(line.startswith(word) for line in lines) for lines in ours) >= least, word
@@ -186,13 +209,15 @@ def twin_of(model: nn.Module) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_has_the_same_chains_in_both_languages(family):
+def test_a_family_has_the_same_chains_and_files_in_both_languages(family, tmp_path):
     for values in ({"target_modules": None}, {"target_modules": "all-linear"}):
         model = FAMILIES[family]()
         values = {"r": 2, "res_mode": "bs", **values}
         case = (twin_of(model), values)
-        wanted = found_by_python(case)
-        assert [wanted] == found_by_cpp([case])
+        own, other = (tmp_path / f"{values['target_modules']}-{x}" for x in ("python", "cpp"))
+        wanted = found_by_python(case, own / "0")
+        assert [wanted] == found_by_cpp([case], other)
+        assert bytes_of(own) == bytes_of(other) != {}
         chains = injection_of(inject(model, ResLoraConfig(**values)), "test").chains
         own = [f"chain {chain.key} {name}" for chain in chains for name in chain.names]
         assert [line.rsplit(" ", 2)[0] for line in wanted if line.startswith("chain")] == own

@@ -53,7 +53,7 @@ def test_the_step_size_of_a_layer_is_kept():
     fits = injection_of(model, "test").calibrated.fits
     want = {name: 1.5 * (1 + fit.alpha_star) for name, fit in fits.items()}
     finish(model)
-    scaling = {name: s for c in injection_of(model, "t").chains for name, *_, s in c.links.layers}
+    scaling = {x.name: x.scaling for c in injection_of(model, "t").chains for x in c.links.layers}
     assert scaling["layers.0.lin"] == pytest.approx(3.0)  # the doubled first layer
     for name, value in want.items():
         factor = min(max(value / 1.5, 0.5), 8.0)

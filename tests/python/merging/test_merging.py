@@ -102,7 +102,13 @@ def formula_weights(model, rule, m):
     f = _C.formulas
     layers = [block.lin for block in model.layers]
     blocks = [
-        (layer.weight, None, layer.reslora_A, layer.reslora_B, layer.chain.links.layers[n][4])
+        f.Block(
+            layer.weight,
+            None,
+            layer.reslora_A,
+            layer.reslora_B,
+            layer.chain.links.layers[n].scaling,
+        )
         for n, layer in enumerate(layers)
     ]
     which = "own_product" if rule == "input" and m else "input"

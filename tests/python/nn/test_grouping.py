@@ -114,11 +114,10 @@ def members_of(samples):
     members = []
     for sample in samples:
         w = sample.wiring
-        keep_tap = w.handed == "tap" and len(w.a) == len(w.b)
         base = (None, None, sample.base_out)
         if sample.base_out is None:
             base = (sample.weight, sample.bias, None)
-        members.append(ops.member(*base, sample.A, sample.B, w.scaling, sample.taps, keep_tap))
+        members.append(ops.member(*base, sample.A, sample.B, w.scaling, sample.taps, w.keep_tap))
     return members
 
 

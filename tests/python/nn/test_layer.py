@@ -94,7 +94,8 @@ def test_ranks_and_scalings_may_differ_from_layer_to_layer():
         for n, layer in enumerate(block.lin for block in model.layers):
             scaling = (7 if n == 0 else 3) / math.sqrt(layer.r)
             base = layer.base_layer
-            blocks.append((base.weight, base.bias, layer.reslora_A, layer.reslora_B, scaling))
+            factors = (layer.reslora_A, layer.reslora_B)
+            blocks.append(reslora._C.formulas.Block(base.weight, base.bias, *factors, scaling))
             xs.append(x)
             if res_mode == "is":
                 y = reslora._C.formulas.forward_is(blocks[n], x, xs[max(n - 1, 0)])

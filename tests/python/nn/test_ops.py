@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ record_norms = torch.ops.reslora.record_norms
 
 def literal_forward(chain, n, blocks, xs):
     mode, m = chain.shortcut, chain_m(chain)
+    blocks = [_C.formulas.Block(*block) for block in blocks]
     if mode == "none" or m == 0:
         return _C.formulas.forward_none(blocks[n], xs[n])
     if mode == "is":
@@ -188,7 +190,7 @@ def test_low_precision_error_is_bounded_by_plain_aten(res_mode, pre_num, dtype):
         return literal_forward(chain, n, blocks, xs)
 
     layers = [(f"layers.{k}", 64, 64, 8, 0.5) for k in range(LENGTH)]
-    chain_05 = _C.Chain({"r": 8, "res_mode": res_mode, "pre_num": pre_num}, layers)
+    chain_05 = _C.Chain(json.dumps({"r": 8, "res_mode": res_mode, "pre_num": pre_num}), layers)
     truth = through(F64, literal)
     for name, mine, plain, true in zip(
         ["y", "dx", "dA", "dB"], through(dtype, fast), through(dtype, literal), truth, strict=True

@@ -18,14 +18,13 @@ BACKWARD = torch.ops.reslora.adapt_backward.default
 def arguments(sample, **changes):
     """What the dispatcher's op takes for a sample."""
     w = sample.wiring
-    keep_tap = w.handed == "tap" and len(w.a) == len(w.b)
     bases, kind = [sample.weight, sample.bias], 1
     if "base_out" in changes:
         bases, kind = [changes.pop("base_out")], 2
     named = {
         "x": sample.x,
         "bases": bases,
-        "layout": [kind, len(sample.A), len(sample.B), len(sample.taps), int(keep_tap)],
+        "layout": [kind, len(sample.A), len(sample.B), len(sample.taps), int(w.keep_tap)],
         "A": sample.A,
         "B": sample.B,
         "scaling": w.scaling,

@@ -22,7 +22,7 @@ from models import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from reslora import print_links
+from reslora import _C, print_links
 from reslora.injection.adapted import find_layers, injection_of
 from reslora.injection.links import mixed_links
 from reslora.nn import session
@@ -360,6 +360,11 @@ class Skipping(Net):
         return x
 
 
+def block_of(layer):
+    base = layer.base_layer
+    return _C.formulas.Block(base.weight, base.bias, layer.reslora_A, layer.reslora_B, 1.5)
+
+
 def test_a_skipped_layer_leaves_its_reader_plain():
     model = adapted(Skipping().double(), res_mode="is")
     model.skipped = (1,)
@@ -368,9 +373,7 @@ def test_a_skipped_layer_leaves_its_reader_plain():
     x = x_of()
     layer = model.layers[2].lin
     first = model.layers[0](x)
-    block = (layer.base_layer.weight, layer.base_layer.bias, layer.reslora_A, layer.reslora_B, 1.5)
-    from reslora import _C
-
+    block = block_of(layer)
     want = model.layers[3](torch.tanh(_C.formulas.forward_is(block, first, None)))
     torch.testing.assert_close(model(x), want)
     reason = "layers.1.lin did not run before it"
@@ -385,15 +388,11 @@ def test_a_skipped_layer_leaves_its_reader_plain():
 
 
 def test_a_reader_of_several_taps_uses_those_that_are_there():
-    from reslora import _C
-
     model = adapted(Skipping().double(), res_mode="ms", pre_num=2)
     model.skipped = (1,)
     layers = [block.lin for block in model.layers]
     layers[3].is_disabled = True
-    blocks = [
-        (m.base_layer.weight, m.base_layer.bias, m.reslora_A, m.reslora_B, 1.5) for m in layers
-    ]
+    blocks = [block_of(layer) for layer in layers]
     x0 = x_of()
     x2 = torch.tanh(_C.formulas.forward_ms([blocks[0]], 0, 0, [x0]))
     x3 = torch.tanh(_C.formulas.forward_ms([blocks[0], blocks[2]], 1, 1, [x0, x2]))
@@ -447,8 +446,6 @@ def test_layers_called_without_their_root_run_plain_and_warn_once(recwarn):
 
 
 def test_a_module_called_twice_reads_its_neighbours_last_call():
-    from reslora import _C
-
     class Again(Net):
         def forward(self, x):
             for n in (0, 1, 0, 1):
@@ -457,9 +454,7 @@ def test_a_module_called_twice_reads_its_neighbours_last_call():
 
     model = adapted(Again(depth=2).double())
     layers = [block.lin for block in model.layers]
-    blocks = [
-        (m.base_layer.weight, m.base_layer.bias, m.reslora_A, m.reslora_B, 1.5) for m in layers
-    ]
+    blocks = [block_of(layer) for layer in layers]
     x = x_of()
     got = model(x)
     for _ in range(2):

@@ -1,0 +1,29 @@
+// The start of a training: random A, and B zero unless it is asked for.
+#include <ATen/core/grad_mode.h>
+#include <reslora/initial_factors.h>
+
+#include <cmath>
+
+namespace reslora {
+namespace {
+
+/// PyTorch's Kaiming-uniform with a = sqrt(5), as for a linear layer: bound 1 / sqrt(columns).
+void fill_uniform(const at::Tensor& matrix) {
+  const double bound = 1 / std::sqrt(static_cast<double>(matrix.size(1)));
+  matrix.uniform_(-bound, bound);
+}
+
+}  // namespace
+
+void fill_factors(const at::Tensor& A, const at::Tensor& B, const InitLoraWeights& how) {
+  const at::NoGradGuard no_grad;
+  B.zero_();
+  if (std::holds_alternative<std::string>(how)) {  // "gaussian"
+    A.normal_(0, 1 / static_cast<double>(A.size(0)));
+    return;
+  }
+  fill_uniform(A);
+  if (!std::get<bool>(how)) fill_uniform(B);
+}
+
+}  // namespace reslora
