@@ -53,10 +53,16 @@ class RESLORA_API ModelFiles {
 
   /// Every tensor's name, in the order of its file.
   const std::vector<std::string>& names() const;
+  /// True where a file holds a tensor of this name.
+  bool contains(const std::string& name) const { return places_.count(name) > 0; }
   /// The path that holds a tensor, and its metadata. Throw c10::ValueError for an unknown name.
   const std::string& path_of(const std::string& name) const;
   /// The metadata of a file; throws c10::ValueError for an unknown path.
   const std::map<std::string, std::string>& metadata_of(const std::string& path) const;
+  /// The tensors of each file by its path, and with those of the last file the edited ones that no
+  /// file holds: how a copy of these files is written. Throws c10::ValueError without files.
+  std::map<std::string, std::vector<std::string>> names_by_path(
+      const std::map<std::string, TensorEdit>& edits) const;
   /// A tensor as a view of the file; it keeps the map alive. Must not be written to.
   at::Tensor tensor(const std::string& name) const;
 
@@ -70,6 +76,7 @@ class RESLORA_API ModelFiles {
   struct Map;
   struct Place;
 
+  std::vector<std::string> paths_;
   std::vector<std::string> names_;
   std::map<std::string, std::shared_ptr<const Place>> places_;
   std::map<std::string, std::map<std::string, std::string>> metadata_;

@@ -6,12 +6,14 @@
 /// 2402.18039), and a merger that folds them into the base weights. Begin with adapters.h (adapt a
 /// model by names, train, merge, save) and linear.h (layers and chains); config.h has the options.
 /// formulas.h is the paper on one page, ops.h the op that evaluates it. merge.h, regression.h and
-/// merge_files.h merge; adapter_io.h and statistics_io.h are the files.
+/// merge_files.h merge; adapter_io.h and statistics_io.h are the files, and stage.h writes them so
+/// that all are there or none.
 ///
 /// Errors are c10::Error (bad input: c10::ValueError), one sentence each; nothing is half-changed
 /// after one.
 #pragma once
 
+#include <reslora/adapted_files.h>    // IWYU pragma: export
 #include <reslora/adapter_io.h>       // IWYU pragma: export
 #include <reslora/adapters.h>         // IWYU pragma: export
 #include <reslora/calibration.h>      // IWYU pragma: export
@@ -34,4 +36,5 @@
 #include <reslora/ops.h>              // IWYU pragma: export
 #include <reslora/plain_lora.h>       // IWYU pragma: export
 #include <reslora/regression.h>       // IWYU pragma: export
+#include <reslora/stage.h>            // IWYU pragma: export
 #include <reslora/statistics_io.h>    // IWYU pragma: export

@@ -11,6 +11,7 @@
 /// refused. Written atomically, read strictly.
 #pragma once
 
+#include <reslora/adapter_io.h>
 #include <reslora/chain_view.h>
 #include <reslora/export.h>
 #include <reslora/regression.h>
@@ -39,5 +40,11 @@ RESLORA_API void save_statistics(const std::string& path, const std::string& ada
 /// another adapter than the one with `adapter_sum`.
 RESLORA_API std::map<std::string, LayerStatistics> load_statistics(const std::string& path,
                                                                    const std::string& adapter_sum);
+
+/// Reads the statistics in the folder of an adapter that was read; empty where there are none.
+/// Throws as `load_statistics` does, and for statistics of a layer that the adapter has not and a
+/// fit of another shape.
+RESLORA_API std::map<std::string, LayerStatistics> statistics_beside(const std::string& folder,
+                                                                     const AdapterFile& adapter);
 
 }  // namespace reslora

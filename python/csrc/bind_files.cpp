@@ -1,28 +1,18 @@
 // Safetensors files and adapters.
+#include <reslora/adapted_files.h>
 #include <reslora/adapter_io.h>
+#include <reslora/stage.h>
+#include <reslora/statistics_io.h>
 
 #include <filesystem>
 #include <map>
+#include <memory>
 
 #include "bindings.h"
 
 namespace reslora::python {
 
 namespace {
-
-/// Keeps the library's warnings, to be given as Python's without a place in our sources.
-class Warnings : public c10::WarningHandler {
- public:
-  void process(const c10::Warning& warning) override { sentences_.push_back(warning.msg()); }
-  void raise() const {
-    for (const std::string& sentence : sentences_) {
-      if (PyErr_WarnEx(PyExc_UserWarning, sentence.c_str(), 2) < 0) throw py::error_already_set();
-    }
-  }
-
- private:
-  std::vector<std::string> sentences_;
-};
 
 void bind_tensors(py::module_& m) {
   using Tensors = std::map<std::string, Tensor>;
@@ -58,7 +48,8 @@ void bind_adapter(py::module_& m) {
                                  chains.emplace_back(chain.name, chain.layers);
                                return chains;
                              })
-      .def_readonly("tensors", &AdapterFile::tensors);
+      .def_readonly("tensors", &AdapterFile::tensors)
+      .def_property_readonly("transposed_chains", &transposed_chains);
   m.def(
       "save_adapter",
       [](const Path& path, const std::string& config_json, const std::vector<NamedChain>& chains,
@@ -80,12 +71,57 @@ void bind_adapter(py::module_& m) {
         return adapter;
       },
       py::arg("path"), "Read and check an adapter.");
+  m.def(
+      "statistics_beside",
+      [](const Path& folder, const AdapterFile& adapter) {
+        return statistics_beside(folder.string(), adapter);
+      },
+      py::arg("folder"), py::arg("adapter"), NoGil(),
+      "Read the statistics in the folder of an adapter.");
+}
+
+void bind_stage(py::module_& m) {
+  using Path = std::filesystem::path;
+  py::class_<Stage>(m, "Stage", "What becomes visible on disk at once.")
+      .def(py::init([](const Path& folder, bool is_whole) {
+             const auto kind = is_whole ? Stage::Kind::kFolder : Stage::Kind::kFiles;
+             return on_disk([&] { return std::make_unique<Stage>(folder.string(), kind); });
+           }),
+           py::arg("folder"), py::kw_only(), py::arg("is_whole") = false)
+      .def_property_readonly("place", [](const Stage& stage) { return Path(stage.place()); })
+      .def(
+          "path", [](Stage& stage, const std::string& name) { return Path(stage.path(name)); },
+          py::arg("name"))
+      .def("remove", &Stage::remove, py::arg("name"))
+      .def("__enter__", [](const py::object& stage) { return stage; })
+      .def(
+          "__exit__",
+          [](Stage& stage, const py::object& kind, const py::object&, const py::object&) {
+            const bool is_done = kind.is_none();
+            on_disk([&] {
+              try {
+                if (is_done) stage.commit();
+              } catch (...) {
+                stage.discard();
+                throw;
+              }
+              stage.discard();
+            });
+          },
+          py::arg("kind"), py::arg("error"), py::arg("trace"));
+  m.def(
+      "write_text",
+      [](const Path& path, const std::string& text) {
+        on_disk([&] { write_text(path.string(), text); });
+      },
+      py::arg("path"), py::arg("text"), "Write a text file atomically.");
 }
 
 }  // namespace
 
 void bind_files(py::module_& m) {
   bind_tensors(m);
+  bind_stage(m);
   bind_adapter(m);
 }
 

@@ -108,14 +108,6 @@ void bind_errors(py::module_& m) {
 
 void bind_pairs(py::module_& m) {
   m.def(
-      "moved",
-      [](LayerMerge layer, const std::string& device) {
-        layer.A = layer.A.to(at::Device(device));
-        layer.B = layer.B.to(at::Device(device));
-        return layer;
-      },
-      py::arg("layer"), py::arg("device"), "Return a planned pair on another device.");
-  m.def(
       "save_plain_lora",
       [](const std::filesystem::path& folder, const std::vector<LayerMerge>& layers,
          const std::map<std::string, Tensor>& heads, const std::vector<std::string>& target_modules,

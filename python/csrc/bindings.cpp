@@ -2,8 +2,9 @@
 // only.
 //
 // Errors: a c10::Error becomes the Python exception of the same name, with its one sentence and
-// without the C++ backtrace. Long calls release the GIL; `progress` takes it back by itself.
-// Importing this module loads libreslora.so, which registers the ops of torch.ops.reslora.
+// without the C++ backtrace; see on_disk for those of the system. Long calls release the GIL;
+// `progress` takes it back by itself. Importing this module loads libreslora.so, which registers
+// the ops of torch.ops.reslora.
 #include "bindings.h"
 
 namespace reslora::python {
@@ -12,6 +13,8 @@ namespace {
 void translate_errors(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
+  } catch (const SystemRefusal& e) {
+    PyErr_SetString(PyExc_OSError, e.what());
   } catch (const c10::ValueError& e) {
     PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
   } catch (const c10::TypeError& e) {

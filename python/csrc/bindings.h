@@ -1,6 +1,7 @@
 // What the files of the module share: types as Python sees them, and who binds what.
 #pragma once
 
+#include <c10/util/Exception.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
@@ -10,6 +11,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,6 +24,39 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using NamedChain = std::pair<std::string, std::vector<LayerShape>>;
 using NoGil = py::call_guard<py::gil_scoped_release>;
+
+/// What the system refused: OSError in Python.
+class SystemRefusal : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// Runs `body`, which writes to disk, without the GIL.
+template <typename Body>
+auto on_disk(Body body) {
+  const py::gil_scoped_release no_gil;
+  try {
+    return body();
+  } catch (const c10::ValueError&) {
+    throw;
+  } catch (const c10::Error& error) {
+    throw SystemRefusal(error.what_without_backtrace());
+  }
+}
+
+/// Keeps the library's warnings, to be given as Python's without a place in our sources.
+class Warnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { sentences_.push_back(warning.msg()); }
+  void raise() const {
+    for (const std::string& sentence : sentences_) {
+      if (PyErr_WarnEx(PyExc_UserWarning, sentence.c_str(), 2) < 0) throw py::error_already_set();
+    }
+  }
+
+ private:
+  std::vector<std::string> sentences_;
+};
 
 inline Tensor or_undefined(const MaybeTensor& tensor) { return tensor.value_or(Tensor()); }
 

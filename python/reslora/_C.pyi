@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -500,9 +501,6 @@ def layer_errors(
 def merged_forward(planned: LayerMerge, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return y of the merged layer, as `apply` would leave it."""
 
-def moved(layer: LayerMerge, device: str) -> LayerMerge:
-    """Return a planned pair on another device."""
-
 class TensorEdit:
     """What happens to one tensor on its way to the output."""
 
@@ -522,8 +520,8 @@ class ModelFiles:
     def __init__(self, paths: Sequence[str]) -> None: ...
     @property
     def names(self) -> list[str]: ...
-    def path_of(self, name: str) -> str:
-        """Return the file that holds a tensor."""
+    def names_by_path(self, edits: dict[str, TensorEdit]) -> dict[str, list[str]]:
+        """Return the tensors of each file, and with the last those of edits that none holds."""
     def tensor(self, name: str) -> Tensor:
         """Return a view of the file; it must not be written to."""
     def write(
@@ -535,7 +533,40 @@ class ModelFiles:
         metadata: dict[str, str] = ...,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Write some tensors to a new file, atomically, edits applied."""
+        """Write some tensors to a new file, atomically, edits applied.
+
+        Raises:
+            OSError: where the system refuses.
+        """
+
+class AdaptedFiles:
+    """The files of a base as a saved adapter sees them; see include/reslora/adapted_files.h."""
+
+    def __init__(self, files: ModelFiles, adapter: AdapterFile, match: ExpressionMatch) -> None: ...
+    def plan(
+        self, statistics: dict[str, LayerStatistics], merge_method: str, use_affine: bool = True
+    ) -> MergePlan:
+        """Plan the merge with statistics by layer; "": the adapter's method, else the best."""
+    def edits(
+        self, plan: MergePlan, ties_embeddings: bool = False, device: str = "cpu"
+    ) -> dict[str, TensorEdit]:
+        """Return what a plan and the trained heads change, by the files' names of tensors."""
+
+def plan_adapter(
+    adapter: AdapterFile,
+    statistics: dict[str, LayerStatistics],
+    merge_method: str,
+    match: ExpressionMatch,
+) -> MergePlan:
+    """Plan the merge of a saved adapter without its base, as `AdaptedFiles.plan` does with it."""
+
+def merge_files(
+    base: Sequence[str],
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    merge_method: str = "",
+) -> list[LayerMerge]:
+    """Merge as C++ programs do; see include/reslora/merge_files.h."""
 
 class AdapterFile:
     """An unmerged ResLoRA adapter, as read from a file."""
@@ -546,6 +577,33 @@ class AdapterFile:
     def chains(self) -> list[tuple[str, list[LayerShape]]]: ...
     @property
     def tensors(self) -> dict[str, Tensor]: ...
+    @property
+    def transposed_chains(self) -> list[str]:
+        """Return the chains whose base files hold W^T."""
+
+class Stage:
+    """What becomes visible on disk at once, as context; see include/reslora/stage.h.
+
+    Files that join `folder`, or with `is_whole` a folder to make. At the end of the context all is
+    there; after an exception nothing is.
+
+    Raises:
+        OSError: where the system refuses, also at the end.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, is_whole: bool = False) -> None: ...
+    def __enter__(self) -> Stage: ...
+    def __exit__(self, kind: object, error: object, trace: object) -> None: ...
+    @property
+    def place(self) -> Path:
+        """Return the folder to write to until the end."""
+    def path(self, name: str) -> Path:
+        """Return where to write the file that will have this name."""
+    def remove(self, name: str) -> None:
+        """Let the file of this name go at the end."""
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file atomically; OSError where the system refuses."""
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and the metadata of a safetensors file."""
@@ -568,6 +626,11 @@ def save_adapter(
 
 def load_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     """Read and check an adapter."""
+
+def statistics_beside(
+    folder: str | os.PathLike[str], adapter: AdapterFile
+) -> dict[str, LayerStatistics]:
+    """Read the statistics in the folder of an adapter, by layer; empty where there are none."""
 
 class formulas:  # noqa: N801 - a submodule at run time
     """The paper's formulas, literally; differentiable by autograd."""

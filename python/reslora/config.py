@@ -19,8 +19,8 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from ._C import config_to_json, validate_config
-from .text_files import parse_object, write_text
+from ._C import config_to_json, validate_config, write_text
+from .text_files import parse_object
 
 PEFT_TYPE = "RESLORA"
 ALL_LINEAR = "all-linear"  # as target_modules, in any case of letters
@@ -226,7 +226,7 @@ class ResLoraConfig(metaclass=_LoraOptions):
         """Return the options as JSON for the C++ library, patterns in the order of their trial."""
         values = {f.name: getattr(self, f.name) for f in fields(ResLoraConfig)}
         try:
-            return json.dumps(values, allow_nan=False)
+            return _json_of(values)
         except (TypeError, ValueError):
             name = next(name for name, value in values.items() if not _is_json(value))
             raise ValueError(
@@ -251,7 +251,7 @@ class ResLoraConfig(metaclass=_LoraOptions):
         defaults = {f.name: f.default for f in fields(ResLoraConfig) if f.name in PYTHON_ONLY}
         own = {k: v for k, v in self.to_dict().items() if k not in defaults or v != defaults[k]}
         given = {key: value for key, value in file_keys.items() if value is not None}
-        return config_to_json(json.dumps(own | given))
+        return config_to_json(_json_of(own | given))
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "config") -> ResLoraConfig:
@@ -294,9 +294,18 @@ def _as_list(value: Any, takes_one: bool) -> Any:
     return [value] if takes_one and isinstance(value, str) else value
 
 
+def _json_of(values: Any) -> str:
+    def listed(value: Any) -> Any:
+        if isinstance(value, set):  # PEFT makes lists of names so
+            return sorted(value)
+        raise TypeError(f"{type(value).__name__} is no JSON")
+
+    return json.dumps(values, default=listed, allow_nan=False)
+
+
 def _is_json(value: Any) -> bool:
     try:
-        json.dumps(value, allow_nan=False)
+        _json_of(value)
     except (TypeError, ValueError):
         return False
     return True

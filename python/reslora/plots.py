@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ._C import LayerMerge, window_in_order
+from ._C import LayerMerge, statistics_beside, window_in_order
 from .injection.adapted import injection_of
 from .merging.planning import make_plan
 from .merging.report import MergeReport
@@ -285,10 +285,9 @@ def _windows(source: Source, revision: str | None, subfolder: str | None) -> dic
     else:
         from .files.checkpoint import read_adapter
         from .files.folders import adapter_folder
-        from .files.statistics import read_statistics
 
         folder = adapter_folder(source, "plots", revision, subfolder)
-        stored = read_statistics(folder, read_adapter(folder)[0])
+        stored = statistics_beside(folder, read_adapter(folder)[0])
         found = {name: (own.norms, own.count) for name, own in stored.items()}
     windows = {}
     for name, (norms, count) in found.items():

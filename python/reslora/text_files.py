@@ -1,17 +1,11 @@
-"""Text files: reading JSON that others wrote, and writing whole files or none.
-
-What cannot be read is one sentence.
-"""
+"""Reading JSON files that others wrote; what cannot be read is one sentence."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 MAX_DEPTH = 100  # of JSON: far more than any file has, and what every function on its values can do
@@ -86,30 +80,3 @@ def _object(values: Any, source: str, op: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"[{op}] {source} must be a JSON object; got {type(values).__name__}")
     return values
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Give a place to write files that belong together: all of them go to `folder`, or none."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".reslora-") as name:
-        yield Path(name)
-        for path in sorted(Path(name).iterdir()):
-            os.replace(path, folder / path.name)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file atomically: a temporary name in the same folder, then a rename."""
-    path = os.fspath(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".reslora-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,8 +1,9 @@
 // A saved adapter, planned on views of mapped files and written with them.
-#include <ATen/Functions.h>
+#include <reslora/adapted_files.h>
 #include <reslora/merge_files.h>
-#include <reslora/model_files.h>
+#include <reslora/stage.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 
@@ -10,60 +11,38 @@
 #include "io/factor_names.h"
 #include "io/folders.h"
 #include "io/saved_adapter.h"
+#include "io/tensor_types.h"
+#include "safetensors/json.h"
 
 namespace reslora {
 namespace {
 
-using Edits = std::map<std::string, TensorEdit>;
+std::string name_of(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
-/// The adapter's chains over the weights of the files.
-std::vector<ChainView> views_of(const detail::SavedAdapter& saved, const ModelFiles& files) {
-  const std::set<std::string> names(files.names().begin(), files.names().end());
-  std::vector<ChainView> views;
-  for (const ChainRecord& record : saved.file.chains) {
-    ChainView& view = views.emplace_back(ChainView{Chain(saved.config, record.layers), {}});
-    for (const LayerShape& layer : record.layers) {
-      RESLORA_CHECK(names.count(layer.name + ".weight") > 0,
-                    "[merge_files] the base must hold the adapted layers; got no tensor {}.weight",
-                    layer.name);
-      LayerView& own = view.layers.emplace_back();
-      own.weight = files.tensor(layer.name + ".weight");
-      own.A = saved.file.tensors.at(detail::key_of_a(layer.name));
-      own.B = saved.file.tensors.at(detail::key_of_b(layer.name));
-      RESLORA_CHECK(
-          at::isfinite(own.A).all().item<bool>() && at::isfinite(own.B).all().item<bool>(),
-          "[merge_files] an adapter must be finite; got NaN or infinity in layer {}", layer.name);
-      RESLORA_CHECK(at::isFloatingType(own.weight.scalar_type()),
-                    "[merge_files] an adapted weight must be floating; got {} in {}.weight",
-                    c10::toString(own.weight.scalar_type()), layer.name);
-      RESLORA_CHECK(
-          own.weight.sizes() == at::IntArrayRef({layer.out_features, layer.in_features}),
-          "[merge_files] the base must be that of the adapter; got {}.weight [{}], which should be "
-          "[{}, {}]",
-          layer.name, fmt::join(own.weight.sizes(), ", "), layer.out_features, layer.in_features);
-      if (names.count(layer.name + ".bias") > 0) own.bias = files.tensor(layer.name + ".bias");
-      const auto known = saved.statistics.find(layer.name);
-      if (known == saved.statistics.end()) continue;
-      own.norms = known->second.norms;
-      own.fit = known->second.fit;
-    }
-  }
-  return views;
+/// What config.json beside a model's file says of its embeddings and its head.
+bool ties_embeddings(const std::string& file) {
+  const std::string path = file.substr(0, file.size() - name_of(file).size()) + "config.json";
+  const std::string text = detail::file_text(path);
+  bool is_tied = false;
+  if (text.empty()) return is_tied;
+  detail::on_file("merge", path, [&] {
+    detail::JsonReader config(text, "the config");
+    config.object([&](const std::string& key) {
+      if (key != "tie_word_embeddings") return config.skip();
+      is_tied = config.boolean();
+    });
+  });
+  return is_tied;
 }
 
-/// What changes: layers, and the trained heads.
-Edits edits_of(const MergePlan& plan, const detail::SavedAdapter& saved) {
-  Edits edits;
-  for (const LayerMerge& layer : plan.layers()) {
-    edits[layer.name + ".weight"].layer = layer;
-    if (!layer.bias.defined()) continue;
-    TensorEdit& edit = edits[layer.name + ".bias"];
-    edit.layer = layer;
-    edit.is_bias = true;
+/// Demands that every file of the base gives a new one.
+void check_outputs(const std::vector<std::string>& base, const std::string& output) {
+  std::set<std::string> names;
+  for (const std::string& path : base) {
+    const std::string target = output + "/" + name_of(path);
+    RESLORA_CHECK(names.insert(name_of(path)).second && !detail::exists(target),
+                  "[merge] an output must be a new file; got {}, which is there", target);
   }
-  for (const auto& [name, tensor] : saved.file.tensors)
-    if (!detail::is_factor(name)) edits[name].replacement = tensor;
-  return edits;
 }
 
 }  // namespace
@@ -71,31 +50,22 @@ Edits edits_of(const MergePlan& plan, const detail::SavedAdapter& saved) {
 std::vector<LayerMerge> merge_files(const std::vector<std::string>& base,
                                     const std::string& adapter, const std::string& output,
                                     const MergeFilesOptions& options) {
-  RESLORA_CHECK(!base.empty(), "[merge_files] the base must be files; got none");
-  RESLORA_CHECK(!options.dtype || at::isFloatingType(*options.dtype),
-                "[merge_files] dtype must be a floating one; got {}",
-                c10::toString(*options.dtype));
+  RESLORA_CHECK(!base.empty(), "[merge] the base must be files; got none");
   const ModelFiles files(base);
   const detail::SavedAdapter saved = detail::read_folder(adapter);
-  const std::string method =
-      options.merge_method.empty() ? saved.config.merge_method() : options.merge_method;
-  const MergePlan plan(views_of(saved, files), method);
-  const Edits edits = edits_of(plan, saved);
-  std::map<std::string, std::vector<std::string>> names;  // by path
-  for (const std::string& name : files.names()) names[files.path_of(name)].push_back(name);
-  const std::set<std::string> known(files.names().begin(), files.names().end());
-  for (const auto& [name, edit] : edits)  // heads that the base has not
-    if (known.count(name) == 0) names[base.back()].push_back(name);
-  const auto target = [&](const std::string& path) {
-    return output + "/" + path.substr(path.rfind('/') + 1);
-  };
-  std::set<std::string> targets;
-  for (const std::string& path : base) {
-    RESLORA_CHECK(targets.insert(target(path)).second && !detail::exists(target(path)),
-                  "[merge_files] an output must be a new file; got {}, which is there",
-                  target(path));
-  }
-  detail::make_folder(output);
+  const AdaptedFiles adapted(files, saved.file);
+  const MergePlan plan = adapted.plan(saved.statistics, options.merge_method);
+  const bool has_heads =
+      std::any_of(saved.file.tensors.begin(), saved.file.tensors.end(),
+                  [](const auto& item) { return !detail::is_factor(item.first); });
+  const bool is_tied = options.ties_embeddings ? *options.ties_embeddings
+                                               : has_heads && ties_embeddings(base.front());
+  const std::map<std::string, TensorEdit> edits = adapted.edits(plan, is_tied, options.device);
+  const auto names = files.names_by_path(edits);
+  check_outputs(base, output);
+  if (plan.fell_back_to_weight())
+    TORCH_WARN("[merge] the rule 'weight' is taken: no statistics lie beside the adapter");
+  Stage stage(output);
   int64_t done = 0;
   for (const std::string& path : base) {
     int64_t own = 0;
@@ -104,9 +74,10 @@ std::vector<LayerMerge> merge_files(const std::vector<std::string>& base,
       own = bytes;
       if (options.progress) options.progress(done + bytes);
     };
-    files.write(target(path), names[path], edits, write);
+    files.write(stage.path(name_of(path)), names.at(path), edits, write);
     done += own;
   }
+  stage.commit();
   return plan.layers();
 }
 

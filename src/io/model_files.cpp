@@ -77,7 +77,7 @@ struct ModelFiles::Place {
   const unsigned char* bytes() const { return map->data() + entry.begin; }
 };
 
-ModelFiles::ModelFiles(const std::vector<std::string>& paths) {
+ModelFiles::ModelFiles(const std::vector<std::string>& paths) : paths_(paths) {
   for (const std::string& path : paths) {
     detail::on_file("model_files", path, [&] {
       const auto map = std::make_shared<const Map>(path);
@@ -107,6 +107,17 @@ const std::map<std::string, std::string>& ModelFiles::metadata_of(const std::str
   RESLORA_CHECK(found != metadata_.end(), "[model_files] the path must be one of the files; got {}",
                 shown(path, 4096));
   return found->second;
+}
+
+std::map<std::string, std::vector<std::string>> ModelFiles::names_by_path(
+    const std::map<std::string, TensorEdit>& edits) const {
+  RESLORA_CHECK(!paths_.empty(), "[model_files] a model must have files to be copied; got none");
+  std::map<std::string, std::vector<std::string>> names;
+  for (const std::string& path : paths_) names[path];  // also one without tensors
+  for (const std::string& name : names_) names[path_of(name)].push_back(name);
+  for (const auto& [name, edit] : edits)
+    if (!contains(name)) names[paths_.back()].push_back(name);
+  return names;
 }
 
 Tensor ModelFiles::tensor(const std::string& name) const {

@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <reslora/adapter_io.h>
 #include <reslora/plain_lora.h>
+#include <reslora/stage.h>
 
 #include <algorithm>
 #include <cmath>
@@ -139,9 +140,9 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
   }
   for (const auto& [name, tensor] : lora.heads) file.tensors.emplace(prefix + name, tensor);
   const std::string options = peft_config(lora, R);
-  detail::Stage stage(folder);
+  Stage stage(folder);
   save_tensors(stage.path(detail::kWeightsName), file);
-  detail::write_text(stage.path(detail::kConfigName), options);
+  write_text(stage.path(detail::kConfigName), options);
   stage.commit();
   return R;
 }

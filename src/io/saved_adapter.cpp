@@ -2,7 +2,6 @@
 #include "io/saved_adapter.h"
 
 #include "core/check.h"
-#include "io/factor_names.h"
 #include "io/folders.h"
 
 namespace reslora::detail {
@@ -31,13 +30,7 @@ SavedAdapter read_folder(const std::string& folder) {
   saved.config = config_from_json(saved.file.config_json, path);
   const ResLoraConfig beside = config_from_json(file_text(config_path), config_path);
   check_same(saved.config, beside, folder);
-  const std::string statistics = folder + "/" + kStatisticsName;
-  if (is_file(statistics)) {
-    std::map<std::string, at::Tensor> factors;
-    for (const auto& [key, tensor] : saved.file.tensors)
-      if (is_factor(key)) factors.emplace(key, tensor);
-    saved.statistics = load_statistics(statistics, tensors_sum(factors));
-  }
+  saved.statistics = statistics_beside(folder, saved.file);
   return saved;
 }
 

@@ -9,6 +9,8 @@
 #include <utility>
 
 #include "core/check.h"
+#include "io/factor_names.h"
+#include "io/folders.h"
 #include "io/tensor_types.h"
 #include "safetensors/json.h"
 
@@ -230,6 +232,31 @@ std::map<std::string, LayerStatistics> load_statistics(const std::string& path,
         kContentKey);
     return statistics;
   });
+}
+
+std::map<std::string, LayerStatistics> statistics_beside(const std::string& folder,
+                                                         const AdapterFile& adapter) {
+  const std::string path = folder + "/" + detail::kStatisticsName;
+  if (!detail::is_file(path)) return {};
+  std::map<std::string, Tensor> factors;
+  for (const auto& [key, tensor] : adapter.tensors)
+    if (detail::is_factor(key)) factors.emplace(key, tensor);
+  std::map<std::string, LayerStatistics> statistics = load_statistics(path, tensors_sum(factors));
+  std::map<std::string, LayerShape> layers;
+  for (const ChainRecord& chain : adapter.chains)
+    for (const LayerShape& layer : chain.layers) layers.emplace(layer.name, layer);
+  for (const auto& [name, own] : statistics) {
+    const auto layer = layers.find(name);
+    RESLORA_CHECK(layer != layers.end(),
+                  "[load] statistics must be of layers of the adapter; got {}", name);
+    const Fit& fit = own.fit;
+    if (!fit.A.defined()) continue;
+    const int64_t rank = fit.B.defined() ? fit.A.size(0) : layer->second.r;  // of its own B: any
+    RESLORA_CHECK(fit.A.sizes() == at::IntArrayRef({rank, layer->second.in_features}),
+                  "[load] a fit must have the shape of A, [{}, {}]; got [{}] for {}", rank,
+                  layer->second.in_features, fmt::join(fit.A.sizes(), ", "), name);
+  }
+  return statistics;
 }
 
 }  // namespace reslora

@@ -3,6 +3,7 @@
 #include <reslora/adapters.h>
 #include <reslora/config_json.h>
 #include <reslora/plain_lora.h>
+#include <reslora/stage.h>
 #include <reslora/statistics_io.h>
 #include <torch/utils.h>
 
@@ -117,13 +118,12 @@ void Adapters::save(const std::string& folder, bool statistics) const {
                 "changed: calibrate again, or save without statistics");
   file.tensors = detail::factors_of(*state_);
   for (const auto& [name, tensor] : state_->heads) file.tensors.emplace(name, tensor.detach());
-  detail::Stage stage(folder);
+  Stage stage(folder);
   if (has_statistics) save_statistics(stage.path(detail::kStatisticsName), sum, known);
   save_adapter(stage.path(detail::kWeightsName), file);
-  detail::write_text(stage.path(detail::kConfigName), file.config_json);
+  write_text(stage.path(detail::kConfigName), file.config_json);
+  if (!has_statistics) stage.remove(detail::kStatisticsName);  // those of another adapter
   stage.commit();
-  // What lies there otherwise is of another adapter.
-  if (!has_statistics) detail::remove_file(folder + "/" + detail::kStatisticsName);
 }
 
 void Adapters::load(const std::string& folder) const {

@@ -308,6 +308,18 @@ FileSystem& real_file_system() {
   return system;
 }
 
+void sync_folder(const std::string& folder, FileSystem& system) {
+  const int descriptor = uninterrupted(
+      [&] { return system.open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0); });
+  const int synced = descriptor < 0 ? -1 : uninterrupted([&] { return system.fsync(descriptor); });
+  const int error = errno;
+  if (descriptor >= 0) system.close(descriptor);
+  // Some network file systems cannot sync a folder (EINVAL): nothing more can be done there.
+  if (synced != 0 && error != EINVAL) {
+    refuse_system("the file is written but its folder cannot be synced", error);
+  }
+}
+
 AtomicFile::AtomicFile(const std::string& path, FileSystem& system) : system_(system), path_(path) {
   struct stat status {};
   replaces_ = system_.stat(path_.c_str(), &status) == 0;
@@ -377,21 +389,8 @@ void AtomicFile::commit() {
   check(closed != 0 && errno == EINTR ? 0 : closed);
   check(system_.rename(temporary_.c_str(), path_.c_str()));
   temporary_.clear();
-  sync_folder();
-}
-
-void AtomicFile::sync_folder() {
   const size_t slash = path_.rfind('/');
-  const std::string folder = slash == std::string::npos ? "." : path_.substr(0, slash + 1);
-  const int descriptor = uninterrupted(
-      [&] { return system_.open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0); });
-  const int synced = descriptor < 0 ? -1 : uninterrupted([&] { return system_.fsync(descriptor); });
-  const int error = errno;
-  if (descriptor >= 0) system_.close(descriptor);
-  // Some network file systems cannot sync a folder (EINVAL): nothing more can be done there.
-  if (synced != 0 && error != EINVAL) {
-    refuse_system("the file is written but its folder cannot be synced", error);
-  }
+  sync_folder(slash == std::string::npos ? "." : path_.substr(0, slash + 1), system_);
 }
 
 }  // namespace reslora::detail

@@ -115,6 +115,9 @@ class FileSystem {
 
 FileSystem& real_file_system();
 
+/// Syncs a folder, so that the names in it outlast a crash. Throws FileError.
+void sync_folder(const std::string& folder, FileSystem& system = real_file_system());
+
 /// Writes a file that appears under its name only when `commit` has returned or failed in its last
 /// step, the sync of the folder. Without `commit` nothing of it stays. The mode is 0666 & ~umask,
 /// or that of the file it replaces.
@@ -133,7 +136,6 @@ class AtomicFile {
 
  private:
   void create_temporary();
-  void sync_folder();
 
   FileSystem& system_;
   std::string path_;

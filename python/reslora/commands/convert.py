@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import save_adapter
+from .._C import Stage, save_adapter, write_text
 from ..config import ResLoraConfig
 from ..files.base_files import meta_model
 from ..files.checkpoint import transposed_chains
-from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, make_folder
+from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike
 from ..injection.adapted import Injection, injection_of
 from ..injection.inject import inject
 from ..nn.factors import factor_names
-from ..text_files import read_object, staged, write_text
+from ..text_files import read_object
 
 THEIR_WEIGHTS, THEIR_CONFIG = "pytorch_model_lora.bin", "reslora_config.json"
 RES_MODES = {0: "none", 1: "is", 2: "bs", 3: "ms"}
@@ -68,9 +68,9 @@ def convert_folder(source: PathLike, directory: PathLike, base: str | nn.Module)
         base_model_name_or_path=base if isinstance(base, str) else None,
         fan_in_fan_out=transposed_chains(injection) or None,
     )
-    with staged(make_folder(directory)) as stage:
-        save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)
-        write_text(stage / CONFIG_NAME, text)
+    with Stage(directory) as stage:
+        save_adapter(stage.path(WEIGHTS_NAME), text, injection.chain_records, tensors)
+        write_text(stage.path(CONFIG_NAME), text)
     return injection
 
 

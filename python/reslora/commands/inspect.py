@@ -15,13 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .._C import LayerShape, ModelFiles
+from .._C import LayerShape, ModelFiles, statistics_beside
 from ..config import PEFT_TYPE
 from ..files.base_files import STEMS, weight_files
 from ..files.checkpoint import read_adapter
 from ..files.exporting import DIFFUSERS_NAME
 from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder
-from ..files.statistics import read_statistics
 from ..text_files import read_object, read_value
 from .json_kinds import ADAPTER_KEYS, TELLING_NAMES, chosen, describe
 
@@ -222,7 +221,7 @@ def _inspect_adapter(folder: Path, shown: str) -> Inspection:
     found.options = {key: value for key in keys if (value := getattr(config, key)) is not None}
     for name, layers in adapter.chains:
         found.chains.append(_describe(name, layers, adapter.tensors))
-    statistics = read_statistics(folder, adapter)
+    statistics = statistics_beside(folder, adapter)
     fits = [own.fit for own in statistics.values() if own.fit is not None]
     windows = sum(own.norms is not None for own in statistics.values())
     if statistics:

@@ -127,12 +127,12 @@ def run_plot(options: argparse.Namespace) -> Outcome:
 
 def _rule_of_alphas(adapter: str, place: dict[str, Any]) -> str:
     """Return the best rule at hand that has alpha*; `weight`, if chosen, asks for --base."""
+    from .._C import statistics_beside
     from ..files.checkpoint import read_adapter
     from ..files.folders import adapter_folder
-    from ..files.statistics import read_statistics
 
     folder = adapter_folder(adapter, "plot", **place)
-    stored = read_statistics(folder, read_adapter(folder)[0]).values()
+    stored = statistics_beside(folder, read_adapter(folder)[0]).values()
     return "input" if any(own.norms is not None for own in stored) else "weight"
 
 

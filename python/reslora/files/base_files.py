@@ -1,19 +1,18 @@
-"""The files of a base model: where they are, and which of their tensors an adapter changes."""
+"""The files of a base model: where they are, and mapping those of an adapter's base."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .._C import AdapterFile, ModelFiles
-from ..config import ALL_LINEAR, ResLoraConfig
+from .._C import AdaptedFiles, AdapterFile, ModelFiles
+from ..config import matches
 from ..text_files import read_object
 from .folders import PathLike
 from .hub import BASE, local_folder
@@ -136,18 +135,7 @@ def check_index(files: ModelFiles, source: WeightFiles) -> None:
         )
 
 
-@dataclass(frozen=True)
-class AdaptedBase:
-    """The safetensors files of a base, mapped, and what an adapter changes in them."""
-
-    source: WeightFiles
-    files: ModelFiles
-    keys: dict[str, str]  # by layer: the file's name for its weight
-    transposed: set[str]  # layers whose file holds W^T
-    weights: dict[str, Tensor]  # by layer: views [out, in]
-
-
-def open_base(folder: Path, adapter: AdapterFile, config: ResLoraConfig) -> AdaptedBase:
+def open_base(folder: Path, adapter: AdapterFile) -> tuple[WeightFiles, ModelFiles, AdaptedFiles]:
     """Map the files of a base and find the layers of an adapter in them; no model is built.
 
     Raises:
@@ -157,91 +145,4 @@ def open_base(folder: Path, adapter: AdapterFile, config: ResLoraConfig) -> Adap
     source = weight_files(folder)
     files = ModelFiles([os.fspath(path) for path in source.paths])
     check_index(files, source)
-    check_chains(files.names, adapter, config)
-    keys, transposed = file_keys(files.names, adapter), transposed_layers(adapter)
-    weights = weight_views(files, keys, adapter, transposed)
-    return AdaptedBase(source, files, keys, transposed, weights)
-
-
-def find_name(names: list[str], wanted: str) -> str | None:
-    """Return the name in a file that a model's name stands for, whatever prefix either has."""
-    if wanted in names:
-        return wanted
-    near = [n for n in names if n.endswith("." + wanted) or wanted.endswith("." + n)]
-    return near[0] if len(near) == 1 else None
-
-
-def file_keys(names: list[str], adapter: AdapterFile) -> dict[str, str]:
-    """Return the file's name for the weight of every adapted layer."""
-    by_suffix: dict[str, str] = {}
-    for _, layers in adapter.chains:
-        for name in (shape.name for shape in layers):
-            key = find_name(names, f"{name}.weight")
-            if key is None:
-                raise ValueError(
-                    f"[merge] the base must hold the weight of every adapted layer; got none for "
-                    f"{name} among {len(names)} tensors such as {min(names)}: is this the base of "
-                    "the adapter, or does transformers store it under other names (then merge in "
-                    "memory: load, merge_and_unload, save_pretrained)?"
-                )
-            if key in by_suffix.values():
-                raise ValueError(
-                    f"[merge] every adapted layer must have a tensor of its own; got {key} for "
-                    f"{name} and another: is this the base of the adapter?"
-                )
-            by_suffix[name] = key
-    return by_suffix
-
-
-def bias_keys(names: list[str], keys: dict[str, str]) -> dict[str, str]:
-    """Return the file's name for the bias of every adapted layer that has one."""
-    known = set(names)
-    found = {name: f"{key.removesuffix('weight')}bias" for name, key in keys.items()}
-    return {name: key for name, key in found.items() if key in known}
-
-
-def check_chains(names: list[str], adapter: AdapterFile, config: ResLoraConfig) -> None:
-    """Refuse a base with more layers of a kind than the adapter has, where it should have all."""
-    if config.layers_to_transform is not None or config.exclude_modules is not None:
-        return
-    targets = config.target_modules
-    for chain, layers in adapter.chains:
-        pattern = re.escape(f"{chain}.weight").replace(r"\*", r"\d+")
-        found = [name for name in names if re.fullmatch(pattern, name)]
-        if isinstance(targets, str) and targets.lower() != ALL_LINEAR:  # some layers of a kind
-            found = [n for n in found if re.fullmatch(targets, n.removesuffix(".weight"))]
-        if len(found) > len(layers):
-            raise ValueError(
-                f"[merge] the base must be that of the adapter; got {len(found)} layers {chain}, "
-                f"of which the adapter has {len(layers)}"
-            )
-
-
-def transposed_layers(adapter: AdapterFile) -> set[str]:
-    """Return the layers whose file holds W^T."""
-    chains = set(json.loads(adapter.config_json).get("fan_in_fan_out") or ())
-    return {x.name for key, layers in adapter.chains if key in chains for x in layers}
-
-
-def weight_views(
-    files: ModelFiles, keys: dict[str, str], adapter: AdapterFile, transposed: set[str]
-) -> dict[str, Tensor]:
-    """Return views of the base weights [out, in]; shapes are checked against the adapter."""
-    weights = {}
-    for _, layers in adapter.chains:
-        for shape in layers:
-            name, inputs, outputs = shape.name, shape.in_features, shape.out_features
-            stored = files.tensor(keys[name])
-            weight = stored.t() if name in transposed and stored.dim() == 2 else stored
-            if list(weight.shape) != [outputs, inputs]:
-                raise ValueError(
-                    f"[merge] the base must fit the adapter; got {list(stored.shape)} for "
-                    f"{keys[name]}, where layer {name} is {inputs} -> {outputs}"
-                )
-            if not weight.is_floating_point() or weight.element_size() == 1:
-                raise ValueError(
-                    f"[merge] the base must hold F64, F32, F16 or BF16; got {weight.dtype} for "
-                    f"{keys[name]}: merge into the original, unquantised files"
-                )
-            weights[name] = weight
-    return weights
+    return source, files, AdaptedFiles(files, adapter, matches)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .._C import (
     AdapterFile,
+    Stage,
     check_chains,
     first_difference,
     formula_difference,
@@ -27,6 +28,8 @@ from .._C import (
     load_adapter,
     save_adapter,
     save_statistics,
+    statistics_beside,
+    write_text,
 )
 from ..config import ResLoraConfig
 from ..injection.adapted import Injection, factors_of, find_layers, injection_of, plain_model
@@ -35,7 +38,6 @@ from ..injection.inject import inject
 from ..merging.merge import unload
 from ..nn.base_layers import is_conv1d
 from ..nn.sharding import is_sharded, whole, writes
-from ..text_files import staged, write_text
 from .folders import (
     CONFIG_NAME,
     STATISTICS_NAME,
@@ -44,9 +46,8 @@ from .folders import (
     adapter_folder,
     base_line,
     base_name,
-    make_folder,
 )
-from .statistics import give_statistics, read_statistics, statistics_of, sum_of_factors
+from .statistics import give_statistics, statistics_of, sum_of_factors
 
 # Options that change what an adapter computes, beside the ranks and scalings of its chains.
 
@@ -84,15 +85,14 @@ def save_pretrained(
     tensors = {key: whole(tensor) for key, tensor in own.items()}
     if not writes(own):
         return
-    folder = make_folder(directory)
-    with staged(folder) as stage:
-        save_adapter(stage / WEIGHTS_NAME, text, injection.chain_records, tensors)
+    with Stage(directory) as stage:
+        save_adapter(stage.path(WEIGHTS_NAME), text, injection.chain_records, tensors)
         if layers:
-            save_statistics(stage / STATISTICS_NAME, sum_of_factors(tensors), layers)
-        write_text(stage / CONFIG_NAME, text)
-        write_text(stage / "README.md", _card(injection, base))
-    if not layers:
-        (folder / STATISTICS_NAME).unlink(missing_ok=True)
+            save_statistics(stage.path(STATISTICS_NAME), sum_of_factors(tensors), layers)
+        else:
+            stage.remove(STATISTICS_NAME)
+        write_text(stage.path(CONFIG_NAME), text)
+        write_text(stage.path("README.md"), _card(injection, base))
 
 
 def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:
@@ -131,7 +131,7 @@ def load(
     """
     folder = adapter_folder(directory, "load", revision, subfolder)
     adapter, config = read_adapter(folder)
-    statistics = read_statistics(folder, adapter)
+    statistics = statistics_beside(folder, adapter)
     if find_layers(model):
         _copy_adapter(plain_model(model), injection_of(model, "load"), adapter, config)
     else:

@@ -12,7 +12,6 @@ factor 1, whether it takes alpha per file, per layer or not at all.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import replace
@@ -24,11 +23,13 @@ from torch import Tensor, nn
 from .._C import (
     LayerMerge,
     MergePlan,
+    Stage,
     is_or_ends_with,
     padded_factors,
     reduced_factors,
     save_plain_lora,
     save_tensors,
+    write_text,
 )
 from ..config import ResLoraConfig
 from ..injection.adapted import Injection, earlier_fits_after_errors, injection_of, plain_model
@@ -36,9 +37,9 @@ from ..injection.heads import refuse_tied, saved_names
 from ..merging.merge import MergeRequest, prepare
 from ..merging.planning import make_plan, warn_unfinished
 from ..nn.base_layers import is_conv1d
-from ..text_files import read_object, write_text
+from ..text_files import read_object
 from .checkpoint import saved_tensors
-from .folders import CONFIG_NAME, PathLike, adapter_folder, base_line, base_name, make_folder
+from .folders import CONFIG_NAME, PathLike, adapter_folder, base_line, base_name
 from .model_folder import heads_of, plan_from_files
 
 logger = logging.getLogger("reslora")
@@ -139,7 +140,8 @@ def export_diffusers(
     for name, (A, B) in padded(layers).items():
         tensors[f"{component}.{name}.lora_A.weight"] = A
         tensors[f"{component}.{name}.lora_B.weight"] = B
-    save_tensors(make_folder(directory) / DIFFUSERS_NAME, tensors, {"format": "pt"})
+    with Stage(directory) as stage:
+        save_tensors(stage.path(DIFFUSERS_NAME), tensors, {"format": "pt"})
     return error
 
 
@@ -195,13 +197,12 @@ def _write_lora(
     task_type: str | None,
 ) -> int:
     """Write a folder in PEFT's format and return the rank of its pairs."""
-    folder = make_folder(directory)
     saved = config.modules_to_save or []
     R = save_plain_lora(
-        folder, layers, heads, targets, list(saved), fan_in_fan_out,
+        directory, layers, heads, targets, list(saved), fan_in_fan_out,
         base or "", task_type or "", (config.revision or "") if base else "",
     )  # fmt: skip
-    write_text(folder / "README.md", _card(config.res_mode, layers, base))
+    write_text(Path(directory) / "README.md", _card(config.res_mode, layers, base))
     return R
 
 
@@ -286,7 +287,7 @@ def export_folder(
     if base_revision is not None:
         config = replace(config, revision=base_revision)
     base_named, task_type = _names_for(folder, base)
-    transposed = set(json.loads(read.config_json).get("fan_in_fan_out") or ())
+    transposed = read.transposed_chains
     R = _write_lora(
         directory,
         layers,

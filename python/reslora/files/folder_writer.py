@@ -1,27 +1,24 @@
-"""Writing a model folder: which tensor into which file, and nothing half-written.
+"""Writing a model folder: which tensor into which file, and what is copied.
 
 Example::
 
     layout = Layout(files, source, edits, dtype=None, shard_size=None)
-    with unfinished(target) as folder:  # becomes `target` at the end, or is removed
-        copy_rest(source_folder, folder, dtype=None)
-        layout.write(folder, progressbar=True)
+    with Stage(target, is_whole=True) as stage:  # becomes `target` at the end, or is removed
+        copy_rest(source_folder, stage.place, dtype=None)
+        layout.write(stage.place, progressbar=True)
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._C import ModelFiles, TensorEdit
+from .._C import ModelFiles, TensorEdit, write_text
 from ..progress import bar
 from ..text_files import read_object
 from .base_files import WEIGHT_FILES, WeightFiles
@@ -69,13 +66,8 @@ class Layout:
         return tensor.numel() * (self.dtype if is_cast and self.dtype else tensor.dtype).itemsize
 
     def _as_base(self) -> dict[str, list[str]]:
-        groups: dict[str, list[str]] = {path.name: [] for path in self.source.paths}
-        last = self.source.paths[-1].name
-        known = set(self.files.names)
-        for name in self.sizes:
-            place = Path(self.files.path_of(name)).name if name in known else last
-            groups[place].append(name)
-        return {file_name: names for file_name, names in groups.items() if names}
+        groups = self.files.names_by_path(self.edits).items()
+        return {Path(path).name: names for path, names in groups if names}
 
     def _by_size(self, shard_size: int) -> dict[str, list[str]]:
         parts: list[list[str]] = [[]]
@@ -102,10 +94,7 @@ class Layout:
             for file_name, names in self.groups.items():
                 own = {name: self.edits[name] for name in names if name in self.edits}
                 path = os.fspath(folder / file_name)
-                try:
-                    self.files.write(path, names, own, self.dtype, {"format": "pt"}, show)
-                except RuntimeError as error:  # what the system refused
-                    raise OSError(str(error)) from None
+                self.files.write(path, names, own, self.dtype, {"format": "pt"}, show)
                 done += sum(self.sizes[name] for name in names)
         if len(self.groups) > 1 or (self.is_kept and self.source.index is not None):
             self._write_index(folder)
@@ -121,39 +110,7 @@ class Layout:
             "weight_map": dict(sorted(weight_map.items())),
         }
         path = folder / f"{self.source.stem}.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def unfinished(target: Path) -> Iterator[Path]:
-    """Yield a folder beside `target` that becomes `target` at the end, or is removed."""
-    target = target.absolute()
-    folder = target.with_name(f".{target.name}.unfinished")
-    folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"[merge] one merge may write {target} at a time; got another"
-            ) from None
-        try:
-            for left in folder.iterdir():  # of a merge that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield folder
-            os.fsync(lock)
-            os.rename(folder, target)  # also onto a folder, which is empty: it was checked
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
-    parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+        write_text(path, json.dumps(index, indent=2) + "\n")
 
 
 def _is_other(path: Path) -> bool:
@@ -181,6 +138,6 @@ def copy_rest(source: Path, folder: Path, dtype: str | None) -> None:
             for key in ("dtype", "torch_dtype"):
                 if key in values:
                     values[key] = dtype
-            (folder / path.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            write_text(folder / path.name, json.dumps(values, indent=2) + "\n")
         else:
             shutil.copyfile(path, folder / path.name)

@@ -1,4 +1,4 @@
-"""The folder of an adapter: what its files are called, finding, making and reading it."""
+"""The folder of an adapter: what its files are called, finding and reading it."""
 
 from __future__ import annotations
 
@@ -32,20 +32,6 @@ def load_tensors_of(path: PathLike) -> dict[str, Tensor]:
     """Return the tensors of an adapter's file that PEFT wrote, under the names of the model."""
     tensors, _ = load_tensors(path)
     return {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in tensors.items()}
-
-
-def make_folder(directory: PathLike) -> Path:
-    """Return a folder, made where there was none."""
-    folder = Path(directory)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"[save] the place to write must be a folder; got the file {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except NotADirectoryError:
-        raise ValueError(
-            f"[save] the place to write must be a folder; got {folder}, below a file"
-        ) from None
-    return folder
 
 
 def base_name(model: nn.Module, given: str | None) -> str | None:

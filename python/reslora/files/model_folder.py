@@ -13,7 +13,6 @@ appears under the output's name until all of it is there.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import warnings
 from dataclasses import dataclass, field
@@ -22,27 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._C import (
-    AdapterFile,
-    Chain,
-    ChainView,
-    LayerView,
-    MergePlan,
-    ModelFiles,
-    TensorEdit,
-    moved,
-)
-from ..config import ResLoraConfig
-from ..nn.factors import factor_names, is_factor
+from .._C import AdapterFile, MergePlan, Stage, plan_adapter, statistics_beside
+from ..config import ResLoraConfig, matches
+from ..nn.factors import is_factor
 from ..text_files import read_object
-from .base_files import AdaptedBase, base_folder, bias_keys, find_name, open_base
+from .base_files import base_folder, open_base
 from .checkpoint import read_adapter
-from .folder_writer import Layout, copy_rest, size_of_rest, unfinished
+from .folder_writer import Layout, copy_rest, size_of_rest
 from .folders import PathLike, adapter_folder
-from .statistics import UNKNOWN, read_statistics
-
-# Embeddings that transformers ties to a head that the files do not hold.
-EMBEDDINGS = re.compile(r"(embed_tokens|wte|word_embeddings|shared|embed_in)\.weight$")
 
 
 @dataclass
@@ -104,18 +90,18 @@ def merge_folder(
     source, target = base_folder(base, base_revision, config.revision), Path(output)
     _check_target(source, target)
     _check_device(device)
-    opened = open_base(source, read, config)
-    biases = bias_keys(opened.files.names, opened.keys)
-    tensors = {name: opened.files.tensor(key) for name, key in biases.items()}
-    plan = plan_of(read, config, place, merge_method, opened.weights, tensors)
-    edits, heads = _edits(plan, opened, biases, device), _head_edits(source, opened.files, read)
-    layout = Layout(opened.files, opened.source, edits | heads, dtype=dtype, shard_size=shard_size)
+    weights, files, adapted = open_base(source, read)
+    plan = adapted.plan(statistics_beside(place, read), merge_method or "")
+    _warn_of_stopgap(plan)
+    edits = adapted.edits(plan, _ties_heads(source, read), device)
+    layout = Layout(files, weights, edits, dtype=dtype, shard_size=shard_size)
     _check_space(target, layout.total + size_of_rest(source))
-    with unfinished(target) as folder:
-        copy_rest(source, folder, dtype)
-        layout.write(folder, progressbar)
+    with Stage(target.absolute(), is_whole=True) as stage:
+        copy_rest(source, stage.place, dtype)
+        layout.write(stage.place, progressbar)
+    heads = [key for key, edit in edits.items() if edit.replacement is not None]
     rules, fell_back = {x.name: x.rule for x in plan.layers}, plan.fell_back_to_weight
-    return FolderReport(os.fspath(target), rules, list(heads), layout.total, fell_back)
+    return FolderReport(os.fspath(target), rules, heads, layout.total, fell_back)
 
 
 def _check_device(device: str) -> None:
@@ -145,39 +131,13 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def plan_of(
-    adapter: AdapterFile,
-    config: ResLoraConfig,
-    folder: Path,
-    merge_method: str | None,
-    weights: dict[str, Tensor],
-    biases: dict[str, Tensor],
-) -> MergePlan:
-    """Return the plan of an adapter's files, with the statistics that lie beside them."""
-    statistics = read_statistics(folder, adapter)
-    chains = []
-    for _, layers in adapter.chains:
-        views: list[LayerView] = []
-        for name in (shape.name for shape in layers):
-            own = statistics.get(name, UNKNOWN)
-            A, B = (adapter.tensors[key] for key in factor_names(name))
-            bias = biases.get(name)
-            views.append(LayerView(weights.get(name), A, B, own.norms, own.count, bias, own.fit))
-        chains.append(ChainView(Chain(config.core(), layers), views))
-    method = merge_method if merge_method is not None else config.merge_method or ""
-    plan = MergePlan(chains, method)
-    for layer in plan.layers:
-        if not (layer.A.isfinite().all() and layer.B.isfinite().all()):
-            raise ValueError(
-                f"[merge] an adapter must be finite; got NaN or infinity in layer {layer.name}"
-            )
+def _warn_of_stopgap(plan: MergePlan) -> None:
     if plan.fell_back_to_weight:
         warnings.warn(
             "no statistics lie beside the adapter, so the rule 'weight' was used: save it with "
             "save_pretrained(model, folder, statistics=True), or pass --method",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return plan
 
 
 def plan_from_files(
@@ -205,12 +165,13 @@ def plan_from_files(
         )
     folder = adapter_folder(adapter, "merge", revision, subfolder)
     read, config = read_adapter(folder)
-    weights: dict[str, Tensor] = {}
-    if base is not None:
-        source = base_folder(base, base_revision, config.revision)
-        weights = open_base(source, read, config).weights
+    statistics, method = statistics_beside(folder, read), merge_method or ""
     try:
-        return read, config, plan_of(read, config, folder, merge_method, weights, {})
+        if base is None:
+            plan = plan_adapter(read, statistics, method, matches)
+        else:
+            _, _, adapted = open_base(base_folder(base, base_revision, config.revision), read)
+            plan = adapted.plan(statistics, method, use_affine=False)
     except ValueError as error:
         if base is None and "needs the base weight" in str(error):
             raise ValueError(
@@ -219,6 +180,8 @@ def plan_from_files(
                 "'input' need)"
             ) from None
         raise
+    _warn_of_stopgap(plan)
+    return read, config, plan
 
 
 def heads_of(adapter: AdapterFile) -> dict[str, Tensor]:
@@ -226,68 +189,9 @@ def heads_of(adapter: AdapterFile) -> dict[str, Tensor]:
     return {key: t for key, t in adapter.tensors.items() if not is_factor(key)}
 
 
-def _edits(
-    plan: MergePlan, base: AdaptedBase, biases: dict[str, str], device: str
-) -> dict[str, TensorEdit]:
-    edits = {}
-    for layer in plan.layers:
-        placed = moved(layer, device) if device != "cpu" else layer
-        is_transposed = layer.name in base.transposed
-        edits[base.keys[layer.name]] = TensorEdit(placed, is_transposed=is_transposed)
-        if layer.bias is not None:
-            edits[biases[layer.name]] = TensorEdit(layer, is_bias=True)
-    return edits
-
-
-def _head_edits(source: Path, files: ModelFiles, adapter: AdapterFile) -> dict[str, TensorEdit]:
-    """Return the tensors of modules_to_save under the names of the files, in their dtype."""
-    edits = {}
-    floating = [t.dtype for t in map(files.tensor, files.names) if t.is_floating_point()]
-    common = max(set(floating), key=floating.count)
-    heads = heads_of(adapter)
-    is_tied = bool(heads) and _ties_embeddings(source)
-    for name, tensor in heads.items():
-        found = find_name(files.names, name)
-        _refuse_tied(files, name, found, tensor, is_tied)
-        key = found or name
-        old = files.tensor(key) if key in files.names else None
-        if old is not None and old.shape != tensor.shape:
-            if EMBEDDINGS.search(key):
-                raise ValueError(
-                    f"[merge] the base must be resized as for the training; got {key} "
-                    f"{list(tensor.shape)} in the adapter, {list(old.shape)} in the base "
-                    "(resize_token_embeddings, save_pretrained, merge into that folder)"
-                )
-            warnings.warn(
-                f"[merge] {key} is {list(tensor.shape)} in the adapter, {list(old.shape)} in the "
-                "base: config.json is copied as it is and may not fit",
-                stacklevel=4,
-            )
-        dtype = common if old is None else old.dtype
-        edits[key] = TensorEdit(
-            replacement=tensor.to(dtype) if tensor.is_floating_point() else tensor
-        )
-    return edits
-
-
-def _ties_embeddings(source: Path) -> bool:
+def _ties_heads(source: Path, adapter: AdapterFile) -> bool:
+    """Tell whether trained heads may be tied: what the config of the base says."""
     config = source / "config.json"
-    return config.is_file() and bool(read_object(config, "merge").get("tie_word_embeddings"))
-
-
-def _refuse_tied(
-    files: ModelFiles, name: str, found: str | None, tensor: Tensor, is_tied: bool
-) -> None:
-    """Refuse a trained embedding or head of a base that holds one tensor for both."""
-    if found is None:
-        tied = [
-            n for n in files.names if EMBEDDINGS.search(n) and files.tensor(n).shape == tensor.shape
-        ]
-    else:
-        tied = [found] if is_tied and EMBEDDINGS.search(found) else []
-    if tied:
-        raise ValueError(
-            f"[merge] modules_to_save must be tensors of their own in the base; got {name}, tied "
-            f"to {tied[0]} (in Python: PeftModel.from_pretrained, merge_and_unload, "
-            "save_pretrained)"
-        )
+    if not heads_of(adapter) or not config.is_file():
+        return False
+    return bool(read_object(config, "merge").get("tie_word_embeddings"))

@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import Tensor
 
 from .._C import (
-    AdapterFile,
     Fit,
     FitSums,
     LayerStatistics,
@@ -94,25 +93,3 @@ def give_statistics(injection: Injection, statistics: Statistics) -> None:
 def sum_of_factors(tensors: dict[str, Tensor]) -> str:
     """Return what `adapter_sum` does, of an adapter's tensors with those of its heads."""
     return tensors_sum({key: tensor for key, tensor in tensors.items() if is_factor(key)})
-
-
-def read_statistics(folder: Path, adapter: AdapterFile) -> Statistics:
-    """Read the statistics beside an adapter's file, by layer; empty where there are none."""
-    path = folder / STATISTICS_NAME
-    if not path.is_file():
-        return {}
-    statistics = load_statistics(path, sum_of_factors(adapter.tensors))
-    shapes = {shape.name: shape for _, layers in adapter.chains for shape in layers}
-    for name, own in statistics.items():
-        if name not in shapes:
-            raise ValueError(f"[load] statistics must be of layers of the adapter; got {name}")
-        if (fit := own.fit) is None:
-            continue
-        r = shapes[name].r if fit.B is None else len(fit.A)  # with a B of its own: any rank
-        wanted = [r, shapes[name].in_features]
-        if list(fit.A.shape) != wanted:
-            raise ValueError(
-                f"[load] a fit must have the shape of A, {wanted}; got {list(fit.A.shape)} "
-                f"for {name}"
-            )
-    return statistics

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftType
 from torch import Tensor
 
 from .._build_info import VERSION
-from .._C import config_to_json, save_adapter
+from .._C import Stage, config_to_json, save_adapter, write_text
 from ..config import PEFT_TYPE
 from ..config import ResLoraConfig as CoreConfig
 from ..files.folders import CONFIG_NAME, STATISTICS_NAME, WEIGHTS_NAME, load_tensors_of
@@ -56,14 +56,15 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         chains = getattr(self, "chains", None)  # set where a model was adapted
         if chains is None or not (folder / WEIGHTS_NAME).is_file():
             return
-        (folder / STATISTICS_NAME).unlink(missing_ok=True)  # of another adapter
         tensors = load_tensors_of(folder / WEIGHTS_NAME)
         values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         # PEFT lists what a head may be called; files of ours name what is there.
         own = [name for name in self.modules_to_save or () if _is_saved(name, tensors)]
         text = config_to_json(json.dumps({**values, "modules_to_save": own or None}))
-        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-        save_adapter(folder / WEIGHTS_NAME, text, chains, tensors)
+        with Stage(folder) as stage:
+            stage.remove(STATISTICS_NAME)  # of another adapter
+            save_adapter(stage.path(WEIGHTS_NAME), text, chains, tensors)
+            write_text(stage.path(CONFIG_NAME), text)
         if (folder / "README.md").is_file():
             card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
             if CARD.strip() not in card.text:

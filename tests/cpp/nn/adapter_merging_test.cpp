@@ -259,7 +259,7 @@ TEST(MergeFiles, GiveWhatMergingTheModelGives) {
     return [=] { merge_files(from, folder + "/adapter", folder + to); };
   };
   EXPECT_TRUE(refuses(again(base, "/merged"), "an output must be a new file; got"));
-  EXPECT_TRUE(refuses(again({base[0]}, "/other"), "got no tensor layers.1.q_proj.weight"));
+  EXPECT_TRUE(refuses(again({base[0]}, "/other"), "got none for layers.1.q_proj among"));
   ASSERT_EQ(::mkdir((folder + "/half").c_str(), 0777), 0);
   ASSERT_EQ(::mkdir((folder + "/half/two.safetensors").c_str(), 0777), 0);
   EXPECT_TRUE(refuses(again(base, "/half"), "an output must be a new file; got"));
@@ -269,7 +269,7 @@ TEST(MergeFiles, GiveWhatMergingTheModelGives) {
   one.tensors["layers.0.q_proj.weight"] = torch::zeros({3, kWidth});
   save_tensors(folder + "/bad.safetensors", one);
   EXPECT_TRUE(refuses(again({folder + "/bad.safetensors", base[1]}, "/other"),
-                      "got layers.0.q_proj.weight [3, 8]"));
+                      "got [3, 8] for layers.0.q_proj.weight"));
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Merging, ::testing::Values("none", "is", "bs", "ms"));

@@ -82,7 +82,7 @@ def test_an_interruption_leaves_the_folder_that_was_there(tmp_path, monkeypatch,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    for place, name in ((model_folder, "copy_rest"), (os, "rename")):
+    for place, name in ((model_folder, "copy_rest"), (model_folder.Layout, "write")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, interrupted)
             code, out, err = merge_in(capsys, tmp_path)

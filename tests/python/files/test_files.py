@@ -154,6 +154,35 @@ def test_errors_of_the_system_are_no_value_errors(tmp_path):
     assert not isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_stage_puts_all_in_place_or_nothing(tmp_path, is_whole):
+    out = tmp_path / "out"
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), _C.Stage(out, is_whole=is_whole) as stage:
+            _C.write_text(stage.path("a"), "half")
+            raise error
+        assert list(tmp_path.iterdir()) == []
+    with _C.Stage(out, is_whole=is_whole) as stage:
+        _C.write_text(stage.place / "b" if is_whole else stage.path("b"), "\u00e9")
+        assert not (out / "b").exists()
+    assert (out / "b").read_text(encoding="utf-8") == "\u00e9"
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "b"]
+
+
+def test_what_the_system_refuses_to_a_stage_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(OSError, match=r"^\[save\] .*no file can be made in its folder"):
+        _C.write_text(tmp_path / "none" / "file", "")
+    with pytest.raises(OSError, match="the folder could not be made"):
+        _C.Stage(tmp_path / "none" / "out", is_whole=True)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="could not be put in place"):
+        with _C.Stage(tmp_path / "out", is_whole=True):
+            (tmp_path / "out" / "mine").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    with pytest.raises(ValueError, match="below a file"):
+        _C.Stage(tmp_path / "out" / "mine" / "below")
+
+
 def test_empty_tensors_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="'w' must not be empty"):
         _C.save_tensors(str(tmp_path / "file"), {"w": torch.empty(0)}, {})

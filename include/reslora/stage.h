@@ -1,0 +1,72 @@
+/// @file
+/// Writing to disk, all or nothing: a text file, files that belong together, a whole folder.
+///
+/// @code{.cpp}
+/// reslora::Stage stage("adapter");  // files that join this folder
+/// reslora::save_tensors(stage.path("extra.safetensors"), {{{"x", x}}, {}});
+/// reslora::write_text(stage.path("notes.txt"), "trained on a Tuesday");
+/// stage.commit();  // both are there; without it neither is
+/// @endcode
+///
+/// What is written lies in a hidden folder beside its place, on the same disk, and is renamed at
+/// the end. Errors: c10::Error where the system refuses, c10::ValueError where the place cannot
+/// serve.
+#pragma once
+
+#include <reslora/export.h>
+
+#include <string>
+#include <vector>
+
+namespace reslora {
+
+/// What becomes visible at once; see above.
+class RESLORA_API Stage {
+ public:
+  /// What is staged.
+  enum class Kind {
+    kFiles,   ///< files that join those of a folder, each in the place of one of its name
+    kFolder,  ///< a folder that appears whole; one writer at a time
+  };
+
+  /// Begins to write. For files `folder` is made where there is none, with those above it. A whole
+  /// folder must not be there, or be empty, when it is committed, and the folder above it must be
+  /// there; what an earlier writer left that was killed is removed, and where another is at work
+  /// c10::ValueError is thrown.
+  explicit Stage(const std::string& folder, Kind kind = Kind::kFiles);
+  /// Discards what was not committed.
+  ~Stage();
+  Stage(const Stage&) = delete;
+  Stage& operator=(const Stage&) = delete;
+
+  /// The folder to write to until `commit`.
+  const std::string& place() const { return hidden_; }
+  /// Where to write the file that will have this name. Files are put in place in the order in which
+  /// their paths were asked for, so that the last one may tell that all are there.
+  std::string path(const std::string& name);
+  /// Lets `commit` remove the file of this name, where there is one (kFiles).
+  void remove(const std::string& name);
+  /// Puts all in place and syncs the folder. Throws, with nothing moved, where a folder lies under
+  /// the name of a file.
+  void commit();
+  /// Removes what was not committed, and `folder` where this object made it and nothing is in it.
+  void discard();
+
+ private:
+  void open_folder();
+  void commit_files();
+
+  std::string folder_;
+  std::string hidden_;  // empty: there is nothing to discard
+  Kind kind_;
+  bool is_new_ = false;
+  int lock_ = -1;
+  std::vector<std::string> names_;
+  std::vector<std::string> removed_;
+};
+
+/// Writes a text file atomically, with mode 0666 & ~umask or that of the file it replaces. Throws
+/// c10::Error where the system refuses.
+RESLORA_API void write_text(const std::string& path, const std::string& text);
+
+}  // namespace reslora

@@ -1,0 +1,284 @@
+// Finding an adapter's layers and heads among the tensors of its base's files, and planning on
+// views of them.
+#include <ATen/Functions.h>
+#include <reslora/adapted_files.h>
+#include <reslora/config_json.h>
+
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <set>
+#include <string_view>
+
+#include "core/check.h"
+#include "io/factor_names.h"
+#include "merge/merged_weight.h"
+#include "safetensors/json.h"
+
+namespace reslora {
+namespace {
+
+using at::Tensor;
+using Statistics = std::map<std::string, LayerStatistics>;
+
+constexpr std::string_view kWeight = ".weight";
+constexpr const char* kTransposedKey = "fan_in_fan_out";
+// Embeddings that transformers ties to a head which the files do not hold.
+constexpr std::array<std::string_view, 5> kEmbeddings{{"embed_tokens.weight", "wte.weight",
+                                                       "word_embeddings.weight", "shared.weight",
+                                                       "embed_in.weight"}};
+
+bool is_embedding(std::string_view name) {
+  return std::any_of(kEmbeddings.begin(), kEmbeddings.end(),
+                     [&](std::string_view end) { return detail::ends_with(name, end); });
+}
+
+/// The name in the files that a model's name stands for, whatever prefix either has; empty where
+/// there is none, or several could be meant.
+std::string find_name(const ModelFiles& files, const std::string& wanted) {
+  if (files.contains(wanted)) return wanted;
+  std::string found;
+  for (const std::string& name : files.names()) {
+    if (!is_or_ends_with(name, wanted) && !is_or_ends_with(wanted, name)) continue;
+    if (!found.empty()) return "";
+    found = name;
+  }
+  return found;
+}
+
+/// True for the path of a layer of a chain, whose key has `*` where its layers have an index.
+bool is_of_chain(std::string_view path, std::string_view key) {
+  size_t at = 0;
+  for (const char c : key) {
+    const size_t first = at;
+    if (c == '*') {
+      while (at < path.size() && path[at] >= '0' && path[at] <= '9') ++at;
+    } else if (at < path.size() && path[at] == c) {
+      ++at;
+    }
+    if (at == first) return false;
+  }
+  return at == path.size();
+}
+
+/// Refuses a base with more layers of a chain than the adapter has, where it should have all.
+void check_counts(const ModelFiles& files, const AdapterFile& adapter, const ResLoraConfig& config,
+                  const ExpressionMatch& match) {
+  if (!config.layers_to_transform().empty() || config.exclude_modules().is_given()) return;
+  const ModuleNames& targets = config.target_modules();
+  const bool is_expression =  // which may mean some layers of a chain
+      targets.is_given() && !targets.is_list() && !targets.is_all_linear();
+  for (const ChainRecord& chain : adapter.chains) {
+    const auto is_meant = [&](const std::string& name) {
+      if (!detail::ends_with(name, kWeight)) return false;
+      const std::string_view path = std::string_view(name).substr(0, name.size() - kWeight.size());
+      return is_of_chain(path, chain.name) &&
+             (!is_expression || targets.matches(std::string(path), match));
+    };
+    const auto count =
+        static_cast<size_t>(std::count_if(files.names().begin(), files.names().end(), is_meant));
+    RESLORA_CHECK(count <= chain.layers.size(),
+                  "[merge] the base must be that of the adapter; got {} layers {}, of which the "
+                  "adapter has {}",
+                  count, chain.name, chain.layers.size());
+  }
+}
+
+std::string sizes_of(const Tensor& tensor) {
+  return fmt::format("[{}]", fmt::join(tensor.sizes(), ", "));
+}
+
+/// The floating dtype that most tensors of the files have.
+at::ScalarType common_dtype(const ModelFiles& files) {
+  std::map<at::ScalarType, int64_t> counts;
+  at::ScalarType best = at::kFloat;
+  for (const std::string& name : files.names()) {
+    const at::ScalarType dtype = files.tensor(name).scalar_type();
+    if (at::isFloatingType(dtype) && ++counts[dtype] > counts[best]) best = dtype;
+  }
+  return best;
+}
+
+/// Refuses a trained embedding or head of a base that holds one tensor for both.
+void refuse_tied(const ModelFiles& files, const std::string& name, const std::string& found,
+                 const Tensor& head, bool ties_embeddings) {
+  std::string tied = ties_embeddings && is_embedding(found) ? found : "";
+  if (found.empty()) {
+    const auto& names = files.names();
+    const auto other = std::find_if(names.begin(), names.end(), [&](const std::string& key) {
+      return is_embedding(key) && files.tensor(key).sizes() == head.sizes();
+    });
+    if (other != names.end()) tied = *other;
+  }
+  RESLORA_CHECK(
+      tied.empty(),
+      "[merge] modules_to_save must be tensors of their own in the base; got {}, tied to {} (in "
+      "Python: PeftModel.from_pretrained, merge_and_unload, save_pretrained)",
+      name, tied);
+}
+
+/// The plan of an adapter; `add_base`, where there is one, gives a layer's view the base's tensors.
+MergePlan plan_of(const AdapterFile& adapter, const ResLoraConfig& config,
+                  const Statistics& statistics, const std::string& merge_method,
+                  const std::function<void(const LayerShape&, LayerView&)>& add_base,
+                  bool use_affine) {
+  std::vector<ChainView> views;
+  for (const ChainRecord& record : adapter.chains) {
+    ChainView& view = views.emplace_back(ChainView{Chain(config, record.layers), {}});
+    for (const LayerShape& layer : record.layers) {
+      LayerView& own = view.layers.emplace_back();
+      own.A = adapter.tensors.at(detail::key_of_a(layer.name));
+      own.B = adapter.tensors.at(detail::key_of_b(layer.name));
+      if (add_base) add_base(layer, own);
+      const auto known = statistics.find(layer.name);
+      if (known == statistics.end()) continue;
+      own.norms = known->second.norms;
+      own.fit = known->second.fit;
+    }
+  }
+  MergePlan plan(views, merge_method.empty() ? config.merge_method() : merge_method, use_affine);
+  for (const LayerMerge& layer : plan.layers())
+    RESLORA_CHECK(detail::is_finite(layer.A) && detail::is_finite(layer.B),
+                  "[merge] an adapter must be finite; got NaN or infinity in layer {}", layer.name);
+  return plan;
+}
+
+ResLoraConfig config_of(const AdapterFile& adapter, const ExpressionMatch& match) {
+  return config_from_json(adapter.config_json, "the adapter's config", match);
+}
+
+}  // namespace
+
+std::vector<std::string> transposed_chains(const AdapterFile& adapter) {
+  std::vector<std::string> chains;
+  std::string value;
+  try {
+    detail::JsonReader config(adapter.config_json, "the adapter's config");
+    config.object([&](const std::string& key) {
+      value = config.raw();
+      if (key != kTransposedKey || value == "null" || value == "false") return;
+      detail::JsonReader list(value, kTransposedKey);
+      list.array([&] { chains.push_back(list.string()); });
+    });
+  } catch (const detail::ContentError& error) {
+    RESLORA_CHECK(false, "[merge] {} must list the chains whose files hold W^T; got {} ({})",
+                  kTransposedKey, detail::shown(value), error.what());
+  }
+  return chains;
+}
+
+MergePlan plan_adapter(const AdapterFile& adapter, const Statistics& statistics,
+                       const std::string& merge_method, const ExpressionMatch& match) {
+  return plan_of(adapter, config_of(adapter, match), statistics, merge_method, nullptr,
+                 /*use_affine=*/false);
+}
+
+AdaptedFiles::AdaptedFiles(const ModelFiles& files, const AdapterFile& adapter,
+                           const ExpressionMatch& match)
+    : files_(files), adapter_(adapter), config_(config_of(adapter, match)) {
+  check_counts(files_, adapter_, config_, match);
+  find_weights();
+  for (const ChainRecord& chain : adapter_.chains)
+    for (const LayerShape& layer : chain.layers) checked_weight(layer);
+}
+
+void AdaptedFiles::find_weights() {
+  const std::vector<std::string> transposed = transposed_chains(adapter_);
+  std::set<std::string> taken;
+  for (const ChainRecord& chain : adapter_.chains) {
+    const bool is_transposed =
+        std::find(transposed.begin(), transposed.end(), chain.name) != transposed.end();
+    for (const LayerShape& layer : chain.layers) {
+      const std::vector<std::string>& names = files_.names();
+      const std::string key = find_name(files_, layer.name + std::string(kWeight));
+      RESLORA_CHECK(
+          !key.empty(),
+          "[merge] the base must hold the weight of every adapted layer; got none for {} among {} "
+          "tensors such as {}: is this the base of the adapter, or does transformers store it "
+          "under other names (then merge in memory: load, merge_and_unload, save_pretrained)?",
+          layer.name, names.size(),
+          names.empty() ? "none" : *std::min_element(names.begin(), names.end()));
+      RESLORA_CHECK(taken.insert(key).second,
+                    "[merge] every adapted layer must have a tensor of its own; got {} for {} and "
+                    "another: is this the base of the adapter?",
+                    key, layer.name);
+      // A file of one layer may name it "weight" alone.
+      const std::string bias = key.substr(0, key.size() - (kWeight.size() - 1)) + "bias";
+      places_[layer.name] = {key, files_.contains(bias) ? bias : "", is_transposed};
+    }
+  }
+}
+
+/// The view [out, in] of a layer's weight.
+Tensor AdaptedFiles::checked_weight(const LayerShape& layer) const {
+  const Place& place = places_.at(layer.name);
+  const Tensor stored = files_.tensor(place.weight);
+  const Tensor weight = place.is_transposed && stored.dim() == 2 ? stored.t() : stored;
+  RESLORA_CHECK(weight.sizes() == at::IntArrayRef({layer.out_features, layer.in_features}),
+                "[merge] the base must fit the adapter; got {} for {}, where layer {} is {} -> {}",
+                sizes_of(stored), place.weight, layer.name, layer.in_features, layer.out_features);
+  RESLORA_CHECK(at::isFloatingType(weight.scalar_type()) && weight.element_size() > 1,
+                "[merge] the base must hold F64, F32, F16 or BF16; got {} for {}: merge into the "
+                "original, unquantised files",
+                c10::toString(weight.scalar_type()), place.weight);
+  return weight;
+}
+
+MergePlan AdaptedFiles::plan(const Statistics& statistics, const std::string& merge_method,
+                             bool use_affine) const {
+  const auto add_base = [&](const LayerShape& layer, LayerView& view) {
+    const std::string& bias = places_.at(layer.name).bias;
+    view.weight = checked_weight(layer);
+    if (!bias.empty()) view.bias = files_.tensor(bias);
+  };
+  return plan_of(adapter_, config_, statistics, merge_method, add_base, use_affine);
+}
+
+std::map<std::string, TensorEdit> AdaptedFiles::edits(const MergePlan& plan, bool ties_embeddings,
+                                                      c10::Device device) const {
+  std::map<std::string, TensorEdit> edits;
+  for (const LayerMerge& layer : plan.layers()) {
+    const auto place = places_.find(layer.name);
+    RESLORA_CHECK(place != places_.end(),
+                  "[merge] a plan must be of the adapter of these files; got layer {}", layer.name);
+    TensorEdit& edit = edits[place->second.weight];
+    edit.layer = layer;
+    edit.layer->A = layer.A.to(device);
+    edit.layer->B = layer.B.to(device);
+    edit.is_transposed = place->second.is_transposed;
+    if (!layer.bias.defined()) continue;
+    TensorEdit& bias = edits[place->second.bias];
+    bias.layer = layer;
+    bias.is_bias = true;
+  }
+  for (const auto& [name, head] : adapter_.tensors) {
+    if (detail::is_factor(name)) continue;
+    const std::string found = find_name(files_, name);
+    refuse_tied(files_, name, found, head, ties_embeddings);
+    const std::string& key = found.empty() ? name : found;
+    edits[key] = edit_of_head(key, head);
+  }
+  return edits;
+}
+
+/// A head under its name in the files, in their dtype.
+TensorEdit AdaptedFiles::edit_of_head(const std::string& key, const Tensor& head) const {
+  const bool is_there = files_.contains(key);
+  const Tensor old = is_there ? files_.tensor(key) : Tensor();
+  if (is_there && old.sizes() != head.sizes()) {
+    RESLORA_CHECK(
+        !is_embedding(key),
+        "[merge] the base must be resized as for the training; got {} {} in the adapter, {} in the "
+        "base (resize_token_embeddings, save_pretrained, merge into that folder)",
+        key, sizes_of(head), sizes_of(old));
+    TORCH_WARN("[merge] ", key, " is ", sizes_of(head), " in the adapter, ", sizes_of(old),
+               " in the base: its config.json stays as it is and may not fit");
+  }
+  TensorEdit edit;
+  edit.replacement = head;
+  if (at::isFloatingType(head.scalar_type()))
+    edit.replacement = head.to(is_there ? old.scalar_type() : common_dtype(files_));
+  return edit;
+}
+
+}  // namespace reslora
