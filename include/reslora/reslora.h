@@ -14,6 +14,7 @@
 #pragma once
 
 #include <reslora/adapted_files.h>    // IWYU pragma: export
+#include <reslora/adapter_folder.h>   // IWYU pragma: export
 #include <reslora/adapter_io.h>       // IWYU pragma: export
 #include <reslora/adapters.h>         // IWYU pragma: export
 #include <reslora/calibration.h>      // IWYU pragma: export

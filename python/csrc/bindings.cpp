@@ -13,6 +13,8 @@ namespace {
 void translate_errors(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
+  } catch (const NotFound& e) {
+    PyErr_SetString(PyExc_FileNotFoundError, e.what());
   } catch (const SystemRefusal& e) {
     PyErr_SetString(PyExc_OSError, e.what());
   } catch (const c10::ValueError& e) {

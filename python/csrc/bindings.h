@@ -31,6 +31,12 @@ class SystemRefusal : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// A file that is not there: FileNotFoundError in Python.
+class NotFound : public SystemRefusal {
+ public:
+  using SystemRefusal::SystemRefusal;
+};
+
 /// Runs `body`, which writes to disk, without the GIL.
 template <typename Body>
 auto on_disk(Body body) {
@@ -57,6 +63,19 @@ class Warnings : public c10::WarningHandler {
  private:
   std::vector<std::string> sentences_;
 };
+
+/// Runs `body` without the GIL and gives its warnings as Python's.
+template <typename Body>
+auto with_warnings(Body body) {
+  Warnings warnings;
+  auto result = [&] {
+    const py::gil_scoped_release no_gil;
+    const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+    return body();
+  }();
+  warnings.raise();
+  return result;
+}
 
 inline Tensor or_undefined(const MaybeTensor& tensor) { return tensor.value_or(Tensor()); }
 

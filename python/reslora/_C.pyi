@@ -28,8 +28,11 @@ class OptionInfo:
 def options() -> list[OptionInfo]:
     """Return the options that the C++ library has, in the order in which files hold them."""
 
-def validate_config(config: str, match: ExpressionMatch) -> None:
-    """Raise ValueError for the first option (of JSON) out of its range, or of another kind."""
+def validate_config(config: str, match: ExpressionMatch, source: str = "") -> None:
+    """Raise ValueError for the first option (of JSON) out of its range, or of another kind.
+
+    `source` names the text in the sentence.
+    """
 
 def config_to_json(config: str) -> str:
     """Return options (JSON) as the text of an adapter_config.json; other keys are kept."""
@@ -567,6 +570,29 @@ def merge_files(
     merge_method: str = "",
 ) -> list[LayerMerge]:
     """Merge as C++ programs do; see include/reslora/merge_files.h."""
+
+CONFIG_NAME: str
+"""The file of an adapter's options."""
+WEIGHTS_NAME: str
+"""The file of its tensors."""
+STATISTICS_NAME: str
+"""The file of its norms and fits."""
+MODEL_PREFIX: str
+"""What every key begins with in the files of PEFT, and in ours."""
+PEFT_TYPE: str
+"""What `peft_type` says in our files."""
+
+def factor_names(layer: str) -> tuple[str, str]:
+    """Return how files name A and B of a layer."""
+
+def is_factor(key: str) -> bool:
+    """Tell whether a tensor of an adapter's file is an A or B; others belong to heads."""
+
+def load_adapter_folder(folder: str | os.PathLike[str], match: ExpressionMatch) -> AdapterFile:
+    """Read and check an adapter's folder, whose files must agree; FileNotFoundError without one."""
+
+def check_tensors(model: dict[str, Tensor], file: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a file holds exactly the tensors that a model loads."""
 
 class AdapterFile:
     """An unmerged ResLoRA adapter, as read from a file."""

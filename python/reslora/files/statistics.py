@@ -7,16 +7,16 @@ from pathlib import Path
 from torch import Tensor
 
 from .._C import (
+    STATISTICS_NAME,
     Fit,
     FitSums,
     LayerStatistics,
+    is_factor,
     load_statistics,
     save_statistics,
     tensors_sum,
 )
 from ..injection.adapted import Calibrated, Injection, adapter_sum
-from ..nn.factors import is_factor
-from .folders import STATISTICS_NAME
 
 Statistics = dict[str, LayerStatistics]  # by layer
 UNKNOWN = LayerStatistics()
