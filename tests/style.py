@@ -45,7 +45,7 @@ HEADERS = {
         "adapted_files adapter_folder adapter_io merge_files model_files plain_lora stage "
         "statistics_io"
     ),
-    "merge": "finishing merge merge_errors regression",
+    "merge": "calibration finishing merge merge_errors regression",
     "ops": "ops",
     "core": (
         "chain chain_view config config_json export formulas initial_factors matching merge_rule "

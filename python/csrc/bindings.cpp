@@ -42,6 +42,7 @@ PYBIND11_MODULE(_C, m) {
   own::bind_matching(m);
   own::bind_views(m);
   own::bind_merge(m);
+  own::bind_calibration(m);
   own::bind_files(m);
   own::bind_model_files(m);
   pybind11::module_ formulas = m.def_submodule("formulas", "The paper's formulas, literally.");

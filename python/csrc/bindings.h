@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 #include <reslora/chain.h>
+#include <reslora/chain_view.h>
 #include <reslora/norm_window.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -82,6 +83,10 @@ inline MaybeTensor or_none(const Tensor& tensor) {
   return tensor.defined() ? MaybeTensor(tensor) : std::nullopt;
 }
 
+inline std::optional<Fit> or_none(const Fit& fit) {
+  return fit.A.defined() ? std::optional<Fit>(fit) : std::nullopt;
+}
+
 std::vector<ChainRecord> records_from(const std::vector<NamedChain>& chains);
 /// The norms of a layer, undefined where there are none.
 NormWindow window_from(const MaybeTensor& norms, const MaybeTensor& count);
@@ -93,6 +98,7 @@ void bind_chain(py::module_& m);
 void bind_matching(py::module_& m);
 void bind_views(py::module_& m);
 void bind_merge(py::module_& m);
+void bind_calibration(py::module_& m);
 void bind_files(py::module_& m);
 void bind_model_files(py::module_& m);
 void bind_formulas(py::module_& m);

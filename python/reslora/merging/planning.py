@@ -35,6 +35,13 @@ def chain_views(
             "[merge] fits must be of the adapter as it is; got fits made before it changed: "
             "calibrate again (or pass data=), or clear them with calibrate(model, [])"
         )
+    return views_with(injection, calibrated, weights)
+
+
+def views_with(
+    injection: Injection, calibrated: Calibrated | None, weights: dict[str, Tensor] | None = None
+) -> list[ChainView]:
+    """Return the same with these fits, whatever the adapter is now."""
     return [
         ChainView(chain.links, [_view(layer, calibrated, weights or {}) for layer in chain.layers])
         for chain in injection.chains
