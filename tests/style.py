@@ -41,8 +41,11 @@ ROW = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}
 HEADERS = {
     "reslora": "reslora",
     "nn": "adapters linear",
-    "io": "adapted_files adapter_io merge_files model_files plain_lora stage statistics_io",
-    "merge": "finishing merge merge_errors regression",
+    "io": (
+        "adapted_files adapter_folder adapter_io merge_files model_files plain_lora stage "
+        "statistics_io"
+    ),
+    "merge": "calibration finishing merge merge_errors regression",
     "ops": "ops",
     "core": (
         "chain chain_view config config_json export formulas initial_factors matching merge_rule "

@@ -82,14 +82,38 @@ class RESLORA_API Adapters {
   /// `batches`, as often as the memory of `options` demands (mostly once). Where `call` returns the
   /// model's output as a tensor, the layers whose inputs taps read get half of what these bring,
   /// chain by chain, if the output of the merged model is then nearer (measured on two batches; see
-  /// `move_taps`). The model must be in eval mode; no gradient is taken. The fits serve `merge` and
-  /// `export_lora` until the adapter changes. Throws c10::ValueError for a model in training mode
-  /// and for layers that saw no row; earlier fits are kept then.
+  /// `choose_moves` in calibration.h). The model must be in eval mode; no gradient is taken. The
+  /// fits serve `merge` and `export_lora` until the adapter changes. Warns where layers saw fewer
+  /// rows than they have features. Throws c10::ValueError for a model in training mode, for
+  /// adapters that are switched off and for layers that saw no row; earlier fits are kept then.
+  /// Batches must not be padded: see the other form.
   template <typename Batches, typename Call>
   void calibrate(Batches&& batches, const Call& call, const FitOptions& options = {}) const {
+    calibrate(
+        batches, call, [](const auto&) { return at::Tensor(); }, options);
+  }
+
+  /// The same for padded batches: `mask_of(batch)` says where. It returns a mask [batch, tokens],
+  /// true or 1 for a token and false or 0 for padding; an undefined one for a batch without
+  /// padding; or a std::vector of masks, as an encoder and a decoder have them. Rows of padding are
+  /// left out of the fits, and of the output that is compared. Layers whose rows are neither
+  /// [batch, tokens] nor [batch * tokens] of a mask are fitted with their padding, and a warning
+  /// names one. Throws c10::ValueError for masks that `padding_masks` (calibration.h) refuses, too.
+  ///
+  /// @code{.cpp}
+  /// adapters.calibrate(
+  ///     batches, [&](const at::Tensor& ids) { return model->forward(ids); },
+  ///     [&](const at::Tensor& ids) { return ids != kPadding; });
+  /// @endcode
+  template <typename Batches, typename Call, typename MaskOf,
+            std::enable_if_t<!std::is_convertible_v<MaskOf, FitOptions>, bool> = true>
+  void calibrate(Batches&& batches, const Call& call, const MaskOf& mask_of,
+                 const FitOptions& options = {}) const {
     calibrate_with(
         [&](const Visitor& visit) {
-          for (auto&& batch : batches) visit([&] { return output_of(call, batch); });
+          for (auto&& batch : batches)
+            visit(
+                {[&] { return output_of(call, batch); }, [&] { return as_masks(mask_of(batch)); }});
         },
         options);
   }
@@ -126,12 +150,16 @@ class RESLORA_API Adapters {
   Adapters of_clone(torch::nn::Module& clone) const;
 
  private:
-  using Run = std::function<at::Tensor()>;           // of the model on one batch
-  using Visitor = std::function<void(const Run&)>;   // called with each batch's run
+  /// One batch, while it is there.
+  struct Batch {
+    std::function<at::Tensor()> run;                 // calls the model
+    std::function<std::vector<at::Tensor>()> masks;  // where it is padded
+  };
+  using Visitor = std::function<void(const Batch&)>;
   using Pass = std::function<void(const Visitor&)>;  // over all batches
 
-  template <typename Call, typename Batch>
-  static at::Tensor output_of(const Call& call, Batch& batch) {
+  template <typename Call, typename Item>
+  static at::Tensor output_of(const Call& call, Item& batch) {
     if constexpr (std::is_convertible_v<decltype(call(batch)), at::Tensor>) {
       return call(batch);
     } else {
@@ -139,6 +167,9 @@ class RESLORA_API Adapters {
       return {};
     }
   }
+
+  static std::vector<at::Tensor> as_masks(at::Tensor mask) { return {std::move(mask)}; }
+  static std::vector<at::Tensor> as_masks(std::vector<at::Tensor> masks) { return masks; }
 
   void calibrate_with(const Pass& pass, const FitOptions& options) const;
 

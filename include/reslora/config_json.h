@@ -10,6 +10,9 @@
 
 namespace reslora {
 
+/// What `peft_type` says in our files.
+constexpr const char* kPeftType = "RESLORA";
+
 /// Returns the text of an adapter_config.json (peft_type "RESLORA"). Throws c10::ValueError for
 /// text that is not UTF-8 and numbers that are not finite.
 RESLORA_API std::string config_to_json(const ResLoraConfig& config);

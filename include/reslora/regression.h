@@ -71,12 +71,12 @@ RESLORA_API Fit solve_fit(const FitSums& sums, const at::Tensor& A, const FitOpt
 /// compute it itself, and exactly. Where both layers' outputs are added to one stream, as those of
 /// o_proj and down_proj are, the term then reaches that stream some layers early; elsewhere it is
 /// wrong. So with `share` in [0, 1], layer n is left with the fit of A_n x_n + (1 - share) taps,
-/// and layer j gets rows whose B is share s_n / s_j B_n. Measure before keeping: half (0.5) is near
-/// the best where it helps. Ranks up to double (`is`, `ms`).
+/// and layer j gets rows whose B is share s_n / s_j B_n. Measure before keeping (`choose_moves`):
+/// half is near the best where it helps. Ranks up to double (`is`, `ms`).
 ///
 /// Returns a fit for every layer, each with a B of its own. Layers whose sources have other
 /// out_features keep their taps. Throws c10::ValueError where a linked layer has no fit.
-RESLORA_API std::vector<Fit> move_taps(const ChainView& chain, double share);
+RESLORA_API std::vector<Fit> move_taps(const ChainView& chain, double share = 0.5);
 
 /// What collecting took, for reports.
 struct FitCost {
@@ -98,14 +98,16 @@ class RESLORA_API FitCollector {
   /// Moves the sums; the source may only be destroyed.
   FitCollector& operator=(FitCollector&&) noexcept;
 
-  /// Adds the rows of one call of a layer: x [..., in], v [..., r]; `mask`, bool with one element
-  /// for each row, leaves rows out. Layers that are handed the same tensor x one after the other
-  /// share its covariance. What does not fit into max_cov_bytes waits for the next pass; a layer
-  /// that alone exceeds it goes to a temporary file. Throws where layers that shared their x in
-  /// one call do not in another. Cost: T in (in + 2 r) multiplications.
-  void add(int64_t chain, int64_t position, const at::Tensor& x, const at::Tensor& v,
-           const std::optional<at::Tensor>& mask = std::nullopt);
-  /// Ends a batch: forgets the last x.
+  /// Begins a batch that is padded: rows that its masks call padding are left out until
+  /// `end_batch`. `masks` as in `padding_masks` (calibration.h), which checks them; which one
+  /// belongs to a layer's rows, `row_mask` says, and `padding_warning` tells of layers without one.
+  void begin_batch(const std::vector<at::Tensor>& masks);
+  /// Adds the rows of one call of a layer: x [..., in], v [..., r]. Layers that are handed the same
+  /// tensor x one after the other share its covariance. What does not fit into max_cov_bytes waits
+  /// for the next pass; a layer that alone exceeds it goes to a temporary file. Throws where layers
+  /// that shared their x in one call do not in another. Cost: T in (in + 2 r) multiplications.
+  void add(int64_t chain, int64_t position, const at::Tensor& x, const at::Tensor& v);
+  /// Ends a batch: forgets the last x, and the masks.
   void end_batch();
   /// Solves what this pass collected and frees it. True: layers are left, run the batches again.
   /// Throws c10::ValueError, naming the layer, where a layer saw no row in a pass that it was
@@ -118,6 +120,8 @@ class RESLORA_API FitCollector {
   const std::optional<FitSums>& sums(int64_t chain, int64_t position) const;
   /// What collecting has taken so far.
   const FitCost& cost() const;
+  /// A warning where a batch was padded and a layer's rows had the shape of no mask, else "".
+  std::string padding_warning() const;
 
  private:
   struct State;

@@ -14,8 +14,10 @@
 #pragma once
 
 #include <reslora/adapted_files.h>    // IWYU pragma: export
+#include <reslora/adapter_folder.h>   // IWYU pragma: export
 #include <reslora/adapter_io.h>       // IWYU pragma: export
 #include <reslora/adapters.h>         // IWYU pragma: export
+#include <reslora/calibration.h>      // IWYU pragma: export
 #include <reslora/chain.h>            // IWYU pragma: export
 #include <reslora/chain_view.h>       // IWYU pragma: export
 #include <reslora/config.h>           // IWYU pragma: export

@@ -26,8 +26,10 @@ void bind_config(py::module_& m) {
   m.def("options", &options, "Return the options that the C++ library has.");
   m.def(
       "validate_config",
-      [](const std::string& config, const ExpressionMatch& match) { config_from(config, match); },
-      py::arg("config"), py::arg("match"),
+      [](const std::string& config, const ExpressionMatch& match, const std::string& source) {
+        config_from_json(config, source, match);
+      },
+      py::arg("config"), py::arg("match"), py::arg("source") = "",
       "Raise ValueError for the first option (JSON) out of its range.");
   m.def(
       "config_to_json",

@@ -1,6 +1,8 @@
 // Safetensors files and adapters.
 #include <reslora/adapted_files.h>
+#include <reslora/adapter_folder.h>
 #include <reslora/adapter_io.h>
+#include <reslora/config_json.h>
 #include <reslora/stage.h>
 #include <reslora/statistics_io.h>
 
@@ -60,16 +62,7 @@ void bind_adapter(py::module_& m) {
       "Write an adapter atomically.");
   m.def(
       "load_adapter",
-      [](const Path& path) {
-        Warnings warnings;
-        AdapterFile adapter = [&] {
-          const py::gil_scoped_release no_gil;
-          const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
-          return load_adapter(path.string());
-        }();
-        warnings.raise();
-        return adapter;
-      },
+      [](const Path& path) { return with_warnings([&] { return load_adapter(path.string()); }); },
       py::arg("path"), "Read and check an adapter.");
   m.def(
       "statistics_beside",
@@ -78,6 +71,51 @@ void bind_adapter(py::module_& m) {
       },
       py::arg("folder"), py::arg("adapter"), NoGil(),
       "Read the statistics in the folder of an adapter.");
+}
+
+AdapterFile adapter_in(const std::filesystem::path& folder, const ExpressionMatch& match) {
+  try {
+    return load_adapter_folder(folder.string(), match);
+  } catch (const c10::ValueError&) {
+    throw;
+  } catch (const c10::Error& error) {
+    const auto is_there = [&](const char* name) {
+      return std::filesystem::is_regular_file(folder / name);
+    };
+    if (is_there(kConfigName) && is_there(kWeightsName))
+      throw SystemRefusal(error.what_without_backtrace());
+    throw NotFound(error.what_without_backtrace());
+  }
+}
+
+void bind_folder(py::module_& m) {
+  using Path = std::filesystem::path;
+  m.attr("CONFIG_NAME") = kConfigName;
+  m.attr("WEIGHTS_NAME") = kWeightsName;
+  m.attr("STATISTICS_NAME") = kStatisticsName;
+  m.attr("MODEL_PREFIX") = kModelPrefix;
+  m.attr("PEFT_TYPE") = kPeftType;
+  m.def(
+      "factor_names",
+      [](const std::string& layer) { return std::pair(key_of_a(layer), key_of_b(layer)); },
+      py::arg("layer"), "Return how files name A and B of a layer.");
+  m.def("is_factor", &is_factor, py::arg("key"), "Tell whether a tensor of a file is an A or B.");
+  m.def(
+      "load_adapter_folder",
+      [](const Path& folder, const ExpressionMatch& match) {
+        return with_warnings([&] { return adapter_in(folder, match); });
+      },
+      py::arg("folder"), py::arg("match"), "Read and check an adapter's folder.");
+  m.def(
+      "check_formula",
+      [](const std::string& model, const std::string& file) {
+        const auto no_match = [](const std::string&, const std::string&) { return false; };
+        check_formula(config_from(model, no_match), config_from(file, no_match));
+      },
+      py::arg("model"), py::arg("file"),
+      "Raise ValueError where options differ that change what A and B compute.");
+  m.def("check_tensors", &check_tensors, py::arg("model"), py::arg("file"),
+        "Raise ValueError unless a file holds the tensors that a model loads.");
 }
 
 void bind_stage(py::module_& m) {
@@ -121,6 +159,7 @@ void bind_stage(py::module_& m) {
 
 void bind_files(py::module_& m) {
   bind_tensors(m);
+  bind_folder(m);
   bind_stage(m);
   bind_adapter(m);
 }

@@ -1,10 +1,9 @@
-// Plans, fits and what is calibrated.
+// Plans, finished layers, statistics, and what is written of a plan.
 #include <ATen/ops/matmul.h>
 #include <reslora/finishing.h>
 #include <reslora/merge.h>
 #include <reslora/merge_errors.h>
 #include <reslora/plain_lora.h>
-#include <reslora/regression.h>
 #include <reslora/statistics_io.h>
 
 #include <filesystem>
@@ -15,20 +14,6 @@
 namespace reslora::python {
 namespace {
 
-FitOptions options_from(double ridge, bool affine, int64_t max_cov_bytes, bool keep_sums) {
-  return {ridge, affine, max_cov_bytes, keep_sums};
-}
-
-void bind_solving(py::module_& m) {
-  m.def(
-      "solve_fit",
-      [](const FitSums& sums, const Tensor& A, double ridge, bool affine, const std::string& name) {
-        return solve_fit(sums, A, options_from(ridge, affine, 0, false), name);
-      },
-      py::arg("sums"), py::arg("A"), py::arg("ridge"), py::arg("affine"), py::arg("name"), NoGil(),
-      "Solve for A' from sums.");
-}
-
 void bind_finish(py::module_& m) {
   py::class_<FinishedLayer>(m, "FinishedLayer", "The plain LoRA that takes a layer's place.")
       .def_readonly("A", &FinishedLayer::A)
@@ -36,41 +21,6 @@ void bind_finish(py::module_& m) {
       .def_readonly("scaling", &FinishedLayer::scaling);
   m.def("finish_chain", &finish_chain, py::arg("chain"), NoGil(),
         "Return the plain LoRA of every layer of a chain.");
-}
-
-void bind_move_taps(py::module_& m) {
-  m.def(
-      "move_taps", [](const ChainView& chain, double share) { return move_taps(chain, share); },
-      py::arg("chain"), py::arg("share"), NoGil(),
-      "Move a share of every tap to the layer whose input it reads.");
-}
-
-void bind_collector(py::module_& m) {
-  py::class_<FitCost>(m, "FitCost", "What collecting took.")
-      .def_readonly("passes", &FitCost::passes)
-      .def_readonly("peak_bytes", &FitCost::peak_bytes)
-      .def_readonly("row_file_bytes", &FitCost::row_file_bytes)
-      .def_readonly("solver_steps", &FitCost::solver_steps);
-  py::class_<FitCollector>(m, "FitCollector", "Sums over calibration batches, and their fits.")
-      .def(py::init([](const std::vector<ChainView>& chains, double ridge, bool affine,
-                       int64_t max_cov_bytes, bool keep_sums) {
-             return FitCollector(chains, options_from(ridge, affine, max_cov_bytes, keep_sums));
-           }),
-           py::arg("chains"), py::arg("ridge"), py::arg("affine"), py::arg("max_cov_bytes"),
-           py::arg("keep_sums"))
-      .def("add", &FitCollector::add, py::arg("chain"), py::arg("position"), py::arg("x"),
-           py::arg("v"), py::arg("mask") = std::nullopt, NoGil())
-      .def("end_batch", &FitCollector::end_batch)
-      .def("finish_pass", &FitCollector::finish_pass, NoGil())
-      .def(
-          "fit",
-          [](const FitCollector& collector, int64_t chain, int64_t n) -> std::optional<Fit> {
-            const Fit& fit = collector.views().at(chain).layers.at(n).fit;
-            return fit.A.defined() ? std::optional<Fit>(fit) : std::nullopt;
-          },
-          py::arg("chain"), py::arg("position"))
-      .def("sums", &FitCollector::sums, py::arg("chain"), py::arg("position"))
-      .def_property_readonly("cost", &FitCollector::cost);
 }
 
 void bind_statistics(py::module_& m) {
@@ -187,10 +137,7 @@ void bind_pairs(py::module_& m) {
 }  // namespace
 
 void bind_merge(py::module_& m) {
-  bind_solving(m);
   bind_finish(m);
-  bind_move_taps(m);
-  bind_collector(m);
   bind_statistics(m);
   bind_plan(m);
   bind_pairs(m);

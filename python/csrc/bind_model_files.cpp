@@ -23,14 +23,8 @@ void bind_adapted_files(py::module_& m) {
           "edits",
           [](const AdaptedFiles& adapted, const MergePlan& plan, bool ties_embeddings,
              const std::string& device) {
-            Warnings warnings;
-            auto edits = [&] {
-              const py::gil_scoped_release no_gil;
-              const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
-              return adapted.edits(plan, ties_embeddings, at::Device(device));
-            }();
-            warnings.raise();
-            return edits;
+            return with_warnings(
+                [&] { return adapted.edits(plan, ties_embeddings, at::Device(device)); });
           },
           py::arg("plan"), py::arg("ties_embeddings") = false, py::arg("device") = "cpu");
   m.def("plan_adapter", &plan_adapter, py::arg("adapter"), py::arg("statistics"),

@@ -7,12 +7,6 @@
 namespace reslora::python {
 namespace {
 
-using python::or_none;
-
-std::optional<Fit> or_none(const Fit& fit) {
-  return fit.A.defined() ? std::optional<Fit>(fit) : std::nullopt;
-}
-
 Fit fit_from(const Tensor& A, const MaybeTensor& B, const MaybeTensor& affine_A,
              const MaybeTensor& offset, double alpha_star, double residual, double affine_residual,
              int64_t rows, int64_t refine_steps) {

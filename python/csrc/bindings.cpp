@@ -13,6 +13,8 @@ namespace {
 void translate_errors(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
+  } catch (const NotFound& e) {
+    PyErr_SetString(PyExc_FileNotFoundError, e.what());
   } catch (const SystemRefusal& e) {
     PyErr_SetString(PyExc_OSError, e.what());
   } catch (const c10::ValueError& e) {
@@ -40,6 +42,7 @@ PYBIND11_MODULE(_C, m) {
   own::bind_matching(m);
   own::bind_views(m);
   own::bind_merge(m);
+  own::bind_calibration(m);
   own::bind_files(m);
   own::bind_model_files(m);
   pybind11::module_ formulas = m.def_submodule("formulas", "The paper's formulas, literally.");

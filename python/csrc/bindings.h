@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 #include <reslora/chain.h>
+#include <reslora/chain_view.h>
 #include <reslora/norm_window.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -28,6 +29,12 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 class SystemRefusal : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
+};
+
+/// A file that is not there: FileNotFoundError in Python.
+class NotFound : public SystemRefusal {
+ public:
+  using SystemRefusal::SystemRefusal;
 };
 
 /// Runs `body`, which writes to disk, without the GIL.
@@ -57,10 +64,27 @@ class Warnings : public c10::WarningHandler {
   std::vector<std::string> sentences_;
 };
 
+/// Runs `body` without the GIL and gives its warnings as Python's.
+template <typename Body>
+auto with_warnings(Body body) {
+  Warnings warnings;
+  auto result = [&] {
+    const py::gil_scoped_release no_gil;
+    const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+    return body();
+  }();
+  warnings.raise();
+  return result;
+}
+
 inline Tensor or_undefined(const MaybeTensor& tensor) { return tensor.value_or(Tensor()); }
 
 inline MaybeTensor or_none(const Tensor& tensor) {
   return tensor.defined() ? MaybeTensor(tensor) : std::nullopt;
+}
+
+inline std::optional<Fit> or_none(const Fit& fit) {
+  return fit.A.defined() ? std::optional<Fit>(fit) : std::nullopt;
 }
 
 std::vector<ChainRecord> records_from(const std::vector<NamedChain>& chains);
@@ -74,6 +98,7 @@ void bind_chain(py::module_& m);
 void bind_matching(py::module_& m);
 void bind_views(py::module_& m);
 void bind_merge(py::module_& m);
+void bind_calibration(py::module_& m);
 void bind_files(py::module_& m);
 void bind_model_files(py::module_& m);
 void bind_formulas(py::module_& m);

@@ -28,8 +28,11 @@ class OptionInfo:
 def options() -> list[OptionInfo]:
     """Return the options that the C++ library has, in the order in which files hold them."""
 
-def validate_config(config: str, match: ExpressionMatch) -> None:
-    """Raise ValueError for the first option (of JSON) out of its range, or of another kind."""
+def validate_config(config: str, match: ExpressionMatch, source: str = "") -> None:
+    """Raise ValueError for the first option (of JSON) out of its range, or of another kind.
+
+    `source` names the text in the sentence.
+    """
 
 def config_to_json(config: str) -> str:
     """Return options (JSON) as the text of an adapter_config.json; other keys are kept."""
@@ -287,7 +290,26 @@ class LayerStatistics:
     def sums(self) -> FitSums | None:
         """Return what the fit was solved from."""
 
-def solve_fit(sums: FitSums, A: Tensor, ridge: float, affine: bool, name: str) -> Fit:
+class FitOptions:
+    """How fits are made."""
+
+    def __init__(
+        self,
+        ridge: float = ...,
+        affine: bool = ...,
+        max_cov_bytes: int = ...,
+        keep_sums: bool = ...,
+    ) -> None: ...
+    @property
+    def ridge(self) -> float: ...
+    @property
+    def affine(self) -> bool: ...
+    @property
+    def max_cov_bytes(self) -> int: ...
+    @property
+    def keep_sums(self) -> bool: ...
+
+def solve_fit(sums: FitSums, A: Tensor, options: FitOptions, name: str) -> Fit:
     """Solve for A' from sums; `name` is the layer's, for messages."""
 
 class FinishedLayer:
@@ -304,9 +326,6 @@ class FinishedLayer:
 def finish_chain(chain: ChainView) -> list[FinishedLayer]:
     """Return the plain LoRA of every layer of a chain, from its fit where it has one."""
 
-def move_taps(chain: ChainView, share: float) -> list[Fit]:
-    """Move a share of every tap to the layer whose input it reads; one fit for each layer."""
-
 class FitCost:
     """What collecting took."""
 
@@ -322,20 +341,13 @@ class FitCost:
 class FitCollector:
     """Sums over calibration batches, and their fits."""
 
-    def __init__(
-        self,
-        chains: Sequence[ChainView],
-        ridge: float,
-        affine: bool,
-        max_cov_bytes: int,
-        keep_sums: bool,
-    ) -> None: ...
-    def add(
-        self, chain: int, position: int, x: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> None:
-        """Add the rows of one call: x [..., in], v [..., r], mask with an element for each row."""
+    def __init__(self, chains: Sequence[ChainView], options: FitOptions) -> None: ...
+    def begin_batch(self, masks: Sequence[Tensor]) -> None:
+        """Begin a batch that is padded, with masks as in `padding_masks`."""
+    def add(self, chain: int, position: int, x: Tensor, v: Tensor) -> None:
+        """Add the rows of one call: x [..., in], v [..., r]."""
     def end_batch(self) -> None:
-        """Forget the last x."""
+        """Forget the last x, and the masks."""
     def finish_pass(self) -> bool:
         """Solve what was collected; tell whether the batches must be run again."""
     def fit(self, chain: int, position: int) -> Fit | None:
@@ -344,6 +356,52 @@ class FitCollector:
         """Return what a layer's fit was solved from, None where it was not kept."""
     @property
     def cost(self) -> FitCost: ...
+    def padding_warning(self) -> str:
+        """Return a warning where padding was fitted for want of a mask, else ""."""
+
+def padding_masks(masks: Sequence[Tensor], op: str) -> list[Tensor]:
+    """Check the padding masks of a batch (1: a token, 0: padding) and return them as bool."""
+
+def row_mask(masks: Sequence[Tensor], leading: Sequence[int]) -> Tensor | None:
+    """Return the mask that belongs to rows with these leading sizes, flat; None without one."""
+
+def move_taps(chain: ChainView) -> list[Fit]:
+    """Move half of every tap to the layer whose input it reads; one fit for each layer."""
+
+PlanOf = Callable[[int], MergePlan]
+"""Makes the merge by a candidate."""
+MoveMeasure = Callable[[int, PlanOf], list[float]]
+"""Returns the distance of each of some candidates; empty where outputs cannot be compared."""
+
+class MovedTaps:
+    """What `choose_moves` decided."""
+
+    @property
+    def fits(self) -> list[list[Fit | None]]:
+        """Return the fits to merge by, as the chains and their layers."""
+    @property
+    def chains(self) -> list[int]:
+        """Return the chains whose taps were moved."""
+    @property
+    def before(self) -> float:
+        """Return the distance without the moves, 0 where there are none."""
+    @property
+    def after(self) -> float: ...
+
+def choose_moves(chains: Sequence[ChainView], measure: MoveMeasure) -> MovedTaps:
+    """Move the taps of those chains whose moved form is nearer to the adapted model."""
+
+def has_moved_taps(chain: ChainView) -> bool:
+    """Tell whether the taps of a chain were moved: a fit has more rows than the layer's A."""
+
+def measured_batches() -> int:
+    """Return on how many batches moved taps are tried."""
+
+def check_current(fits_sum: str, adapter_sum: str, op: str, way_out: str) -> None:
+    """Raise ValueError where fits are of another adapter; `op` and `way_out` frame the sentence."""
+
+def few_rows_warning(chains: Sequence[ChainView]) -> str:
+    """Return a warning where layers saw fewer rows than they have features, else ""."""
 
 def save_statistics(
     path: str | os.PathLike[str], adapter_sum: str, statistics: dict[str, LayerStatistics]
@@ -515,6 +573,32 @@ def merge_files(
     merge_method: str = "",
 ) -> list[LayerMerge]:
     """Merge as C++ programs do; see include/reslora/merge_files.h."""
+
+CONFIG_NAME: str
+"""The file of an adapter's options."""
+WEIGHTS_NAME: str
+"""The file of its tensors."""
+STATISTICS_NAME: str
+"""The file of its norms and fits."""
+MODEL_PREFIX: str
+"""What every key begins with in the files of PEFT, and in ours."""
+PEFT_TYPE: str
+"""What `peft_type` says in our files."""
+
+def factor_names(layer: str) -> tuple[str, str]:
+    """Return how files name A and B of a layer."""
+
+def is_factor(key: str) -> bool:
+    """Tell whether a tensor of an adapter's file is an A or B; others belong to heads."""
+
+def load_adapter_folder(folder: str | os.PathLike[str], match: ExpressionMatch) -> AdapterFile:
+    """Read and check an adapter's folder, whose files must agree; FileNotFoundError without one."""
+
+def check_formula(model: str, file: str) -> None:
+    """Raise ValueError where options (JSON) differ that change what given A and B compute."""
+
+def check_tensors(model: dict[str, Tensor], file: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a file holds exactly the tensors that a model loads."""
 
 class AdapterFile:
     """An unmerged ResLoRA adapter, as read from a file."""

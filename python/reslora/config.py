@@ -22,7 +22,6 @@ from typing import Any, Self
 from ._C import config_to_json, validate_config, write_text
 from .text_files import parse_object
 
-PEFT_TYPE = "RESLORA"
 ALL_LINEAR = "all-linear"  # as target_modules, in any case of letters
 # Options that C++ programs do not have; files hold them where they are not the default.
 PYTHON_ONLY = ("bias", "finish_at", "revision", "finished_from", "finished_step")
@@ -257,12 +256,7 @@ class ResLoraConfig(metaclass=_LoraOptions):
     def from_json(cls, text: str | bytes, source: str = "config") -> ResLoraConfig:
         """Read `to_json`'s text; `source` names it in errors."""
         values = parse_object(text, source, "config")
-        kind = values.get("peft_type", PEFT_TYPE)
-        if kind != PEFT_TYPE:
-            raise ValueError(
-                f"[config] peft_type must be {PEFT_TYPE!r}; got {kind!r} in {source} (adapters of "
-                "another kind are loaded with PEFT)"
-            )
+        validate_config(json.dumps(values), matches, source)
         return cls.from_dict(values)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ._C import check_merge_method, formula_difference
+from ._C import CONFIG_NAME, check_merge_method, formula_difference
 from .config import ResLoraConfig
 from .distributed import is_distributed, mean_over_ranks, sync_norms, sync_statistics
-from .files.folders import CONFIG_NAME
 from .files.statistics import read_norms, write_statistics
 from .injection.adapted import Injection, injection_of
 from .merging.batches import call, evaluating, moved

@@ -18,7 +18,6 @@ using detail::JsonWriter;
 
 constexpr const char* kTypeKey = "peft_type";
 constexpr const char* kVersionKey = "reslora_version";
-constexpr const char* kType = "RESLORA";
 
 // ---- One function for each kind of value -------------------------------------------------------
 
@@ -117,6 +116,9 @@ const char* kind_of(const InitLoraWeights&) { return "be true, false or 'gaussia
 
 // ---- The options by name -----------------------------------------------------------------------
 
+/// " in PATH", for the end of a sentence; nothing without a path.
+std::string place(const std::string& source) { return source.empty() ? "" : " in " + source; }
+
 /// Reads the value of one option; a value of another kind is one sentence that names the option.
 template <typename T>
 void read_option(JsonReader& json, const char* name, T& value, const std::string& source) {
@@ -126,8 +128,8 @@ void read_option(JsonReader& json, const char* name, T& value, const std::string
     read(own, value);
   } catch (const ContentError&) {
     const std::string quoted = detail::shown(text);
-    RESLORA_CHECK(false, "[config] {} must {}; got {}{}{}", name, kind_of(value),
-                  quoted.substr(1, quoted.size() - 2), source.empty() ? "" : " in ", source);
+    RESLORA_CHECK(false, "[config] {} must {}; got {}{}", name, kind_of(value),
+                  quoted.substr(1, quoted.size() - 2), place(source));
   }
 }
 
@@ -147,7 +149,7 @@ ResLoraConfig read_config(const std::string& text, const std::string& source) {
     readers[name] = [&, name](JsonReader& json) { read_option(json, name, value, source); };
   });
   JsonReader json(text, source);
-  std::string type = kType;
+  std::string type = kPeftType;
   json.object([&](const std::string& key) {
     if (const auto own = readers.find(key); own != readers.end()) return own->second(json);
     if (key == kTypeKey) {
@@ -159,10 +161,11 @@ ResLoraConfig read_config(const std::string& text, const std::string& source) {
     }
   });
   json.finish();
-  RESLORA_CHECK(type == kType,
-                "[config] peft_type must be '{}'; got {} in {} (adapters of another kind are "
-                "loaded with PEFT)",
-                kType, detail::shown(type), source);
+  RESLORA_CHECK(
+      type == kPeftType,
+      "[config] peft_type must be '{}'; got {}{} (adapters of another kind are loaded with "
+      "PEFT)",
+      kPeftType, detail::shown(type), place(source));
   return config;
 }
 
@@ -171,7 +174,7 @@ ResLoraConfig read_config(const std::string& text, const std::string& source) {
 std::string config_to_json(const ResLoraConfig& config) {
   JsonWriter json(2);
   try {
-    json.begin_object().key(kTypeKey).string(kType).key(kVersionKey).string(RESLORA_VERSION);
+    json.begin_object().key(kTypeKey).string(kPeftType).key(kVersionKey).string(RESLORA_VERSION);
     detail::for_each_option(
         config, [&](const char* name, const auto& value) { write_option(json.key(name), value); });
     for (const auto& [name, value] : config.other_options()) json.key(name).raw(value);

@@ -2,6 +2,7 @@
 // views of them.
 #include <ATen/Functions.h>
 #include <reslora/adapted_files.h>
+#include <reslora/adapter_folder.h>
 #include <reslora/config_json.h>
 
 #include <algorithm>
@@ -127,8 +128,8 @@ MergePlan plan_of(const AdapterFile& adapter, const ResLoraConfig& config,
     ChainView& view = views.emplace_back(ChainView{Chain(config, record.layers), {}});
     for (const LayerShape& layer : record.layers) {
       LayerView& own = view.layers.emplace_back();
-      own.A = adapter.tensors.at(detail::key_of_a(layer.name));
-      own.B = adapter.tensors.at(detail::key_of_b(layer.name));
+      own.A = adapter.tensors.at(key_of_a(layer.name));
+      own.B = adapter.tensors.at(key_of_b(layer.name));
       if (add_base) add_base(layer, own);
       const auto known = statistics.find(layer.name);
       if (known == statistics.end()) continue;
@@ -252,7 +253,7 @@ std::map<std::string, TensorEdit> AdaptedFiles::edits(const MergePlan& plan, boo
     bias.is_bias = true;
   }
   for (const auto& [name, head] : adapter_.tensors) {
-    if (detail::is_factor(name)) continue;
+    if (is_factor(name)) continue;
     const std::string found = find_name(files_, name);
     refuse_tied(files_, name, found, head, ties_embeddings);
     const std::string& key = found.empty() ? name : found;

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <reslora/adapter_folder.h>
 #include <reslora/adapter_io.h>
 
 #include <algorithm>
@@ -23,7 +24,6 @@ namespace {
 using detail::ContentError;
 using detail::entry_of;
 using detail::file_order;
-using detail::kModelPrefix;
 using detail::on_file;
 using detail::require;
 using detail::shown;
@@ -187,8 +187,8 @@ void check_adapter(const AdapterFile& adapter) {
               "layer {} must have in, out, r >= 1 and a finite scaling; got in {}, out {}, r {}, "
               "scaling {}",
               shown(layer.name), layer.in_features, layer.out_features, layer.r, layer.scaling);
-      const std::string a = detail::key_of_a(layer.name);
-      const std::string b = detail::key_of_b(layer.name);
+      const std::string a = key_of_a(layer.name);
+      const std::string b = key_of_b(layer.name);
       require(factors.insert(a).second, "layer {} must be in one chain, once", shown(layer.name));
       factors.insert(b);
       check_factor(adapter, a, layer.r, layer.in_features);
@@ -197,7 +197,7 @@ void check_adapter(const AdapterFile& adapter) {
   }
   require(!factors.empty(), "an adapter must have a chain; got none");
   for (const auto& [name, tensor] : adapter.tensors) {
-    require(!detail::is_factor(name) || factors.count(name) > 0,
+    require(!is_factor(name) || factors.count(name) > 0,
             "tensor {} belongs to a layer that no chain names", shown(name));
   }
 }

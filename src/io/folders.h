@@ -1,4 +1,4 @@
-// Folders and text files of adapters: their names, and how they are made, read and removed.
+// Folders and text files: how they are made, read and removed.
 //
 // Writing is in reslora/stage.h.
 #pragma once
@@ -6,10 +6,6 @@
 #include <string>
 
 namespace reslora::detail {
-
-constexpr const char* kConfigName = "adapter_config.json";
-constexpr const char* kWeightsName = "adapter_model.safetensors";
-constexpr const char* kStatisticsName = "adapter_statistics.safetensors";
 
 /// Makes a folder and those above it, where they are not there. Throws c10::ValueError where a file
 /// lies in the way, c10::Error where the system refuses.

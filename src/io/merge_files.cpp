@@ -1,5 +1,6 @@
 // A saved adapter, planned on views of mapped files and written with them.
 #include <reslora/adapted_files.h>
+#include <reslora/adapter_folder.h>
 #include <reslora/merge_files.h>
 #include <reslora/stage.h>
 
@@ -8,7 +9,6 @@
 #include <set>
 
 #include "core/check.h"
-#include "io/factor_names.h"
 #include "io/folders.h"
 #include "io/saved_adapter.h"
 #include "io/tensor_types.h"
@@ -55,9 +55,8 @@ std::vector<LayerMerge> merge_files(const std::vector<std::string>& base,
   const detail::SavedAdapter saved = detail::read_folder(adapter);
   const AdaptedFiles adapted(files, saved.file);
   const MergePlan plan = adapted.plan(saved.statistics, options.merge_method);
-  const bool has_heads =
-      std::any_of(saved.file.tensors.begin(), saved.file.tensors.end(),
-                  [](const auto& item) { return !detail::is_factor(item.first); });
+  const bool has_heads = std::any_of(saved.file.tensors.begin(), saved.file.tensors.end(),
+                                     [](const auto& item) { return !is_factor(item.first); });
   const bool is_tied = options.ties_embeddings ? *options.ties_embeddings
                                                : has_heads && ties_embeddings(base.front());
   const std::map<std::string, TensorEdit> edits = adapted.edits(plan, is_tied, options.device);

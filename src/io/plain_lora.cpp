@@ -1,6 +1,7 @@
 // Planned pairs as files of plain LoRA want them: padded or reduced to a rank, under PEFT's names.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <reslora/adapter_folder.h>
 #include <reslora/adapter_io.h>
 #include <reslora/plain_lora.h>
 #include <reslora/stage.h>
@@ -11,7 +12,6 @@
 
 #include "core/check.h"
 #include "core/precision.h"
-#include "io/factor_names.h"
 #include "io/folders.h"
 #include "safetensors/json.h"
 
@@ -58,7 +58,7 @@ std::string peft_config(const PlainLora& lora, int64_t R) try {
   text_or_null(json, "task_type", lora.task_type);
   return json.end_object().text() + "\n";
 } catch (const detail::ContentError& error) {
-  C10_THROW_ERROR(ValueError, fmt::format("[export] {}: {}", detail::kConfigName, error.what()));
+  C10_THROW_ERROR(ValueError, fmt::format("[export] {}: {}", kConfigName, error.what()));
 }
 
 /// Demands a planned pair, which a LayerMerge that nobody filled is not.
@@ -121,7 +121,7 @@ ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double
 
 int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
   RESLORA_CHECK(!lora.layers.empty(), "[export] a plain LoRA must have layers; got none");
-  const std::string config = folder + "/" + detail::kConfigName;
+  const std::string config = folder + "/" + kConfigName;
   RESLORA_CHECK(
       detail::file_text(config).find("\"RESLORA\"") == std::string::npos,
       "[export] the folder must not hold an unmerged adapter, which would be lost; got {}", folder);
@@ -130,7 +130,7 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
     check_pair(layer);
     R = std::max(R, layer.A.size(0));
   }
-  const std::string prefix(detail::kModelPrefix);
+  const std::string prefix(kModelPrefix);
   TensorFile file;
   file.metadata = {{"format", "pt"}};
   for (const LayerMerge& layer : lora.layers) {
@@ -141,8 +141,8 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
   for (const auto& [name, tensor] : lora.heads) file.tensors.emplace(prefix + name, tensor);
   const std::string options = peft_config(lora, R);
   Stage stage(folder);
-  save_tensors(stage.path(detail::kWeightsName), file);
-  write_text(stage.path(detail::kConfigName), options);
+  save_tensors(stage.path(kWeightsName), file);
+  write_text(stage.path(kConfigName), options);
   stage.commit();
   return R;
 }

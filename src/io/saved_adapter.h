@@ -16,8 +16,7 @@ struct SavedAdapter {
   std::map<std::string, LayerStatistics> statistics;
 };
 
-/// Reads and checks a folder that `Adapters::save` or Python's save_pretrained wrote. Throws
-/// c10::Error where a file is missing, c10::ValueError where files are damaged or do not agree.
+/// Reads and checks a folder; throws as `load_adapter_folder` and `statistics_beside` do.
 SavedAdapter read_folder(const std::string& folder);
 
 }  // namespace reslora::detail

@@ -1,5 +1,6 @@
 // Statistics in and out of a safetensors file; see statistics_io.h.
 #include <ATen/Functions.h>
+#include <reslora/adapter_folder.h>
 #include <reslora/adapter_io.h>
 #include <reslora/statistics_io.h>
 
@@ -9,7 +10,6 @@
 #include <utility>
 
 #include "core/check.h"
-#include "io/factor_names.h"
 #include "io/folders.h"
 #include "io/tensor_types.h"
 #include "safetensors/json.h"
@@ -236,11 +236,11 @@ std::map<std::string, LayerStatistics> load_statistics(const std::string& path,
 
 std::map<std::string, LayerStatistics> statistics_beside(const std::string& folder,
                                                          const AdapterFile& adapter) {
-  const std::string path = folder + "/" + detail::kStatisticsName;
+  const std::string path = folder + "/" + kStatisticsName;
   if (!detail::is_file(path)) return {};
   std::map<std::string, Tensor> factors;
   for (const auto& [key, tensor] : adapter.tensors)
-    if (detail::is_factor(key)) factors.emplace(key, tensor);
+    if (is_factor(key)) factors.emplace(key, tensor);
   std::map<std::string, LayerStatistics> statistics = load_statistics(path, tensors_sum(factors));
   std::map<std::string, LayerShape> layers;
   for (const ChainRecord& chain : adapter.chains)

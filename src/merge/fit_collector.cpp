@@ -3,10 +3,12 @@
 // Layers join a pass in the order in which they run, while their sums fit; the others are deferred
 // to the next pass. A layer that reads the very tensor that the layer before it read shares that
 // layer's `Input`, so its rows are summed once.
+#include <reslora/calibration.h>
 #include <reslora/regression.h>
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 #include <utility>
 
 #include "core/check.h"
@@ -91,6 +93,8 @@ struct FitCollector::State {
   Tensor last_x;     // held, so that its memory is not handed to another x
   int64_t last_version = 0;
   std::shared_ptr<Input> last_input;
+  std::vector<Tensor> masks;       // of this batch; none where nothing is padded
+  std::set<std::string> unmasked;  // layers whose padding was fitted
 };
 
 /// Takes a layer into this pass; false where its sums do not fit beside the others.
@@ -174,8 +178,15 @@ FitCollector::~FitCollector() = default;
 FitCollector::FitCollector(FitCollector&&) noexcept = default;
 FitCollector& FitCollector::operator=(FitCollector&&) noexcept = default;
 
-void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const Tensor& v,
-                       const std::optional<Tensor>& mask) {
+void FitCollector::begin_batch(const std::vector<Tensor>& masks) {
+  State& state = *state_;
+  state.masks = padding_masks(masks, "calibrate");
+  const bool is_padded = std::any_of(state.masks.begin(), state.masks.end(),
+                                     [](const Tensor& mask) { return !mask.all().item<bool>(); });
+  if (!is_padded) state.masks.clear();
+}
+
+void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const Tensor& v) {
   const detail::FullPrecision guard;
   State& state = *state_;
   Slot& slot = state.slots.at(chain).at(position);
@@ -187,9 +198,6 @@ void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const T
                 "[{}] (layer {})",
                 layer.in_features, layer.r, fmt::join(x.sizes(), ", "), fmt::join(v.sizes(), ", "),
                 layer.name);
-  RESLORA_CHECK(!mask || mask->numel() == x.numel() / layer.in_features,
-                "[calibrate] a mask must have one element for each row; got {} for {} (layer {})",
-                mask ? mask->numel() : 0, x.numel() / layer.in_features, layer.name);
   const bool is_shared = state.has_seen(x);
   if (!slot.input && !state.join(slot, layer, is_shared ? state.last_input : nullptr, x)) {
     slot.is_deferred = true;
@@ -200,6 +208,8 @@ void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const T
       "[calibrate] layers that read one tensor must do so in every forward; got layer {} "
       "with another partner than in its first forward: calibrate on batches of one kind",
       layer.name);
+  const std::optional<Tensor> mask = row_mask(state.masks, x.sizes().slice(0, x.dim() - 1));
+  if (!state.masks.empty() && !mask) state.unmasked.insert(layer.name);
   const Tensor rows = wide_rows(x, mask);
   if (!is_shared) {
     state.last_x = x;
@@ -221,6 +231,7 @@ void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const T
 void FitCollector::end_batch() {
   state_->last_x = Tensor();
   state_->last_input = nullptr;
+  state_->masks.clear();
 }
 
 bool FitCollector::finish_pass() {
@@ -268,5 +279,14 @@ const std::optional<FitSums>& FitCollector::sums(int64_t chain, int64_t position
 }
 
 const FitCost& FitCollector::cost() const { return state_->cost; }
+
+std::string FitCollector::padding_warning() const {
+  const std::set<std::string>& names = state_->unmasked;
+  if (names.empty()) return "";
+  return fmt::format(
+      "[calibrate] the rows of {} layers have another shape than the attention mask, so their "
+      "padding was fitted too ({}, ...)",
+      names.size(), *names.begin());
+}
 
 }  // namespace reslora

@@ -1,6 +1,8 @@
 // Adapters as files: saving, loading, exporting; and the tensors of the model around them.
+#include <reslora/adapter_folder.h>
 #include <reslora/adapter_io.h>
 #include <reslora/adapters.h>
+#include <reslora/calibration.h>
 #include <reslora/config_json.h>
 #include <reslora/plain_lora.h>
 #include <reslora/stage.h>
@@ -11,7 +13,6 @@
 #include <utility>
 
 #include "core/check.h"
-#include "io/factor_names.h"
 #include "io/folders.h"
 #include "io/saved_adapter.h"
 #include "nn/adapter_tensors.h"
@@ -46,37 +47,17 @@ std::vector<ChainRecord> records_of(const Adapters::State& state) {
   return records;
 }
 
-/// Demands that what the file holds beside A and B are the heads of the model.
-void check_heads(const std::map<std::string, at::Tensor>& heads, const SavedAdapter& saved) {
-  size_t factors = 0;
-  for (const ChainRecord& chain : saved.file.chains) factors += 2 * chain.layers.size();
-  for (const auto& [name, tensor] : heads) {
-    const auto found = saved.file.tensors.find(name);
-    RESLORA_CHECK(found != saved.file.tensors.end(),
-                  "[load] the file must hold modules_to_save; got no tensor {}", name);
-    RESLORA_CHECK(found->second.sizes() == tensor.sizes(),
-                  "[load] shapes must fit the model; got [{}] for {}, which is [{}]",
-                  fmt::join(found->second.sizes(), ", "), name, fmt::join(tensor.sizes(), ", "));
-  }
-  if (saved.file.tensors.size() == factors + heads.size()) return;
-  for (const auto& [name, tensor] : saved.file.tensors)
-    RESLORA_CHECK(is_factor(name) || heads.count(name) > 0,
-                  "[load] the file must hold A, B and modules_to_save only; got {}", name);
-}
-
-void check_options(const ResLoraConfig& own, const ResLoraConfig& stored) {
-  const std::string name = formula_difference(own, stored);
-  if (name.empty()) return;
-  RESLORA_CHECK(false, "[load] model and file must agree on {}; got {} and {}", name,
-                option_json(own, name), option_json(stored, name));
+/// What the file holds: the factors, and the heads.
+std::map<std::string, at::Tensor> tensors_of(const Adapters::State& state) {
+  std::map<std::string, at::Tensor> tensors = factors_of(state);
+  tensors.insert(state.heads.begin(), state.heads.end());
+  return tensors;
 }
 
 /// Copies what was checked.
 void copy_into(Adapters::State& state, const SavedAdapter& saved) {
   const torch::NoGradGuard no_grad;
-  std::map<std::string, at::Tensor> own = factors_of(state);
-  own.insert(state.heads.begin(), state.heads.end());
-  for (auto& [name, tensor] : own) tensor.copy_(saved.file.tensors.at(name));
+  for (auto& [name, tensor] : tensors_of(state)) tensor.copy_(saved.file.tensors.at(name));
   state.fits.clear();
   for (const LinkedChain& chain : state.chains) {
     auto& fits = state.fits.emplace_back();
@@ -113,25 +94,24 @@ void Adapters::save(const std::string& folder, bool statistics) const {
   const std::string sum = has_statistics ? detail::adapter_sum(*state_) : "";
   const bool has_fits = std::any_of(known.begin(), known.end(),
                                     [](const auto& item) { return item.second.fit.A.defined(); });
-  RESLORA_CHECK(!has_statistics || !has_fits || state_->fits_sum == sum,
-                "[save] statistics must be of the adapter as it is; got fits made before it "
-                "changed: calibrate again, or save without statistics");
+  if (has_statistics && has_fits)
+    check_current(state_->fits_sum, sum, "save", "save without statistics");
   file.tensors = detail::factors_of(*state_);
   for (const auto& [name, tensor] : state_->heads) file.tensors.emplace(name, tensor.detach());
   Stage stage(folder);
-  if (has_statistics) save_statistics(stage.path(detail::kStatisticsName), sum, known);
-  save_adapter(stage.path(detail::kWeightsName), file);
-  write_text(stage.path(detail::kConfigName), file.config_json);
-  if (!has_statistics) stage.remove(detail::kStatisticsName);  // those of another adapter
+  if (has_statistics) save_statistics(stage.path(kStatisticsName), sum, known);
+  save_adapter(stage.path(kWeightsName), file);
+  write_text(stage.path(kConfigName), file.config_json);
+  if (!has_statistics) stage.remove(kStatisticsName);  // those of another adapter
   stage.commit();
 }
 
 void Adapters::load(const std::string& folder) const {
   RESLORA_CHECK(!is_merged(), "[load] the adapters must not be merged; got merged ones (unmerge)");
   const detail::SavedAdapter saved = detail::read_folder(folder);
-  detail::check_options(state_->config, saved.config);
+  check_formula(state_->config, saved.config);
   check_chains(detail::records_of(*state_), saved.file.chains);
-  detail::check_heads(state_->heads, saved);
+  check_tensors(detail::tensors_of(*state_), saved.file.tensors);
   detail::copy_into(*state_, saved);
 }
 
@@ -142,7 +122,11 @@ Adapters load(torch::nn::Module& model, const std::string& folder) {
   for (size_t i = 0; i < prepared.names.size(); ++i)
     chains.push_back(record_of(prepared.names[i], prepared.states[i]->chain));
   check_chains(chains, saved.file.chains);
-  detail::check_heads(prepared.heads, saved);
+  // The chains agree, and so do A and B: `load_adapter` has compared them with the chains.
+  std::map<std::string, at::Tensor> tensors = prepared.heads;
+  for (const auto& [key, tensor] : saved.file.tensors)
+    if (is_factor(key)) tensors.emplace(key, tensor);
+  check_tensors(tensors, saved.file.tensors);
   std::shared_ptr<Adapters::State> state = detail::commit(model, std::move(prepared));
   detail::copy_into(*state, saved);
   return Adapters(std::move(state));

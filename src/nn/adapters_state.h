@@ -2,6 +2,7 @@
 #pragma once
 
 #include <reslora/adapters.h>
+#include <reslora/calibration.h>
 
 #include <functional>
 #include <map>
@@ -10,9 +11,6 @@
 #include <vector>
 
 namespace reslora {
-
-/// Fits of every layer, chain by chain; empty where there are none.
-using Fits = std::vector<std::vector<Fit>>;
 
 /// A plan, and what it is put in place of.
 struct Merge {
@@ -32,9 +30,9 @@ struct Adapters::State {
   std::vector<std::string> names;  // of the chains
   std::vector<LinkedChain> chains;
   std::map<std::string, at::Tensor> heads;  // parameters and buffers of modules_to_save
-  Fits fits;
-  std::string fits_sum;          // checksum of the adapter that they were made for
-  std::unique_ptr<Merge> merge;  // while merged
+  Fits fits;                                // empty where there are none
+  std::string fits_sum;                     // checksum of the adapter that they were made for
+  std::unique_ptr<Merge> merge;             // while merged
 };
 
 }  // namespace reslora

@@ -1,19 +1,18 @@
-// Fits for the handle of an adapted model: collecting, and which chains have their taps moved.
+// Fits for the handle of an adapted model: collecting, and measuring where taps are moved.
 #include <ATen/ATen.h>
 #include <reslora/adapters.h>
+#include <reslora/calibration.h>
 
+#include <limits>
 #include <utility>
 
-#include "merge/merge_rules.h"
+#include "merge/rows.h"
 #include "nn/adapter_tensors.h"
 #include "nn/adapters_state.h"
 #include "nn/chain_state.h"
 
 namespace reslora {
 namespace {
-
-constexpr double kShare = 0.5;   // of what a tap brings; see move_taps
-constexpr size_t kMeasured = 2;  // batches that a move is tried on
 
 /// Hands what the layers read to a collector while it lives.
 class Listening {
@@ -32,77 +31,71 @@ class Listening {
   const std::vector<LinkedChain>& chains_;
 };
 
-double squared(const at::Tensor& t) { return t.to(at::kDouble).square().sum().item<double>(); }
-
 template <typename Pass>
-Fits collected(const Pass& pass, const std::vector<LinkedChain>& chains,
-               std::vector<ChainView> plain, const FitOptions& options) {
-  FitCollector collector(std::move(plain), options);
+void collect(const Pass& pass, const std::vector<LinkedChain>& chains, FitCollector& collector) {
   const Listening listening(chains, &collector);
   do {
-    pass([&](const auto& run) {
-      run();
+    pass([&](const auto& batch) {
+      collector.begin_batch(batch.masks());
+      batch.run();
       collector.end_batch();
     });
   } while (collector.finish_pass());
-  Fits fits;
-  for (const ChainView& view : collector.views()) {
-    auto& own = fits.emplace_back();
-    for (const LayerView& layer : view.layers) own.push_back(layer.fit);
-  }
-  return fits;
 }
 
-/// For each candidate, how far the merged model is from the adapted one on a few batches. Every
-/// batch is run for all of them before the next: a loader may shuffle. Empty where outputs cannot
-/// be compared.
+/// What the model returns while it is merged.
+template <typename Run>
+at::Tensor merged_output(const Run& run, const std::vector<LinkedChain>& chains, MergePlan plan) {
+  Merge merge{std::move(plan)};
+  merge.enter(chains);
+  at::Tensor output;
+  try {
+    output = run();
+  } catch (...) {
+    merge.leave(chains);
+    throw;
+  }
+  merge.leave(chains);
+  return output;
+}
+
+bool is_comparable(const at::Tensor& output) {
+  return output.defined() && output.is_floating_point() && output.dim() > 0;
+}
+
+/// The rows of an output that are no padding, in fp32 (fp64 for fp64).
+at::Tensor rows_of(const at::Tensor& output, const std::vector<at::Tensor>& masks) {
+  const auto dtype = output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return detail::as_rows(output, dtype, row_mask(masks, output.sizes().slice(0, output.dim() - 1)));
+}
+
+/// The squared error over the mean square of `wanted`, summed over rows.
+double relative_error(const at::Tensor& got, const at::Tensor& wanted) {
+  const at::Tensor scale = wanted.square().mean().clamp_min(std::numeric_limits<float>::min());
+  return ((got - wanted).square().mean(-1).sum() / scale).item<double>();
+}
+
+/// For each candidate, how far the merged model is from the adapted one on a few batches.
 template <typename Pass>
 std::vector<double> distances(const Pass& pass, const std::vector<LinkedChain>& chains,
-                              const std::vector<Fits>& candidates) {
-  std::vector<Merge> merges;
-  merges.reserve(candidates.size());
-  for (const Fits& fits : candidates)
-    merges.push_back(Merge{MergePlan(detail::views_of(chains, fits), "lsq")});
-  std::vector<double> found(candidates.size(), 0.0);
-  size_t batches = 0;
-  bool is_comparable = true;
-  pass([&](const auto& run) {
-    if (batches++ >= kMeasured || !is_comparable) return;
-    const at::Tensor wanted = run();
-    is_comparable = wanted.defined() && wanted.is_floating_point();
-    for (size_t k = 0; is_comparable && k < merges.size(); ++k) {
-      merges[k].enter(chains);
-      try {
-        found[k] += squared(run() - wanted);
-      } catch (...) {
-        merges[k].leave(chains);
-        throw;
-      }
-      merges[k].leave(chains);
+                              int64_t count, const PlanOf& plan_of) {
+  std::vector<double> found(count, 0.0);
+  int64_t batches = 0;
+  bool can_compare = true;
+  pass([&](const auto& batch) {  // to the end: a DataLoader must be exhausted
+    if (batches++ >= kMeasuredBatches || !can_compare) return;
+    const std::vector<at::Tensor> masks = padding_masks(batch.masks(), "calibrate");
+    const at::Tensor output = batch.run();
+    can_compare = is_comparable(output);
+    if (!can_compare) return;
+    const at::Tensor wanted = rows_of(output, masks);
+    for (int64_t k = 0; can_compare && k < count; ++k) {
+      const at::Tensor got = merged_output(batch.run, chains, plan_of(k));
+      can_compare = is_comparable(got) && got.sizes() == output.sizes();
+      if (can_compare) found[k] += relative_error(rows_of(got, masks), wanted);
     }
   });
-  return is_comparable && batches > 0 ? found : std::vector<double>();
-}
-
-/// `plain` with the taps of those chains moved whose moved form is nearer to the model.
-template <typename Pass>
-Fits with_moves(const Pass& pass, const std::vector<LinkedChain>& chains, const Fits& plain) {
-  std::vector<Fits> candidates = {plain};
-  std::vector<size_t> moved;  // the chain of each further candidate
-  const std::vector<ChainView> views = detail::views_of(chains, plain);
-  for (size_t i = 0; i < views.size(); ++i) {
-    if (detail::merges_exactly(views[i].chain)) continue;
-    candidates.push_back(plain);
-    candidates.back()[i] = move_taps(views[i], kShare);
-    moved.push_back(i);
-  }
-  if (moved.empty()) return plain;
-  const std::vector<double> apart = distances(pass, chains, candidates);
-  Fits together = plain;
-  for (size_t k = 0; k + 1 < apart.size(); ++k)
-    if (apart[k + 1] < apart[0]) together[moved[k]] = candidates[k + 1][moved[k]];
-  const std::vector<double> last = distances(pass, chains, {plain, together});
-  return !last.empty() && last[1] < last[0] ? together : plain;
+  return can_compare && batches > 0 ? found : std::vector<double>();
 }
 
 }  // namespace
@@ -110,19 +103,28 @@ Fits with_moves(const Pass& pass, const std::vector<LinkedChain>& chains, const 
 void Adapters::calibrate_with(const Pass& pass, const FitOptions& options) const {
   RESLORA_CHECK(!is_merged(),
                 "[calibrate] the adapters must not be merged; got merged ones (unmerge first)");
-  std::vector<ChainView> plain = views();
+  const std::vector<LinkedChain>& chains = state_->chains;
+  std::vector<ChainView> plain = detail::views_of(chains, {});
   for (size_t i = 0; i < plain.size(); ++i)
     for (int64_t n = 0; n < plain[i].chain.size(); ++n) {
-      plain[i].layers[n].fit = {};
-      RESLORA_CHECK(!state_->chains[i].is_training(n),
+      const std::string& name = plain[i].chain.layer(n).name;
+      RESLORA_CHECK(chains[i].is_enabled(), "[calibrate] adapters must be enabled; got {} disabled",
+                    name);
+      RESLORA_CHECK(!chains[i].is_training(n),
                     "[calibrate] the model must be in eval mode, or dropout would be fitted too; "
                     "got {} in training: call model->eval() first",
-                    plain[i].chain.layer(n).name);
+                    name);
     }
   const torch::NoGradGuard no_grad;
-  const Fits fits = collected(pass, state_->chains, std::move(plain), options);
-  state_->fits = with_moves(pass, state_->chains, fits);
+  FitCollector collector(std::move(plain), options);
+  collect(pass, chains, collector);
+  MovedTaps moved = choose_moves(collector.views(), [&](int64_t count, const PlanOf& plan_of) {
+    return distances(pass, chains, count, plan_of);
+  });
+  state_->fits = std::move(moved.fits);
   state_->fits_sum = detail::adapter_sum(*state_);
+  for (const std::string& text : {collector.padding_warning(), few_rows_warning(collector.views())})
+    if (!text.empty()) TORCH_WARN(text);
 }
 
 }  // namespace reslora

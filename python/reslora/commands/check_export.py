@@ -17,10 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .._C import load_tensors
-from ..config import PEFT_TYPE
+from .._C import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, load_tensors
 from ..files.exporting import DIFFUSERS_NAME
-from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder
+from ..files.folders import PathLike, adapter_folder
 from ..text_files import read_object
 
 READERS = ("PEFT", "vLLM", "llama.cpp", "diffusers")

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import Stage, save_adapter, write_text
+from .._C import CONFIG_NAME, WEIGHTS_NAME, Stage, factor_names, save_adapter, write_text
 from ..config import ResLoraConfig
 from ..files.base_files import meta_model
 from ..files.checkpoint import transposed_chains
-from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike
+from ..files.folders import PathLike
 from ..injection.adapted import Injection, injection_of
 from ..injection.inject import inject
-from ..nn.factors import factor_names
 from ..text_files import read_object
 
 THEIR_WEIGHTS, THEIR_CONFIG = "pytorch_model_lora.bin", "reslora_config.json"

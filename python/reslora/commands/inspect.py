@@ -15,12 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .._C import LayerShape, ModelFiles, statistics_beside
-from ..config import PEFT_TYPE
+from .._C import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, LayerShape, ModelFiles, statistics_beside
 from ..files.base_files import STEMS, weight_files
 from ..files.checkpoint import read_adapter
 from ..files.exporting import DIFFUSERS_NAME
-from ..files.folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder
+from ..files.folders import PathLike, adapter_folder
 from ..text_files import read_object, read_value
 from .json_kinds import ADAPTER_KEYS, TELLING_NAMES, chosen, describe
 

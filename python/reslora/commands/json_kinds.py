@@ -12,8 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import PEFT_TYPE
-from ..files.folders import CONFIG_NAME
+from .._C import CONFIG_NAME, PEFT_TYPE
 
 SHOWN_KEYS = 8  # of an object of an unknown kind
 # The files that tell what a folder without weights is, the most telling first.

@@ -28,7 +28,7 @@ def _place(options: argparse.Namespace) -> dict[str, Any]:
 def run_merge(options: argparse.Namespace) -> Outcome:
     """`reslora merge`."""
     from ..files.base_files import base_folder
-    from ..files.checkpoint import read_config
+    from ..files.checkpoint import read_adapter
     from ..files.folders import adapter_folder
     from ..files.model_folder import merge_folder
     from .verify import read_blocks, read_words, verify_folder
@@ -37,7 +37,7 @@ def run_merge(options: argparse.Namespace) -> Outcome:
     # and BASE, which may be downloads.
     words = None if options.verify is None else read_words(options.verify)
     adapter = adapter_folder(options.adapter, "merge", options.revision, options.subfolder)
-    base = base_folder(options.base, options.base_revision, read_config(adapter).revision)
+    base = base_folder(options.base, options.base_revision, read_adapter(adapter)[1].revision)
     blocks = None if words is None else read_blocks(base, words)
     report = merge_folder(
         base, adapter, options.output, options.method, dtype=options.dtype,

@@ -19,37 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from .._C import (
+    CONFIG_NAME,
+    STATISTICS_NAME,
+    WEIGHTS_NAME,
     AdapterFile,
     Stage,
     check_chains,
-    first_difference,
-    formula_difference,
+    check_formula,
+    check_tensors,
     is_or_ends_with,
-    load_adapter,
+    load_adapter_folder,
     save_adapter,
     save_statistics,
     statistics_beside,
     write_text,
 )
-from ..config import ResLoraConfig
+from ..config import ResLoraConfig, matches
 from ..injection.adapted import Injection, factors_of, find_layers, injection_of, plain_model
 from ..injection.heads import saved_module, saved_names
 from ..injection.inject import inject
 from ..merging.merge import unload
 from ..nn.base_layers import is_conv1d
 from ..nn.sharding import is_sharded, whole, writes
-from .folders import (
-    CONFIG_NAME,
-    STATISTICS_NAME,
-    WEIGHTS_NAME,
-    PathLike,
-    adapter_folder,
-    base_line,
-    base_name,
-)
+from .folders import PathLike, adapter_folder, base_line, base_name
 from .statistics import give_statistics, statistics_of, sum_of_factors
-
-# Options that change what an adapter computes, beside the ranks and scalings of its chains.
 
 
 def save_pretrained(
@@ -148,29 +141,15 @@ def load(
 # ---- Reading ----------------------------------------------------------------------------------
 
 
-def read_config(folder: Path) -> ResLoraConfig:
-    """Read the config of an adapter's folder, which must hold both of its files."""
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"[load] an adapter's folder must hold {name}; got {folder}")
-    return ResLoraConfig.load(folder / CONFIG_NAME)
-
-
 def read_adapter(folder: Path) -> tuple[AdapterFile, ResLoraConfig]:
-    """Read an adapter's folder; its two files must agree on all but the base's revision.
+    """Read an adapter's folder and its options; its two files must agree.
 
-    That is a name that people change by hand, and changes nothing that the adapter computes.
+    Raises:
+        FileNotFoundError: where one of the files is missing.
+        ValueError: for files that are damaged or do not agree.
     """
-    beside, path = read_config(folder), folder / WEIGHTS_NAME
-    adapter = load_adapter(path)
-    config = ResLoraConfig.from_json(adapter.config_json, os.fspath(path))
-    config.revision = beside.revision
-    if name := first_difference(beside.core(), config.core()):
-        raise ValueError(
-            f"[load] {CONFIG_NAME} and {WEIGHTS_NAME} must agree on {name}; got "
-            f"{getattr(beside, name)!r} and {getattr(config, name)!r} in {folder}"
-        )
-    return adapter, config
+    adapter = load_adapter_folder(folder, matches)
+    return adapter, ResLoraConfig.from_json(adapter.config_json, os.fspath(folder / CONFIG_NAME))
 
 
 def _copy_adapter(
@@ -179,33 +158,18 @@ def _copy_adapter(
     """Check everything, then copy the values."""
     if injection.applied is not None:
         raise ValueError("[load] the model must not be merged; got a merged one (unmerge it first)")
-    if name := formula_difference(injection.config.core(), config.core()):
-        raise ValueError(
-            f"[load] model and file must agree on {name}; got {getattr(injection.config, name)!r} "
-            f"and {getattr(config, name)!r}"
-        )
+    check_formula(injection.config.core(), config.core())
     check_chains(injection.chain_records, adapter.chains)
     own_tensors = _own_tensors(model, injection)
-    _check_keys(own_tensors, adapter.tensors)
+    check_tensors(own_tensors, adapter.tensors)
+    _check_writable(own_tensors)
     with torch.no_grad():
         for key, tensor in own_tensors.items():
             tensor.copy_(adapter.tensors[key])
 
 
-def _check_keys(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-    missing, unexpected = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
-    if missing or unexpected:
-        way_out = "" if missing else " (PeftModel.from_pretrained reads what PEFT has added)"
-        raise ValueError(
-            f"[load] keys must fit the model; got {len(missing)} missing {missing[:3]} and "
-            f"{len(unexpected)} unexpected {unexpected[:3]}{way_out}"
-        )
+def _check_writable(own: dict[str, Tensor]) -> None:
     for key, tensor in own.items():
-        if tensor.shape != stored[key].shape:
-            raise ValueError(
-                f"[load] shapes must fit the model; got {list(stored[key].shape)} for {key}, which "
-                f"is {list(tensor.shape)}"
-            )
         if is_sharded(tensor):
             raise ValueError(
                 f"[load] the model must not be sharded; got {key} in parts: load the adapter, "

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._C import (
+    CONFIG_NAME,
     LayerMerge,
     MergePlan,
     Stage,
@@ -39,7 +40,7 @@ from ..merging.planning import make_plan, warn_unfinished
 from ..nn.base_layers import is_conv1d
 from ..text_files import read_object
 from .checkpoint import saved_tensors
-from .folders import CONFIG_NAME, PathLike, adapter_folder, base_line, base_name
+from .folders import PathLike, adapter_folder, base_line, base_name
 from .model_folder import heads_of, plan_from_files
 
 logger = logging.getLogger("reslora")

@@ -7,13 +7,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .._C import load_tensors
+from .._C import CONFIG_NAME, MODEL_PREFIX, STATISTICS_NAME, WEIGHTS_NAME, load_tensors
 from .hub import local_folder
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-MODEL_PREFIX = "base_model.model."  # where PEFT has the model
-STATISTICS_NAME = "adapter_statistics.safetensors"
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, STATISTICS_NAME)
 PathLike = str | os.PathLike[str]
 

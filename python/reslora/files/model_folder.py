@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._C import AdapterFile, MergePlan, Stage, plan_adapter, statistics_beside
+from .._C import AdapterFile, MergePlan, Stage, is_factor, plan_adapter, statistics_beside
 from ..config import ResLoraConfig, matches
-from ..nn.factors import is_factor
 from ..text_files import read_object
 from .base_files import base_folder, open_base
 from .checkpoint import read_adapter

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import ranks_and_scalings
+from .._C import CONFIG_NAME, WEIGHTS_NAME, ranks_and_scalings
 from ..config import matches
 from ..injection.adapted import injection_of, plain_model
 from ..merging.batches import as_batches, evaluating
@@ -29,7 +29,7 @@ from ..merging.stand_ins import plain_lora, standing_in
 from ..nn.layer import ResLoraLinear
 from ..text_files import read_object
 from .checkpoint import saved_tensors
-from .folders import CONFIG_NAME, WEIGHTS_NAME, PathLike, adapter_folder, load_tensors_of
+from .folders import PathLike, adapter_folder, load_tensors_of
 
 # What changes what a LoRA computes, beside its factors and scale.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the base is as it was

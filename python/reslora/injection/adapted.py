@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._C import Fit, FitSums, MergePlan, tensors_sum
+from .._C import Fit, FitSums, MergePlan, factor_names, tensors_sum
 from ..config import ResLoraConfig
-from ..nn.factors import factor_names
 from ..nn.layer import LayerChain, ResLoraLinear
 from ..nn.session import Session
 from ..nn.sharding import whole

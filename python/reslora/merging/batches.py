@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._C import padding_masks
+
 MASKS = ("attention_mask", "decoder_attention_mask")
 IGNORED = -100  # labels that are no targets, as in transformers
+
+
+class NotComparableError(ValueError):
+    """The outputs of a model cannot be compared."""
 
 
 def as_batches(data: Any, op: str) -> Iterable[Any]:
@@ -72,7 +78,7 @@ def main_output(output: Any) -> tuple[Tensor, bool]:
     for value in values if isinstance(values, tuple | list) else [values]:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
             return value, False
-    raise ValueError(
+    raise NotComparableError(
         f"[merge] the model's output must hold a floating tensor; got {type(output).__name__}"
     )
 
@@ -92,25 +98,17 @@ def masks_of(model: nn.Module, batch: Any, op: str) -> list[Tensor]:
         values = batch if isinstance(batch, tuple | list) else [batch]
         _refuse_padding(model, next((v for v in values if isinstance(v, Tensor)), None), op)
         return []
-    given = [batch[name] for name in MASKS if isinstance(batch.get(name), Tensor)]
-    for mask in given:
-        if mask.dim() == 2 and not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError(
-                f"[{op}] a mask [batch, tokens] must hold 1 for tokens and 0 for padding; got "
-                f"values from {float(mask.min()):g} to {float(mask.max()):g}"
-            )
     encoder, decoder = (_mask(batch.get(name)) for name in MASKS)
-    if not any(mask.dim() == 2 for mask in given):
+    if encoder is None and decoder is None:
         _refuse_padding(model, batch.get("input_ids"), op)
     if _is_encoder_decoder(model):
         encoder = _all_ones(batch.get("input_ids")) if encoder is None else encoder
         decoder = _decoder_mask(model, batch, op) if decoder is None else decoder
-    _refuse_alike(model, batch, encoder, decoder, op)
-    return [mask for mask in (encoder, decoder) if mask is not None]
+    return padding_masks([mask for mask in (encoder, decoder) if mask is not None], op)
 
 
 def _mask(value: Any) -> Tensor | None:
-    return value.bool() if isinstance(value, Tensor) and value.dim() == 2 else None
+    return value if isinstance(value, Tensor) and value.dim() == 2 else None
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
@@ -131,29 +129,6 @@ def _decoder_mask(model: nn.Module, batch: Mapping[str, Any], op: str) -> Tensor
         # The first token starts the text, and is the padding token in T5.
         _refuse_padding(model, tokens[:, 1:], op, "decoder_input_ids", MASKS[1])
     return _all_ones(tokens)
-
-
-def _refuse_alike(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    encoder: Tensor | None,
-    decoder: Tensor | None,
-    op: str,
-) -> None:
-    """Refuse an encoder and a decoder of one length whose padding differs: rows look the same."""
-    masks = [mask for mask in (encoder, decoder) if mask is not None]
-    source = batch.get("input_ids", encoder)
-    target = batch.get("decoder_input_ids", batch.get("labels", decoder))
-    if not masks or not isinstance(source, Tensor) or not isinstance(target, Tensor):
-        return
-    if source.shape != target.shape or not (_is_encoder_decoder(model) or len(masks) == 2):
-        return
-    ones = torch.ones_like(masks[0])
-    if not torch.equal(ones if encoder is None else encoder, ones if decoder is None else decoder):
-        raise ValueError(
-            f"[{op}] padded encoder and decoder inputs must differ in length to tell whose rows "
-            f"are whose; got {list(source.shape)} for both: pad one side to another length"
-        )
 
 
 def _refuse_padding(
@@ -177,11 +152,3 @@ def _refuse_padding(
             f"rows of {name} that begin or end with pad_token_id {pad}, and no {mask} "
             "[batch, tokens]: pass a mapping with one (all ones if the tokens are meant)"
         )
-
-
-def row_mask(masks: list[Tensor], leading: torch.Size) -> Tensor | None:
-    """Return the mask that fits rows of shape `leading`, flat, or None."""
-    for mask in masks:
-        if mask.shape == leading or (len(leading) == 1 and leading[0] == mask.numel()):
-            return mask.reshape(-1)
-    return None

@@ -21,7 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import Fit, FitCollector, FitSums, solve_fit
+from .._C import (
+    Fit,
+    FitCollector,
+    FitOptions,
+    FitSums,
+    few_rows_warning,
+    has_moved_taps,
+    measured_batches,
+    solve_fit,
+)
 from ..injection.adapted import (
     Calibrated,
     Injection,
@@ -32,13 +41,13 @@ from ..injection.adapted import (
 )
 from ..nn.layer import ResLoraLinear
 from ..progress import progress
-from .batches import as_batches, call, evaluating, masks_of, moved, row_mask
-from .planning import chain_views, needs_fit
+from .batches import as_batches, call, evaluating, masks_of, moved
+from .planning import needs_fit, views_with
 from .tap_moves import move_taps as choose_moves
 from .tap_moves import moved_fits
 
-RIDGE = 1e-4
-MEASURED = 2  # batches on which moved taps are tried
+DEFAULTS = FitOptions()
+RIDGE = DEFAULTS.ridge
 
 
 @dataclass
@@ -88,7 +97,7 @@ def calibrate(
     *,
     ridge: float = RIDGE,
     affine: bool = False,
-    max_cov_bytes: int = 4 << 30,
+    max_cov_bytes: int = DEFAULTS.max_cov_bytes,
     keep_covariances: bool = False,
     move_taps: bool = True,
     progressbar: bool = False,
@@ -115,7 +124,7 @@ def calibrate(
         ValueError: for padding without a mask, a layer that no batch reaches, values that are not
             finite, data that cannot be read twice where it must be. Earlier fits stay then.
 
-    Cost: forwards (with move_taps four more a chain), T in (in + 2r) for each x, in^3/3 a layer.
+    Cost: forwards (move_taps: ten more, and two a chain), T in (in + 2r) an x, in^3/3 a layer.
     """
     injection = _ready(model, max_cov_bytes)
     start = time.monotonic()
@@ -126,7 +135,7 @@ def calibrate(
         result = solve_again(injection, ridge, affine, moved_chains(injection))
     else:
         batches = _Noted(as_batches(data, "calibrate"))
-        options = (ridge, affine, max_cov_bytes, keep_covariances)
+        options = FitOptions(ridge, affine, max_cov_bytes, keep_covariances)
         with earlier_fits_after_errors(injection):
             result = _collect(model, injection, batches, options, progressbar)
             _move_taps(model, injection, batches.first if move_taps else [], result)
@@ -144,7 +153,7 @@ def _move_taps(
 
 
 def _ready(model: nn.Module, max_cov_bytes: int) -> Injection:
-    if not isinstance(max_cov_bytes, int) or max_cov_bytes < 0:
+    if not isinstance(max_cov_bytes, int):
         raise ValueError(
             f"[calibrate] max_cov_bytes must be a whole number of bytes; got {max_cov_bytes!r}"
         )
@@ -168,7 +177,7 @@ class _Noted:
     def __iter__(self) -> Iterator[Any]:
         keeps = not self.first
         for batch in self.source:
-            if keeps and len(self.first) < MEASURED:
+            if keeps and len(self.first) < measured_batches():
                 self.first.append(batch)
             yield batch
 
@@ -184,14 +193,13 @@ def _collect(
     model: nn.Module,
     injection: Injection,
     batches: Iterable[Any],
-    options: tuple[float, bool, int, bool],
+    options: FitOptions,
     progressbar: bool,
 ) -> Calibration:
-    collector = FitCollector(chain_views(injection, fits=False), *options)
+    collector = FitCollector(views_with(injection, None), options)
     places = list(_places(injection))
-    unmasked: set[str] = set()
     if places:
-        _run_passes(model, injection, collector, batches, unmasked, progressbar)
+        _run_passes(model, injection, collector, batches, progressbar)
     fits: dict[str, Fit] = {}
     sums: dict[str, FitSums] = {}
     for c, n, layer in places:
@@ -201,12 +209,8 @@ def _collect(
         if kept is not None:
             sums[layer.name] = kept
     injection.calibrated = Calibrated(fits, adapter_sum(injection), sums)
-    if unmasked:
-        warnings.warn(
-            f"[calibrate] the rows of {len(unmasked)} layers have another shape than the attention "
-            f"mask, so their padding was fitted too ({min(unmasked)}, ...)",
-            stacklevel=3,
-        )
+    if warning := collector.padding_warning():
+        warnings.warn(warning, stacklevel=3)
     result = _result_of(fits)
     cost = collector.cost
     result.passes, result.peak_bytes = cost.passes, cost.peak_bytes
@@ -228,27 +232,15 @@ def _run_passes(
     injection: Injection,
     collector: FitCollector,
     batches: Iterable[Any],
-    unmasked: set[str],
     progressbar: bool,
 ) -> None:
-    masks: list[Tensor] = []
-
-    def observer(c: int, n: int, name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
-        def observe(x: Tensor, v: Tensor, y: Tensor) -> None:
-            mask = row_mask(masks, x.shape[:-1])
-            if mask is None and any(not bool(m.all()) for m in masks):
-                unmasked.add(name)
-            collector.add(c, n, x, v, mask)
-
-        return observe
-
-    with observing(injection, observer), evaluating(model), torch.no_grad():
+    with _observing(injection, collector), evaluating(model), torch.no_grad():
         count = 0
         while True:
             before, count = count, 0
             for batch in progress(batches, "calibrating", progressbar):
                 batch = moved(batch, model)
-                masks[:] = masks_of(model, batch, "calibrate")
+                collector.begin_batch(masks_of(model, batch, "calibrate"))
                 call(model, batch)
                 collector.end_batch()
                 count += 1
@@ -264,14 +256,15 @@ def _run_passes(
 
 
 @contextmanager
-def observing(
-    injection: Injection,
-    observer: Callable[[int, int, str], Callable[[Tensor, Tensor, Tensor], None]],
-) -> Iterator[None]:
-    """Let `observer(chain, position, name)` see the calls of every layer that needs a fit."""
+def _observing(injection: Injection, collector: FitCollector) -> Iterator[None]:
+    """Let the collector see the calls of every layer that needs a fit."""
+
+    def observer(c: int, n: int) -> Callable[[Tensor, Tensor, Tensor], None]:
+        return lambda x, v, y: collector.add(c, n, x, v)
+
     try:
         for c, n, layer in _places(injection):
-            layer.observer = observer(c, n, layer.name)
+            layer.observer = observer(c, n)
         yield
     finally:
         for layer in injection.layers:
@@ -280,12 +273,9 @@ def observing(
 
 def moved_chains(injection: Injection) -> list[str]:
     """Return the keys of the chains whose fits have their taps moved."""
-    fits = {} if injection.calibrated is None else injection.calibrated.fits
-    return [
-        chain.key
-        for chain in injection.chains
-        if any(x.name in fits and len(fits[x.name].A) != x.r for x in chain.layers)
-    ]
+    views = views_with(injection, injection.calibrated)
+    pairs = zip(injection.chains, views, strict=True)
+    return [chain.key for chain, view in pairs if has_moved_taps(view)]
 
 
 def solve_again(injection: Injection, ridge: float, affine: bool, moved: list[str]) -> Calibration:
@@ -314,7 +304,8 @@ def solve_again(injection: Injection, ridge: float, affine: bool, moved: list[st
         layer = layers[name]
         has_bias = getattr(layer.base_layer, "bias", None) is not None
         A = layer.reslora_A.detach()
-        fits[name] = solve_fit(sums, A, ridge, affine and has_bias, name)
+        options = FitOptions(ridge, affine and has_bias)
+        fits[name] = solve_fit(sums, A, options, name)
     injection.calibrated = Calibrated(fits, calibrated.adapter_sum, calibrated.sums)
     result = _result_of(fits)
     _move_again(injection, moved, result)
@@ -325,7 +316,7 @@ def _move_again(injection: Injection, moved: list[str], result: Calibration) -> 
     calibrated = injection.calibrated
     assert calibrated is not None
     plain = calibrated.fits
-    for chain, view in zip(injection.chains, chain_views(injection), strict=True):
+    for chain, view in zip(injection.chains, views_with(injection, calibrated), strict=True):
         if chain.key in moved:
             calibrated.fits = calibrated.fits | moved_fits(chain, view)
             calibrated.plain = plain
@@ -333,16 +324,6 @@ def _move_again(injection: Injection, moved: list[str], result: Calibration) -> 
 
 
 def _warn_few_rows(injection: Injection, result: Calibration) -> Calibration:
-    calibrated = injection.calibrated
-    assert calibrated is not None  # just made
-    layers = {layer.name: layer for layer in injection.layers}
-    few = [n for n, fit in calibrated.fits.items() if 0 < fit.rows < layers[n].in_features]
-    if few:
-        name = few[0]
-        warnings.warn(
-            f"[calibrate] {len(few)} layers saw fewer rows than they have features "
-            f"({calibrated.fits[name].rows} of {layers[name].in_features} in {name}): the ridge "
-            "carries the fit; more batches make it better",
-            stacklevel=3,
-        )
+    if warning := few_rows_warning(views_with(injection, injection.calibrated)):
+        warnings.warn(warning, stacklevel=3)
     return result

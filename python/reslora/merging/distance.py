@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from .batches import call, main_output, masks_of, moved, row_mask
+from .._C import row_mask
+from .batches import NotComparableError, call, main_output, masks_of, moved
 
 
 def distance(
@@ -17,34 +19,58 @@ def distance(
 ) -> tuple[Tensor, int, str]:
     """Return the distance on a batch as a sum over rows, the number of rows, and its kind.
 
-    The model as it is gives what is wanted; inside of `stand_in` it gives what is measured, with
+    As `distances`, of one stand-in.
+    """
+    (found,), rows, kind = distances(model, [stand_in], batch, op)
+    return found, rows, kind
+
+
+def distances(
+    model: nn.Module, stand_ins: Iterable[AbstractContextManager[Any]], batch: Any, op: str
+) -> tuple[list[Tensor], int, str]:
+    """Return the distance of each stand-in on a batch, the number of rows, and their kind.
+
+    The model as it is gives what is wanted; inside of a stand-in it gives what is measured, with
     gradients where they are enabled. Rows that an attention mask names as padding are left out.
-    Errors speak in the name of `op`.
+    Errors speak in the name of `op`; NotComparableError where there is nothing to compare.
     """
     batch = moved(batch, model)
     masks = masks_of(model, batch, op)
     with torch.no_grad():
-        wanted, is_logits = main_output(call(model, batch))
-    with stand_in:
-        got, _ = main_output(call(model, batch))
-    if got.shape != wanted.shape:
-        raise ValueError(
-            f"[{op}] the model's output must have one shape for one batch; got "
-            f"{list(wanted.shape)}, then {list(got.shape)}"
-        )
-    mask = row_mask(masks, wanted.shape[:-1]) if wanted.dim() > 2 else None
-    wanted, got = (t.reshape(-1, t.shape[-1]) for t in (wanted, got))
-    if mask is not None:
-        wanted, got = wanted[mask.to(wanted.device)], got[mask.to(got.device)]
-    wide = torch.float64 if wanted.dtype == torch.float64 else torch.float32
-    wanted, got = wanted.to(wide), got.to(wide)
-    if is_logits:
-        return kl_sum(wanted, got), len(wanted), "kl"
-    scale = wanted.square().mean().clamp_min(torch.finfo(wide).tiny)
-    return (got - wanted).square().mean(-1).sum() / scale, len(wanted), "mse"
+        output, is_logits = main_output(call(model, batch))
+    mask = row_mask(masks, output.shape[:-1])
+    wanted = _rows(output, mask)
+    found = []
+    for stand_in in stand_ins:
+        with stand_in:
+            got, _ = main_output(call(model, batch))
+        if got.shape != output.shape:
+            raise NotComparableError(
+                f"[{op}] the model's output must have one shape for one batch; got "
+                f"{list(output.shape)}, then {list(got.shape)}"
+            )
+        rows = _rows(got, mask)
+        found.append(kl_sum(wanted, rows) if is_logits else error_sum(wanted, rows))
+    return found, len(wanted), "kl" if is_logits else "mse"
+
+
+def _rows(output: Tensor, mask: Tensor | None) -> Tensor:
+    """Return an output's rows that are no padding, in fp32 (fp64 for fp64)."""
+    rows = output.reshape(-1, output.shape[-1])
+    rows = rows if mask is None else rows[mask.to(rows.device)]
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def kl_sum(reference: Tensor, other: Tensor) -> Tensor:
     """Return the sum over rows of KL(reference || other), of logits [rows, classes]."""
     p, q = log_softmax(reference, -1), log_softmax(other, -1)
     return (p.exp() * (p - q)).sum()
+
+
+def error_sum(reference: Tensor, other: Tensor) -> Tensor:
+    """Return the sum over rows [rows, columns] of their squared error, in units of the reference.
+
+    The same is measured in C++ (src/nn/calibrating.cpp), where nothing says what are logits.
+    """
+    scale = reference.square().mean().clamp_min(torch.finfo(reference.dtype).tiny)
+    return (other - reference).square().mean(-1).sum() / scale

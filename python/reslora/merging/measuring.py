@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import LayerErrors, MergePlan, layer_errors, merged_forward
+from .._C import LayerErrors, MergePlan, layer_errors, merged_forward, row_mask
 from ..injection.adapted import Injection, check_enabled, injection_of
 from ..nn.base_layers import base_weight
 from ..nn.layer import ResLoraLinear
 from ..progress import progress
-from .batches import as_batches, call, evaluating, main_output, masks_of, moved, row_mask
+from .batches import as_batches, call, evaluating, main_output, masks_of, moved
 from .planning import make_plan
 from .report import LayerReport, MergeReport
-from .stand_ins import Planned, plain_lora, standing_in
+from .stand_ins import Planned, planned_pair, standing_in
 
 
 def merge_report(
@@ -117,7 +117,7 @@ def measure(
             masks = masks_of(model, batch, "merge_report")
             with _comparing(planned, bases, by_layer, masks):
                 wanted, is_logits = _rows(call(model, batch), masks)
-            with standing_in(planned, _pair_stand_in):
+            with standing_in(planned, planned_pair):
                 ruled, _ = _rows(call(model, batch), masks)
             merged = ruled
             if has_weights:
@@ -139,14 +139,10 @@ def measure(
 def _rows(output: Any, masks: list[Tensor]) -> tuple[Tensor, bool]:
     """Return the main output as rows in fp32 (fp64 for fp64) without padding."""
     tensor, is_logits = main_output(output)
-    mask = row_mask(masks, tensor.shape[:-1]) if tensor.dim() > 2 else None
+    mask = row_mask(masks, tensor.shape[:-1])
     rows = tensor.reshape(-1, tensor.shape[-1])
     rows = rows if mask is None else rows[mask.to(rows.device)]
     return (rows if rows.dtype == torch.float64 else rows.float()), is_logits
-
-
-def _pair_stand_in(layer: ResLoraLinear, planned: Any) -> Callable[[Tensor], Tensor]:
-    return plain_lora(layer, planned.A, planned.B, 1.0, planned.bias)
 
 
 def _merged_stand_in(

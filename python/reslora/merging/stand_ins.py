@@ -28,6 +28,11 @@ def standing_in(
             layer.stand_in = None
 
 
+def planned_pair(layer: ResLoraLinear, planned: Any) -> Callable[[Tensor], Tensor]:
+    """Return the layer as its base beside the pair that a plan has for it."""
+    return plain_lora(layer, planned.A, planned.B, 1.0, planned.bias)
+
+
 def plain_lora(
     layer: ResLoraLinear, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""A and B of a layer: how they are made, and named in files."""
+"""A and B of a layer, before they are filled."""
 
 from __future__ import annotations
 
@@ -16,13 +16,3 @@ def empty_factors(base: nn.Module, inputs: int, outputs: int, r: int) -> tuple[T
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "device": like.device}
     return torch.empty(r, inputs, **options), torch.empty(outputs, r, **options)
-
-
-def factor_names(layer: str) -> tuple[str, str]:
-    """Return how files name A and B of a layer."""
-    return f"{layer}.reslora_A.weight", f"{layer}.reslora_B.weight"
-
-
-def is_factor(key: str) -> bool:
-    """Tell whether a tensor of an adapter's file is an A or B; others belong to heads."""
-    return key.endswith(factor_names(""))

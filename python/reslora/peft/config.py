@@ -12,10 +12,18 @@ from peft import PeftConfig, PeftType
 from torch import Tensor
 
 from .._build_info import VERSION
-from .._C import Stage, config_to_json, save_adapter, write_text
-from ..config import PEFT_TYPE
+from .._C import (
+    CONFIG_NAME,
+    PEFT_TYPE,
+    STATISTICS_NAME,
+    WEIGHTS_NAME,
+    Stage,
+    config_to_json,
+    save_adapter,
+    write_text,
+)
 from ..config import ResLoraConfig as CoreConfig
-from ..files.folders import CONFIG_NAME, STATISTICS_NAME, WEIGHTS_NAME, load_tensors_of
+from ..files.folders import load_tensors_of
 
 NAME = "reslora"
 CARD = (

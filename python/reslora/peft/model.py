@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
-from .._C import LayerShape, ranks_and_scalings
-from ..config import PEFT_TYPE, matches
+from .._C import PEFT_TYPE, LayerShape, ranks_and_scalings
+from ..config import matches
 from ..files.checkpoint import transposed_chains
 from ..injection.adapted import Injection
 from ..injection.chains import make_chains

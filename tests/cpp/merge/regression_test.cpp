@@ -370,8 +370,8 @@ TEST(FitCollector, TheMaskLeavesRowsOut) {
   Rows dirty = {rows.x.clone(), rows.v.clone()};
   dirty.x.masked_fill_(mask.view({-1, 1}).logical_not(), kNan);
   FitCollector collector({view});
-  collector.add(0, 1, dirty.x.view({2, 20, 6}), dirty.v.view({2, 20, 3}),
-                mask.to(at::kLong));  // as an attention mask comes
+  collector.begin_batch({at::Tensor(), mask.to(at::kLong)});  // as an attention mask comes
+  collector.add(0, 1, dirty.x.view({2, 20, 6}), dirty.v.view({2, 20, 3}));
   EXPECT_FALSE(collector.finish_pass());
   const Rows expected = {rows.x.index_select(0, kept), rows.v.index_select(0, kept)};
   const Fit& fit = collector.views()[0].layers[1].fit;
@@ -466,7 +466,8 @@ TEST(FitCollectorRefuses, ALayerWithoutRowsByItsName) {
   collector.add(0, 1, rows.x, rows.v);
   EXPECT_TRUE(refuses([&] { collector.finish_pass(); }, "got none for layer layer.2"));
   FitCollector masked({view_of(2)});
-  masked.add(0, 1, rows.x, rows.v, at::zeros({40}, at::kBool));
+  masked.begin_batch({at::zeros({40}, at::kBool)});
+  masked.add(0, 1, rows.x, rows.v);
   EXPECT_TRUE(refuses([&] { masked.finish_pass(); }, "got none for layer layer.1"));
 }
 
@@ -520,15 +521,14 @@ TEST(FitCollectorRefuses, APartnerThatStaysAway) {
 
 TEST(FitCollectorRefuses, ShapesThatDoNotFit) {
   FitCollector collector({view_of(2)});
-  const auto add = [&](const Tensor& x, const Tensor& v, std::optional<Tensor> mask = {}) {
-    return [=, &collector] { collector.add(0, 1, x, v, mask); };
+  const auto add = [&](const Tensor& x, const Tensor& v) {
+    return [=, &collector] { collector.add(0, 1, x, v); };
   };
   const Tensor x = random({4, 6}, 1);
   const Tensor v = random({4, 3}, 2);
   EXPECT_TRUE(refuses(add(random({4, 5}, 1), v), "x must be [..., 6]"));
   EXPECT_TRUE(refuses(add(x, random({4, 4}, 2)), "and [4, 4] (layer layer.1)"));
   EXPECT_TRUE(refuses(add(x, random({5, 3}, 2)), "the same rows"));
-  EXPECT_TRUE(refuses(add(x, v, at::ones({3}, at::kBool)), "got 3 for 4 (layer layer.1)"));
   FitOptions options;
   options.max_cov_bytes = -1;
   EXPECT_TRUE(refuses([&] { FitCollector({}, options); }, "max_cov_bytes must not be negative"));

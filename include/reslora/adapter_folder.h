@@ -1,0 +1,54 @@
+/// @file
+/// The folder of an adapter: what its files and their tensors are called, and reading it.
+///
+/// @code{.cpp}
+/// const reslora::AdapterFile adapter = reslora::load_adapter_folder("adapter");
+/// @endcode
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <reslora/adapter_io.h>
+#include <reslora/config.h>
+#include <reslora/export.h>
+#include <reslora/module_names.h>
+
+#include <map>
+#include <string>
+#include <string_view>
+
+namespace reslora {
+
+/// The options of the adapter, as in config_json.h.
+constexpr const char* kConfigName = "adapter_config.json";
+/// Its tensors, as in adapter_io.h.
+constexpr const char* kWeightsName = "adapter_model.safetensors";
+/// Its norms and fits, as in statistics_io.h; may be absent.
+constexpr const char* kStatisticsName = "adapter_statistics.safetensors";
+/// What every key begins with in the files of PEFT, and in ours.
+constexpr std::string_view kModelPrefix = "base_model.model.";
+
+/// Returns the key of a layer's A.
+RESLORA_API std::string key_of_a(const std::string& layer);
+/// Returns the key of a layer's B.
+RESLORA_API std::string key_of_b(const std::string& layer);
+/// True for the key of an A or B; everything else in an adapter's file is of a trained head.
+RESLORA_API bool is_factor(std::string_view key);
+
+/// Reads and checks a folder that `Adapters::save` or Python's save_pretrained wrote. The options
+/// of ResLoraConfig must be the same in both files; what else adapter_config.json says (the base's
+/// revision, which people change by hand) counts, so that `config_json` is its text. `match` reads
+/// the regular expressions. Throws c10::Error where a file is missing, c10::ValueError where files
+/// are damaged or do not agree.
+RESLORA_API AdapterFile load_adapter_folder(const std::string& folder,
+                                            const ExpressionMatch& match = matches_ecma_script);
+
+/// Throws c10::ValueError where options that change what given A and B compute differ between a
+/// model and the file that it loads; see `formula_difference`.
+RESLORA_API void check_formula(const ResLoraConfig& model, const ResLoraConfig& file);
+
+/// Throws c10::ValueError unless a file holds exactly the tensors that a model loads, in the same
+/// shapes; both by key.
+RESLORA_API void check_tensors(const std::map<std::string, at::Tensor>& model,
+                               const std::map<std::string, at::Tensor>& file);
+
+}  // namespace reslora

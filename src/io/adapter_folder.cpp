@@ -1,0 +1,79 @@
+// Names and keys of an adapter's files, and reading a folder whose files must belong together.
+#include <reslora/adapter_folder.h>
+#include <reslora/config_json.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "core/check.h"
+#include "io/factor_names.h"
+#include "io/folders.h"
+
+namespace reslora {
+namespace {
+
+constexpr size_t kNamed = 3;  // keys in a sentence
+
+/// The keys of `a` that are not in `b`.
+std::vector<std::string> keys_without(const std::map<std::string, at::Tensor>& a,
+                                      const std::map<std::string, at::Tensor>& b) {
+  std::vector<std::string> keys;
+  for (const auto& item : a)
+    if (b.count(item.first) == 0) keys.push_back(item.first);
+  return keys;
+}
+
+std::string counted(const std::vector<std::string>& keys) {
+  const auto end = keys.begin() + static_cast<int64_t>(std::min(keys.size(), kNamed));
+  return fmt::format("{} ({})", keys.size(),
+                     fmt::join(std::vector<std::string>(keys.begin(), end), ", "));
+}
+
+}  // namespace
+
+std::string key_of_a(const std::string& layer) { return layer + std::string(detail::kSuffixA); }
+
+std::string key_of_b(const std::string& layer) { return layer + std::string(detail::kSuffixB); }
+
+bool is_factor(std::string_view key) {
+  return detail::ends_with(key, detail::kSuffixA) || detail::ends_with(key, detail::kSuffixB);
+}
+
+AdapterFile load_adapter_folder(const std::string& folder, const ExpressionMatch& match) {
+  const std::string config_path = folder + "/" + kConfigName, path = folder + "/" + kWeightsName;
+  for (const char* name : {kConfigName, kWeightsName})
+    TORCH_CHECK(detail::is_file(folder + "/" + name),
+                fmt::format("[load] an adapter's folder must hold {}; got {}", name, folder));
+  AdapterFile adapter = load_adapter(path);
+  ResLoraConfig config = config_from_json(adapter.config_json, path, match);
+  const ResLoraConfig beside = config_from_json(detail::file_text(config_path), config_path, match);
+  config.other_options() = beside.other_options();
+  if (const std::string name = first_difference(config, beside); !name.empty())
+    RESLORA_CHECK(false, "[load] {} and {} must agree on {}; got {} and {} in {}", kConfigName,
+                  kWeightsName, name, option_json(beside, name), option_json(config, name), folder);
+  adapter.config_json = config_to_json(beside);
+  return adapter;
+}
+
+void check_formula(const ResLoraConfig& model, const ResLoraConfig& file) {
+  const std::string name = formula_difference(model, file);
+  if (name.empty()) return;
+  RESLORA_CHECK(false, "[load] model and file must agree on {}; got {} and {}", name,
+                option_json(model, name), option_json(file, name));
+}
+
+void check_tensors(const std::map<std::string, at::Tensor>& model,
+                   const std::map<std::string, at::Tensor>& file) {
+  const std::vector<std::string> missing = keys_without(model, file);
+  const std::vector<std::string> unexpected = keys_without(file, model);
+  RESLORA_CHECK(missing.empty() && unexpected.empty(),
+                "[load] keys must fit the model; got {} missing and {} unexpected{}",
+                counted(missing), counted(unexpected),
+                missing.empty() ? " (PeftModel.from_pretrained reads what PEFT has added)" : "");
+  for (const auto& [key, tensor] : model)
+    RESLORA_CHECK(file.at(key).sizes() == tensor.sizes(),
+                  "[load] shapes must fit the model; got [{}] for {}, which is [{}]",
+                  fmt::join(file.at(key).sizes(), ", "), key, fmt::join(tensor.sizes(), ", "));
+}
+
+}  // namespace reslora
