@@ -8,6 +8,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <reslora/adapter_io.h>
+#include <reslora/config.h>
 #include <reslora/export.h>
 #include <reslora/module_names.h>
 
@@ -40,6 +41,10 @@ RESLORA_API bool is_factor(std::string_view key);
 /// are damaged or do not agree.
 RESLORA_API AdapterFile load_adapter_folder(const std::string& folder,
                                             const ExpressionMatch& match = matches_ecma_script);
+
+/// Throws c10::ValueError where options that change what given A and B compute differ between a
+/// model and the file that it loads; see `formula_difference`.
+RESLORA_API void check_formula(const ResLoraConfig& model, const ResLoraConfig& file);
 
 /// Throws c10::ValueError unless a file holds exactly the tensors that a model loads, in the same
 /// shapes; both by key.

@@ -75,6 +75,11 @@ RESLORA_API MovedTaps choose_moves(const std::vector<ChainView>& chains,
 /// True where the taps of a chain were moved: one of its fits has more rows than the layer's A.
 RESLORA_API bool has_moved_taps(const ChainView& chain);
 
+/// Throws c10::ValueError where fits are of another adapter than `adapter_sum` (`tensors_sum` of A
+/// and B) says; `op` begins the sentence, and `way_out` ends it, after "calibrate again, or".
+RESLORA_API void check_current(const std::string& fits_sum, const std::string& adapter_sum,
+                               const std::string& op, const std::string& way_out);
+
 /// A warning where layers were fitted on fewer rows than they have features, else "".
 RESLORA_API std::string few_rows_warning(const std::vector<ChainView>& chains);
 

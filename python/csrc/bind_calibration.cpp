@@ -82,6 +82,8 @@ void bind_moves(py::module_& m) {
   m.def(
       "measured_batches", [] { return kMeasuredBatches; },
       "Return on how many batches moved taps are tried.");
+  m.def("check_current", &check_current, py::arg("fits_sum"), py::arg("adapter_sum"), py::arg("op"),
+        py::arg("way_out"), "Raise ValueError for fits of another adapter.");
   m.def("few_rows_warning", &few_rows_warning, py::arg("chains"),
         "Return a warning where layers saw fewer rows than they have features, else nothing.");
 }

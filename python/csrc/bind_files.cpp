@@ -106,6 +106,14 @@ void bind_folder(py::module_& m) {
         return with_warnings([&] { return adapter_in(folder, match); });
       },
       py::arg("folder"), py::arg("match"), "Read and check an adapter's folder.");
+  m.def(
+      "check_formula",
+      [](const std::string& model, const std::string& file) {
+        const auto no_match = [](const std::string&, const std::string&) { return false; };
+        check_formula(config_from(model, no_match), config_from(file, no_match));
+      },
+      py::arg("model"), py::arg("file"),
+      "Raise ValueError where options differ that change what A and B compute.");
   m.def("check_tensors", &check_tensors, py::arg("model"), py::arg("file"),
         "Raise ValueError unless a file holds the tensors that a model loads.");
 }

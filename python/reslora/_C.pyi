@@ -397,6 +397,9 @@ def has_moved_taps(chain: ChainView) -> bool:
 def measured_batches() -> int:
     """Return on how many batches moved taps are tried."""
 
+def check_current(fits_sum: str, adapter_sum: str, op: str, way_out: str) -> None:
+    """Raise ValueError where fits are of another adapter; `op` and `way_out` frame the sentence."""
+
 def few_rows_warning(chains: Sequence[ChainView]) -> str:
     """Return a warning where layers saw fewer rows than they have features, else ""."""
 
@@ -590,6 +593,9 @@ def is_factor(key: str) -> bool:
 
 def load_adapter_folder(folder: str | os.PathLike[str], match: ExpressionMatch) -> AdapterFile:
     """Read and check an adapter's folder, whose files must agree; FileNotFoundError without one."""
+
+def check_formula(model: str, file: str) -> None:
+    """Raise ValueError where options (JSON) differ that change what given A and B compute."""
 
 def check_tensors(model: dict[str, Tensor], file: dict[str, Tensor]) -> None:
     """Raise ValueError unless a file holds exactly the tensors that a model loads."""

@@ -55,6 +55,13 @@ AdapterFile load_adapter_folder(const std::string& folder, const ExpressionMatch
   return adapter;
 }
 
+void check_formula(const ResLoraConfig& model, const ResLoraConfig& file) {
+  const std::string name = formula_difference(model, file);
+  if (name.empty()) return;
+  RESLORA_CHECK(false, "[load] model and file must agree on {}; got {} and {}", name,
+                option_json(model, name), option_json(file, name));
+}
+
 void check_tensors(const std::map<std::string, at::Tensor>& model,
                    const std::map<std::string, at::Tensor>& file) {
   const std::vector<std::string> missing = keys_without(model, file);

@@ -103,6 +103,14 @@ bool has_moved_taps(const ChainView& view) {
   return false;
 }
 
+void check_current(const std::string& fits_sum, const std::string& adapter_sum,
+                   const std::string& op, const std::string& way_out) {
+  RESLORA_CHECK(fits_sum == adapter_sum,
+                "[{}] fits must be of the adapter as it is; got fits made before it changed: "
+                "calibrate again, or {}",
+                op, way_out);
+}
+
 std::string few_rows_warning(const std::vector<ChainView>& chains) {
   int64_t count = 0;
   std::string first;

@@ -2,6 +2,7 @@
 #include <reslora/adapter_folder.h>
 #include <reslora/adapter_io.h>
 #include <reslora/adapters.h>
+#include <reslora/calibration.h>
 #include <reslora/config_json.h>
 #include <reslora/plain_lora.h>
 #include <reslora/stage.h>
@@ -44,13 +45,6 @@ std::vector<ChainRecord> records_of(const Adapters::State& state) {
   for (size_t i = 0; i < state.chains.size(); ++i)
     records.push_back(record_of(state.names[i], state.chains[i].chain()));
   return records;
-}
-
-void check_options(const ResLoraConfig& own, const ResLoraConfig& stored) {
-  const std::string name = formula_difference(own, stored);
-  if (name.empty()) return;
-  RESLORA_CHECK(false, "[load] model and file must agree on {}; got {} and {}", name,
-                option_json(own, name), option_json(stored, name));
 }
 
 /// What the file holds: the factors, and the heads.
@@ -100,9 +94,8 @@ void Adapters::save(const std::string& folder, bool statistics) const {
   const std::string sum = has_statistics ? detail::adapter_sum(*state_) : "";
   const bool has_fits = std::any_of(known.begin(), known.end(),
                                     [](const auto& item) { return item.second.fit.A.defined(); });
-  RESLORA_CHECK(!has_statistics || !has_fits || state_->fits_sum == sum,
-                "[save] statistics must be of the adapter as it is; got fits made before it "
-                "changed: calibrate again, or save without statistics");
+  if (has_statistics && has_fits)
+    check_current(state_->fits_sum, sum, "save", "save without statistics");
   file.tensors = detail::factors_of(*state_);
   for (const auto& [name, tensor] : state_->heads) file.tensors.emplace(name, tensor.detach());
   Stage stage(folder);
@@ -116,7 +109,7 @@ void Adapters::save(const std::string& folder, bool statistics) const {
 void Adapters::load(const std::string& folder) const {
   RESLORA_CHECK(!is_merged(), "[load] the adapters must not be merged; got merged ones (unmerge)");
   const detail::SavedAdapter saved = detail::read_folder(folder);
-  detail::check_options(state_->config, saved.config);
+  check_formula(state_->config, saved.config);
   check_chains(detail::records_of(*state_), saved.file.chains);
   check_tensors(detail::tensors_of(*state_), saved.file.tensors);
   detail::copy_into(*state_, saved);

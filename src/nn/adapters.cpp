@@ -1,6 +1,7 @@
 // The handle: passes, links, merging. Files are in adapter_files.cpp, fits in calibrating.cpp.
 #include <reslora/adapter_io.h>
 #include <reslora/adapters.h>
+#include <reslora/calibration.h>
 
 #include <ostream>
 #include <utility>
@@ -99,9 +100,9 @@ MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const
   RESLORA_CHECK(!is_merged(), "[merge] adapters must not be merged yet; got merged ones (unmerge)");
   const std::string& method = merge_method.empty() ? state_->config.merge_method() : merge_method;
   const bool is_read = !state_->fits.empty() && (method.empty() || method == "lsq");
-  RESLORA_CHECK(!is_read || state_->fits_sum == detail::adapter_sum(*state_),
-                "[merge] fits must be of the adapter as it is; got fits made before it changed: "
-                "calibrate again, or name another merge_method");
+  if (is_read)
+    check_current(state_->fits_sum, detail::adapter_sum(*state_), "merge",
+                  "name another merge_method");
   MergePlan plan(views(), method, use_affine);
   if (plan.fell_back_to_weight()) {
     TORCH_WARN(

@@ -25,8 +25,8 @@ from .._C import (
     AdapterFile,
     Stage,
     check_chains,
+    check_formula,
     check_tensors,
-    formula_difference,
     is_or_ends_with,
     load_adapter_folder,
     save_adapter,
@@ -158,11 +158,7 @@ def _copy_adapter(
     """Check everything, then copy the values."""
     if injection.applied is not None:
         raise ValueError("[load] the model must not be merged; got a merged one (unmerge it first)")
-    if name := formula_difference(injection.config.core(), config.core()):
-        raise ValueError(
-            f"[load] model and file must agree on {name}; got {getattr(injection.config, name)!r} "
-            f"and {getattr(config, name)!r}"
-        )
+    check_formula(injection.config.core(), config.core())
     check_chains(injection.chain_records, adapter.chains)
     own_tensors = _own_tensors(model, injection)
     check_tensors(own_tensors, adapter.tensors)

@@ -11,6 +11,7 @@ from .._C import (
     Fit,
     FitSums,
     LayerStatistics,
+    check_current,
     is_factor,
     load_statistics,
     save_statistics,
@@ -50,11 +51,9 @@ def read_norms(injection: Injection, folder: Path) -> None:
 def statistics_of(injection: Injection, covariances: bool) -> Statistics:
     """Return what a later merge needs; `covariances`: also what fits were solved from."""
     calibrated = injection.calibrated
-    if calibrated is not None and calibrated.adapter_sum != adapter_sum(injection):
-        raise ValueError(
-            "[save] statistics must be of the adapter as it is; got fits made before it changed: "
-            "calibrate again, or save without statistics"
-        )
+    if calibrated is not None:
+        way_out = "save without statistics"
+        check_current(calibrated.adapter_sum, adapter_sum(injection), "save", way_out)
     if covariances and (calibrated is None or not calibrated.sums):
         raise ValueError(
             "[save] statistics='covariances' needs kept covariances; got none: "

@@ -10,7 +10,7 @@ import warnings
 
 from torch import Tensor
 
-from .._C import ChainView, LayerView, MergePlan, check_merge_method
+from .._C import ChainView, LayerView, MergePlan, check_current, check_merge_method
 from ..injection.adapted import Calibrated, Injection, adapter_sum
 from ..nn.base_layers import base_weight
 from ..nn.layer import LayerChain, ResLoraLinear
@@ -30,11 +30,9 @@ def chain_views(
         ValueError: where fits are at hand that were made for other adapter values.
     """
     calibrated = injection.calibrated if fits else None
-    if calibrated is not None and calibrated.adapter_sum != adapter_sum(injection):
-        raise ValueError(
-            "[merge] fits must be of the adapter as it is; got fits made before it changed: "
-            "calibrate again (or pass data=), or clear them with calibrate(model, [])"
-        )
+    if calibrated is not None:
+        way_out = "pass data=, or clear them with calibrate(model, [])"
+        check_current(calibrated.adapter_sum, adapter_sum(injection), "merge", way_out)
     return views_with(injection, calibrated, weights)
 
 

@@ -203,7 +203,7 @@ def test_a_revision_changed_by_hand_is_taken(tmp_path):
         (lambda: tiny_llama(), "matches nothing"),
         (lambda: adapted(r=3), "r 3"),
         (lambda: adapted(lora_alpha=5), "scaling 2.5"),
-        (lambda: adapted(res_mode="ms"), "must agree on res_mode; got 'ms' and 'is'"),
+        (lambda: adapted(res_mode="ms"), 'must agree on res_mode; got "ms" and "is"'),
         (lambda: adapted(first_block="plain"), "must agree on first_block"),
     ],
 )

@@ -49,8 +49,12 @@ def differences(where: str, body: list[ast.stmt], holder: object) -> list[str]:
     """Return what a module or class of the stub says otherwise than the compiled one."""
     found = []
     nodes = {n.name: n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    values = {
+        n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    }
     compiled = public(list(vars(holder)))
-    found += [f"{where}{name} is not in the stub" for name in compiled - set(nodes)]
+    found += [f"{where}{name} is not in the stub" for name in compiled - set(nodes) - values]
+    found += [f"{where}{name} is in the stub alone" for name in values - compiled]
     found += [f"{where}{name} is in the stub alone" for name in public(list(nodes)) - compiled]
     for name, node in nodes.items():
         value = getattr(holder, name, None)
