@@ -83,7 +83,8 @@ void validate_names(const ResLoraConfig& config, const ExpressionMatch& match) {
       config.layers_pattern().empty() || !config.layers_to_transform().empty(),
       "[config] layers_pattern says which number layers_to_transform means; got it alone");
   RESLORA_CHECK(
-      config.layers_to_transform().empty() || targets.is_list() || targets.is_all_linear(),
+      config.layers_to_transform().empty() || !targets.is_given() || targets.is_list() ||
+          targets.is_all_linear(),
       "[config] layers_to_transform needs a list of target_modules or 'all-linear'; got the "
       "regular expression '{}' (write the indices into it)",
       targets.expression());

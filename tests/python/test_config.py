@@ -157,6 +157,7 @@ def test_bad_files_are_refused(tmp_path, text, sentence):
 def test_sets_and_tuples_of_names_become_lists():
     assert ResLoraConfig(target_modules=("v", "q")).target_modules == ["v", "q"]
     assert ResLoraConfig(target_modules={"v", "q"}).target_modules == ["q", "v"]
+    assert ResLoraConfig(layers_pattern="h", layers_to_transform=1).layers_pattern == ["h"]
     assert ResLoraConfig(modules_to_save="head").modules_to_save == ["head"]
 
 

@@ -21,6 +21,13 @@ TEST(Config, BoundsThatAreAllowed) {
   EXPECT_NO_THROW(validate(ResLoraConfig().lora_dropout(0.999).first_block("plain")));
 }
 
+TEST(Config, IndicesGoWithDefaultTargets) {
+  EXPECT_NO_THROW(validate(ResLoraConfig().layers_to_transform({0, 2}).layers_pattern({"h"})));
+  EXPECT_TRUE(
+      refuses([] { validate(ResLoraConfig().layers_to_transform({0}).target_modules(".*q")); },
+              "layers_to_transform needs a list of target_modules or 'all-linear'"));
+}
+
 TEST(Config, EveryShortcutHasAName) {
   for (const char* name : {"none", "is", "bs", "ms"}) {
     EXPECT_EQ(shortcut_name(parse_shortcut(name)), name);
