@@ -387,7 +387,8 @@ TEST(MergeRefuses, RulesThatCannotServe) {
   const auto plan = [](const ChainView& view, const std::string& method) {
     return [=] { MergePlan({view}, method); };
   };
-  EXPECT_TRUE(refuses(plan(view_of(blocks, "is", 1), "best"), "or 'factored'; got 'best'"));
+  EXPECT_TRUE(refuses(plan(view_of(blocks, "is", 1), "best"),
+                      "or 'factored', or not given (the best for what is at hand); got 'best'"));
   EXPECT_TRUE(
       refuses(plan(view_of(blocks, "ms", 1), "exact"),
               "got a linked 'ms' layer (layer.1): use merge_method 'lsq', 'input' or 'weight'"));
