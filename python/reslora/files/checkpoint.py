@@ -160,12 +160,12 @@ def _copy_adapter(
         raise ValueError("[load] the model must not be merged; got a merged one (unmerge it first)")
     check_formula(injection.config.core(), config.core())
     check_chains(injection.chain_records, adapter.chains)
-    own_tensors = _own_tensors(model, injection)
-    check_tensors(own_tensors, adapter.tensors)
+    own_tensors, stored = _own_tensors(model, injection), adapter.tensors  # a new dict each time
+    check_tensors(own_tensors, stored)
     _check_writable(own_tensors)
     with torch.no_grad():
         for key, tensor in own_tensors.items():
-            tensor.copy_(adapter.tensors[key])
+            tensor.copy_(stored[key])
 
 
 def _check_writable(own: dict[str, Tensor]) -> None:
