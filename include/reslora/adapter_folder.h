@@ -35,10 +35,10 @@ RESLORA_API std::string key_of_b(const std::string& layer);
 RESLORA_API bool is_factor(std::string_view key);
 
 /// Reads and checks a folder that `Adapters::save` or Python's save_pretrained wrote. The options
-/// of ResLoraConfig must be the same in both files; what else adapter_config.json says (the base's
-/// revision, which people change by hand) counts, so that `config_json` is its text. `match` reads
-/// the regular expressions. Throws c10::Error where a file is missing, c10::ValueError where files
-/// are damaged or do not agree.
+/// of ResLoraConfig must be the same in both files. `config_json` is what the weights' file says,
+/// but for the base's `revision`: people change it in adapter_config.json by hand, and it changes
+/// nothing that the adapter computes. `match` reads the regular expressions. Throws c10::Error
+/// where a file is missing, c10::ValueError where files are damaged or do not agree.
 RESLORA_API AdapterFile load_adapter_folder(const std::string& folder,
                                             const ExpressionMatch& match = matches_ecma_script);
 

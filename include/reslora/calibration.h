@@ -42,6 +42,11 @@ RESLORA_API std::vector<at::Tensor> padding_masks(const std::vector<at::Tensor>&
 RESLORA_API std::optional<at::Tensor> row_mask(const std::vector<at::Tensor>& masks,
                                                at::IntArrayRef leading);
 
+/// How far rows [rows, columns] are from those of a reference: the squared error of each row,
+/// averaged over its columns, in units of the mean square of the reference, summed over rows.
+/// Differentiable by autograd.
+RESLORA_API at::Tensor error_sum(const at::Tensor& reference, const at::Tensor& other);
+
 /// On how many batches, the first ones, moved taps are tried.
 constexpr int64_t kMeasuredBatches = 2;
 

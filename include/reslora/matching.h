@@ -63,6 +63,10 @@ RESLORA_API std::vector<ChainRecord> find_chains(
     const std::vector<ModuleInfo>& modules, const std::vector<std::string>& layers,
     const ResLoraConfig& config, const ExpressionMatch& match = matches_ecma_script);
 
+/// Returns the rank that a config gives the layer of a path. Throws as `match` does.
+RESLORA_API int64_t rank_of(const ResLoraConfig& config, const std::string& path,
+                            const ExpressionMatch& match = matches_ecma_script);
+
 /// The rank and the scaling of a layer.
 struct RankAndScaling {
   int64_t r = 0;       ///< of rank_pattern, else the config's

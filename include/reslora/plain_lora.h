@@ -50,6 +50,10 @@ struct PlainLora {
   std::string revision = {};                      ///< of a base of the Hub; empty: null
 };
 
+/// Returns a warning where pairs that were reduced to `rank` lost more than `tolerance` (relative
+/// errors of B A, the largest of which is `worst`), else "".
+RESLORA_API std::string rank_warning(int64_t rank, double tolerance, double worst);
+
 /// Writes adapter_config.json and adapter_model.safetensors in PEFT's format: every pair padded to
 /// the largest rank R, with lora_alpha = r = R. Returns R. Throws c10::ValueError for no layers and
 /// for a folder that holds an unmerged adapter, which would be lost; c10::Error where the system

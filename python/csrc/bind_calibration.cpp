@@ -50,13 +50,14 @@ void bind_collector(py::module_& m) {
 
 void bind_padding(py::module_& m) {
   m.def("padding_masks", &padding_masks, py::arg("masks"), py::arg("op"), NoGil(),
-        "Check the padding masks of a batch and return them as bool.");
+        "Check the padding masks of a batch (1: a token, 0: padding) and return them as bool.");
   m.def(
       "row_mask",
       [](const std::vector<Tensor>& masks, const std::vector<int64_t>& leading) {
         return row_mask(masks, leading);
       },
-      py::arg("masks"), py::arg("leading"), "Return the mask of rows, flat, None without one.");
+      py::arg("masks"), py::arg("leading"),
+      "Return the mask that belongs to rows with these leading sizes, flat; None without one.");
 }
 
 void bind_moves(py::module_& m) {
@@ -75,6 +76,8 @@ void bind_moves(py::module_& m) {
         }
         return all;
       });
+  m.def("error_sum", &error_sum, py::arg("reference"), py::arg("other"), NoGil(),
+        "Return the relative squared error of rows [rows, columns], summed over them.");
   m.def("choose_moves", &choose_moves, py::arg("chains"), py::arg("measure"), NoGil(),
         "Move the taps of those chains whose moved form is nearer to the adapted model.");
   m.def("has_moved_taps", &has_moved_taps, py::arg("chain"),
@@ -82,10 +85,12 @@ void bind_moves(py::module_& m) {
   m.def(
       "measured_batches", [] { return kMeasuredBatches; },
       "Return on how many batches moved taps are tried.");
-  m.def("check_current", &check_current, py::arg("fits_sum"), py::arg("adapter_sum"), py::arg("op"),
-        py::arg("way_out"), "Raise ValueError for fits of another adapter.");
+  m.def(
+      "check_current", &check_current, py::arg("fits_sum"), py::arg("adapter_sum"), py::arg("op"),
+      py::arg("way_out"),
+      "Raise ValueError where fits are of another adapter; `op` and `way_out` frame the sentence.");
   m.def("few_rows_warning", &few_rows_warning, py::arg("chains"),
-        "Return a warning where layers saw fewer rows than they have features, else nothing.");
+        "Return a warning where layers saw fewer rows than they have features, else \"\".");
 }
 
 }  // namespace

@@ -14,10 +14,8 @@ std::vector<LayerShape> layers_of(const Chain& chain) {
   return layers;
 }
 
-/// A chain reads no regular expression: which layers it holds was decided before.
 Chain make_chain(const std::string& config, const std::vector<LayerShape>& layers) {
-  const auto no_match = [](const std::string&, const std::string&) { return false; };
-  return Chain(config_from(config, no_match), layers);
+  return Chain(checked_config(config), layers);
 }
 
 py::tuple shape_state(const LayerShape& shape) {
@@ -79,14 +77,16 @@ void bind_norms(py::module_& m) {
   m.def(
       "window_in_order",
       [](const Tensor& norms, const Tensor& count) { return NormWindow(norms, count).in_order(); },
-      py::arg("norms"), py::arg("count"), "Return a window's valid entries, oldest first.");
+      py::arg("norms"), py::arg("count"),
+      "Return a norm window's valid entries [2, filled], oldest first, on the CPU.");
   m.def("set_to_mean_of_ranks", &set_to_mean_of_ranks, py::arg("norms"), py::arg("squares"),
-        py::arg("ranks"), "Set a window to that of all ranks, from the sum of their squares.");
+        py::arg("ranks"),
+        "Set a window [2, N] to that of all ranks, from the sum over ranks of the squared norms.");
 }
 
 void bind_shape(py::module_& m) {
   m.def("fill_factors", &fill_factors, py::arg("A"), py::arg("B"), py::arg("how"), NoGil(),
-        "Fill A and B in place as init_lora_weights says.");
+        "Fill A [r, in] and B [out, r] in place as init_lora_weights says.");
   py::class_<LayerShape>(m, "LayerShape", "What a chain needs to know of one layer.")
       .def(py::init([](std::string name, int64_t in_features, int64_t out_features, int64_t r,
                        double scaling) {
@@ -99,7 +99,9 @@ void bind_shape(py::module_& m) {
       .def_readonly("out_features", &LayerShape::out_features)
       .def_readonly("r", &LayerShape::r)
       .def_readonly("scaling", &LayerShape::scaling)
-      .def("__eq__", [](const LayerShape& a, const LayerShape& b) { return a == b; })
+      .def(
+          "__eq__", [](const LayerShape& a, const LayerShape& b) { return a == b; },
+          py::is_operator())
       .def("__repr__", &shown)
       .def(py::pickle(&shape_state, &shape_from));
 }
@@ -126,7 +128,7 @@ void bind_chain(py::module_& m) {
         check_chains(records_from(model), records_from(file));
       },
       py::arg("model"), py::arg("file"),
-      "Raise ValueError unless a model's chains are those of a file.");
+      "Raise ValueError, naming the first difference, unless the chains are the same.");
   py::class_<Wiring>(m, "Wiring", "What one layer reads and hands on.")
       .def_readonly("a", &Wiring::a)
       .def_readonly("b", &Wiring::b)

@@ -26,7 +26,7 @@ void bind_tensors(py::module_& m) {
         TensorFile file = load_tensors(path.string());
         return std::pair(std::move(file.tensors), std::move(file.metadata));
       },
-      py::arg("path"), NoGil(), "Read a safetensors file.");
+      py::arg("path"), NoGil(), "Read the tensors and the metadata of a safetensors file.");
   m.def(
       "save_tensors",
       [](const Path& path, const Tensors& tensors, const Metadata& metadata) {
@@ -99,7 +99,8 @@ void bind_folder(py::module_& m) {
       "factor_names",
       [](const std::string& layer) { return std::pair(key_of_a(layer), key_of_b(layer)); },
       py::arg("layer"), "Return how files name A and B of a layer.");
-  m.def("is_factor", &is_factor, py::arg("key"), "Tell whether a tensor of a file is an A or B.");
+  m.def("is_factor", &is_factor, py::arg("key"),
+        "Tell whether a tensor of an adapter's file is an A or B; others belong to heads.");
   m.def(
       "load_adapter_folder",
       [](const Path& folder, const ExpressionMatch& match) {
@@ -109,13 +110,12 @@ void bind_folder(py::module_& m) {
   m.def(
       "check_formula",
       [](const std::string& model, const std::string& file) {
-        const auto no_match = [](const std::string&, const std::string&) { return false; };
-        check_formula(config_from(model, no_match), config_from(file, no_match));
+        check_formula(checked_config(model), checked_config(file));
       },
       py::arg("model"), py::arg("file"),
-      "Raise ValueError where options differ that change what A and B compute.");
+      "Raise ValueError where options (JSON) differ that change what given A and B compute.");
   m.def("check_tensors", &check_tensors, py::arg("model"), py::arg("file"),
-        "Raise ValueError unless a file holds the tensors that a model loads.");
+        "Raise ValueError unless a file holds exactly the tensors that a model loads.");
 }
 
 void bind_stage(py::module_& m) {
@@ -159,9 +159,9 @@ void bind_stage(py::module_& m) {
 
 void bind_files(py::module_& m) {
   bind_tensors(m);
-  bind_folder(m);
   bind_stage(m);
   bind_adapter(m);
+  bind_folder(m);
 }
 
 }  // namespace reslora::python

@@ -9,7 +9,8 @@ namespace {
 using formulas::Block;
 
 void bind_block(py::module_& m) {
-  py::class_<Block>(m, "Block", "One adapted layer of a chain, in the paper's symbols.")
+  py::class_<Block>(m, "Block",
+                    "One adapted layer of a chain: W [out, in], bias [out], A [r, in], B [out, r].")
       .def(py::init([](const Tensor& W, const MaybeTensor& bias, const Tensor& A, const Tensor& B,
                        double scaling) {
              return Block{W, or_undefined(bias), A, B, scaling};

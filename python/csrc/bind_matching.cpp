@@ -18,7 +18,7 @@ std::vector<NamedChain> chains_from(const std::vector<ModuleInfo>& modules,
 std::vector<std::pair<int64_t, double>> ranks_and_scalings(const std::string& config,
                                                            const std::vector<std::string>& paths,
                                                            const ExpressionMatch& match) {
-  const ResLoraConfig options = config_from(config, match);
+  const ResLoraConfig options = checked_config(config);
   std::vector<std::pair<int64_t, double>> found;
   for (const std::string& path : paths) {
     const RankAndScaling own = rank_and_scaling(options, path, match);
@@ -62,13 +62,22 @@ void bind_matching(py::module_& m) {
       py::arg("modules"), py::arg("config"), py::arg("match"),
       "Return the layers that a config (JSON) means.");
   m.def("find_chains", &chains_from, py::arg("modules"), py::arg("layers"), py::arg("config"),
-        py::arg("match"), "Return (key, layers) of every chain.");
+        py::arg("match"), "Return the key and the layers of every chain that `layers` form.");
+  m.def(
+      "rank_of",
+      [](const std::string& config, const std::string& path, const ExpressionMatch& match) {
+        return rank_of(checked_config(config), path, match);
+      },
+      py::arg("config"), py::arg("path"), py::arg("match"),
+      "Return the rank that a config (JSON) gives the layer of a path.");
   m.def("ranks_and_scalings", &ranks_and_scalings, py::arg("config"), py::arg("paths"),
-        py::arg("match"), "Return (r, scaling) of every path.");
-  m.def("warning_without_links", &warning_without_links, py::arg("chains"),
-        "Return the warning where no two layers are linked, else nothing.");
+        py::arg("match"),
+        "Return (r, scaling) that a config (JSON) gives the layer of every path.");
+  m.def(
+      "warning_without_links", &warning_without_links, py::arg("chains"),
+      "Return the warning where a shortcut is asked for and no two layers are linked, else \"\".");
   m.def("is_or_ends_with", &is_or_ends_with, py::arg("path"), py::arg("name"),
-        "Tell whether a path is a name or ends with it after a dot.");
+        "Tell whether a path is `name` or ends with \".\" and `name`.");
 }
 
 }  // namespace reslora::python

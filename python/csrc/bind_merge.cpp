@@ -37,7 +37,8 @@ void bind_statistics(py::module_& m) {
       [](const std::filesystem::path& path, const std::string& adapter_sum) {
         return load_statistics(path.string(), adapter_sum);
       },
-      py::arg("path"), py::arg("adapter_sum"), NoGil(), "Read statistics of an adapter.");
+      py::arg("path"), py::arg("adapter_sum"), NoGil(),
+      "Read statistics; those of another adapter are refused.");
 }
 
 void bind_plan(py::module_& m) {
@@ -51,8 +52,9 @@ void bind_plan(py::module_& m) {
       .def_readonly("residual", &LayerMerge::residual)
       .def(
           "delta", [](const LayerMerge& l) { return at::matmul(l.B, l.A); }, NoGil(),
-          "W* - W [out, in].")
-      .def("singular_values", &singular_values, NoGil(), "The singular values of W* - W.");
+          "Return W* - W [out, in].")
+      .def("singular_values", &singular_values, NoGil(),
+           "Return the singular values of W* - W, largest first, fp64 [R] on the CPU.");
   py::class_<MergePlan>(m, "MergePlan", "Plan, apply and revert a merge.")
       .def(py::init([](const std::vector<ChainView>& chains, const std::string& merge_method,
                        bool use_affine) { return MergePlan(chains, merge_method, use_affine); }),
@@ -77,7 +79,9 @@ void bind_plan(py::module_& m) {
 }
 
 void bind_errors(py::module_& m) {
-  py::class_<LayerErrors>(m, "LayerErrors", "Squared norms, to be added up over calls.")
+  py::class_<LayerErrors>(
+      m, "LayerErrors",
+      "Squared norms of one call: of the method's error, of rounding, of both, of y.")
       .def(py::init([](double method, double rounding, double both, double whole) {
              return LayerErrors{method, rounding, both, whole};
            }),
@@ -122,8 +126,10 @@ void bind_pairs(py::module_& m) {
       py::arg("modules_to_save"), py::arg("fan_in_fan_out"), py::arg("base_model_name_or_path"),
       py::arg("task_type"), py::arg("revision"), NoGil(),
       "Write a plain LoRA in PEFT's format, padded to the largest rank, which is returned.");
+  m.def("rank_warning", &rank_warning, py::arg("rank"), py::arg("tolerance"), py::arg("worst"),
+        "Return a warning where reduced pairs lost more than a tolerance, else \"\".");
   m.def("padded_factors", &padded_factors, py::arg("layer"), py::arg("R"),
-        "Pad a planned pair with zeros to rank R.");
+        "Pad a planned pair with zeros to A [R, in], B [out, R].");
   m.def(
       "reduced_factors",
       [](const LayerMerge& layer, int64_t max_rank, double tolerance) {
@@ -131,7 +137,7 @@ void bind_pairs(py::module_& m) {
         return std::pair(std::move(reduced.layer), reduced.error);
       },
       py::arg("layer"), py::arg("max_rank"), py::arg("tolerance"), NoGil(),
-      "Reduce a planned pair to the smallest rank within a tolerance; also return the error.");
+      "Reduce a pair to the smallest rank within a tolerance; also return the relative error.");
 }
 
 }  // namespace

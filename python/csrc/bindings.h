@@ -92,6 +92,8 @@ std::vector<ChainRecord> records_from(const std::vector<NamedChain>& chains);
 NormWindow window_from(const MaybeTensor& norms, const MaybeTensor& count);
 /// The options in a JSON text; `match` reads the regular expressions among them.
 ResLoraConfig config_from(const std::string& json, const ExpressionMatch& match);
+/// The same of options that were checked before: the expressions are not tried.
+ResLoraConfig checked_config(const std::string& json);
 
 void bind_config(py::module_& m);
 void bind_chain(py::module_& m);

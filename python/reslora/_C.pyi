@@ -52,7 +52,7 @@ def shortcut_names() -> list[str]:
 def merge_methods() -> list[str]:
     """Return what merge_method may be."""
 
-def check_merge_method(name: str, where: str) -> None:
+def check_merge_method(name: object, where: str) -> None:
     """Raise ValueError for a name of no merge rule; `where` begins the sentence."""
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -107,6 +107,9 @@ def warning_without_links(chains: Sequence[Chain]) -> str:
 
 def is_or_ends_with(path: str, name: str) -> bool:
     """Tell whether a path is `name` or ends with "." and `name`."""
+
+def rank_of(config: str, path: str, match: ExpressionMatch) -> int:
+    """Return the rank that a config (JSON) gives the layer of a path."""
 
 def ranks_and_scalings(
     config: str, paths: Sequence[str], match: ExpressionMatch
@@ -388,6 +391,9 @@ class MovedTaps:
     @property
     def after(self) -> float: ...
 
+def error_sum(reference: Tensor, other: Tensor) -> Tensor:
+    """Return the relative squared error of rows [rows, columns], summed over them."""
+
 def choose_moves(chains: Sequence[ChainView], measure: MoveMeasure) -> MovedTaps:
     """Move the taps of those chains whose moved form is nearer to the adapted model."""
 
@@ -472,6 +478,9 @@ def save_plain_lora(
     revision: str,
 ) -> int:
     """Write a plain LoRA in PEFT's format, padded to the largest rank, which is returned."""
+
+def rank_warning(rank: int, tolerance: float, worst: float) -> str:
+    """Return a warning where reduced pairs lost more than a tolerance, else ""."""
 
 def padded_factors(layer: LayerMerge, R: int) -> tuple[Tensor, Tensor]:
     """Pad a planned pair with zeros to A [R, in], B [out, R]."""

@@ -19,12 +19,12 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from ._C import config_to_json, validate_config, write_text
+from ._C import config_to_json, options, validate_config, write_text
 from .text_files import parse_object
 
-ALL_LINEAR = "all-linear"  # as target_modules, in any case of letters
 # Options that C++ programs do not have; files hold them where they are not the default.
 PYTHON_ONLY = ("bias", "finish_at", "revision", "finished_from", "finished_step")
+PATTERNS = ("rank_pattern", "alpha_pattern")
 NAMES = ("modules_to_save", "layers_pattern")  # a single name stands for a list of it
 # What an adapter_config.json holds beside the options.
 FILE_KEYS = (
@@ -205,6 +205,9 @@ class ResLoraConfig(metaclass=_LoraOptions):
         """Raise one sentence for the first bad value."""
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             setattr(self, name, _as_list(getattr(self, name), name in NAMES))
+        for name in PATTERNS:
+            setattr(self, name, {} if getattr(self, name) is None else getattr(self, name))
+        self.merge_method = None if self.merge_method == "" else self.merge_method
         _check_own(self)
         validate_config(self.core(), matches)
 
@@ -228,9 +231,9 @@ class ResLoraConfig(metaclass=_LoraOptions):
             return _json_of(values)
         except (TypeError, ValueError):
             name = next(name for name, value in values.items() if not _is_json(value))
-            raise ValueError(
-                f"[config] {name} must be a value that JSON has, and finite; got {values[name]!r}"
-            ) from None
+            kinds = {option.name: option.kind for option in options()}
+            kind = kinds.get(name, "be a value that JSON has")
+            raise ValueError(f"[config] {name} must {kind}; got {values[name]!r}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options as JSON values."""
@@ -310,7 +313,11 @@ def _is_whole(value: Any) -> bool:
 
 
 def _check_own(config: ResLoraConfig) -> None:
-    """Check the options that only Python has."""
+    """Check the options that only Python has, and what JSON would change without a word."""
+    for name in PATTERNS:
+        value = getattr(config, name)
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise ValueError(f"[config] the keys of {name} must be strings; got {value!r}")
     if config.bias != "none":
         raise ValueError(
             f"[config] bias must be 'none' (a changed bias does not merge into W); got "

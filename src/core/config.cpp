@@ -67,6 +67,7 @@ void validate_names(const ResLoraConfig& config, const ExpressionMatch& match) {
   check_list("target_modules", targets.names());
   check_list("exclude_modules", config.exclude_modules().names());
   check_list("modules_to_save", config.modules_to_save());
+  check_list("layers_pattern", config.layers_pattern());
   targets.matches("", match);  // an expression that cannot be read throws
   config.exclude_modules().matches("", match);
   for (const auto& [pattern, rank] : config.rank_pattern()) {

@@ -58,7 +58,8 @@ void read(JsonReader& json, int64_t& value) { value = json.integer(); }
 void read(JsonReader& json, double& value) { value = json.number(); }
 void read(JsonReader& json, bool& value) { value = json.boolean(); }
 void read(JsonReader& json, std::string& value) {
-  value = json.null() ? std::string() : json.string();
+  const bool may_be_null = value.empty();  // of options whose default is to have none
+  value = may_be_null && json.null() ? std::string() : json.string();
 }
 
 template <typename T>
@@ -148,12 +149,12 @@ ResLoraConfig read_config(const std::string& text, const std::string& source) {
   detail::for_each_option(config, [&](const char* name, auto& value) {
     readers[name] = [&, name](JsonReader& json) { read_option(json, name, value, source); };
   });
-  JsonReader json(text, source);
+  JsonReader json(text, source.empty() ? "the config" : source);
   std::string type = kPeftType;
   json.object([&](const std::string& key) {
     if (const auto own = readers.find(key); own != readers.end()) return own->second(json);
     if (key == kTypeKey) {
-      type = json.string();
+      type = json.peek() == '"' ? json.string() : json.raw();
     } else if (key == kVersionKey) {
       json.skip();  // the file's own; the writer gives its own again
     } else {

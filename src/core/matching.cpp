@@ -142,7 +142,7 @@ void keep(Found& found, const Predicate& is_kept) {
 
 void leave_out_excluded(Found& found, const ModuleNames& excluded, const ExpressionMatch& match,
                         Names& warnings) {
-  if (!excluded.is_given()) return;
+  if (!excluded.is_given() || (excluded.is_list() && excluded.names().empty())) return;
   const size_t before = found.size();
   keep(found, [&](const std::string& path) { return !excluded.matches(path, match); });
   if (found.size() == before)
@@ -277,9 +277,14 @@ Matching match_layers(const std::vector<ModuleInfo>& modules, const ResLoraConfi
   return matching;
 }
 
+int64_t rank_of(const ResLoraConfig& config, const std::string& path,
+                const ExpressionMatch& match) {
+  return value_for(config.rank_pattern(), path, config.r(), match);
+}
+
 RankAndScaling rank_and_scaling(const ResLoraConfig& config, const std::string& path,
                                 const ExpressionMatch& match) {
-  const int64_t r = value_for(config.rank_pattern(), path, config.r(), match);
+  const int64_t r = rank_of(config, path, match);
   const double alpha = value_for(config.alpha_pattern(), path, config.lora_alpha(), match);
   return {r, scaling_of(alpha, r, config.use_rslora())};
 }

@@ -3,6 +3,7 @@
 #include <reslora/config_json.h>
 
 #include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "core/check.h"
@@ -12,6 +13,7 @@
 namespace reslora {
 namespace {
 
+constexpr const char* kRevision = "revision";
 constexpr size_t kNamed = 3;  // keys in a sentence
 
 /// The keys of `a` that are not in `b`.
@@ -21,6 +23,13 @@ std::vector<std::string> keys_without(const std::map<std::string, at::Tensor>& a
   for (const auto& item : a)
     if (b.count(item.first) == 0) keys.push_back(item.first);
   return keys;
+}
+
+/// Replaces the base's revision by that of the other options.
+void take_revision(Patterns<std::string>& options, const Patterns<std::string>& others) {
+  const auto is_revision = [](const auto& option) { return option.first == kRevision; };
+  options.erase(std::remove_if(options.begin(), options.end(), is_revision), options.end());
+  std::copy_if(others.begin(), others.end(), std::back_inserter(options), is_revision);
 }
 
 std::string counted(const std::vector<std::string>& keys) {
@@ -47,11 +56,13 @@ AdapterFile load_adapter_folder(const std::string& folder, const ExpressionMatch
   AdapterFile adapter = load_adapter(path);
   ResLoraConfig config = config_from_json(adapter.config_json, path, match);
   const ResLoraConfig beside = config_from_json(detail::file_text(config_path), config_path, match);
-  config.other_options() = beside.other_options();
-  if (const std::string name = first_difference(config, beside); !name.empty())
+  ResLoraConfig same = beside;
+  same.other_options() = config.other_options();
+  if (const std::string name = first_difference(config, same); !name.empty())
     RESLORA_CHECK(false, "[load] {} and {} must agree on {}; got {} and {} in {}", kConfigName,
                   kWeightsName, name, option_json(beside, name), option_json(config, name), folder);
-  adapter.config_json = config_to_json(beside);
+  take_revision(config.other_options(), beside.other_options());
+  adapter.config_json = config_to_json(config);
   return adapter;
 }
 

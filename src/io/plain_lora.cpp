@@ -119,6 +119,14 @@ ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double
   return reduced;
 }
 
+std::string rank_warning(int64_t rank, double tolerance, double worst) {
+  if (worst <= tolerance) return "";
+  return fmt::format(
+      "[export] rank {} is too small for the tolerance {:g}: the largest relative error of a "
+      "layer's B A is {:.3g}",
+      rank, tolerance, worst);
+}
+
 int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
   RESLORA_CHECK(!lora.layers.empty(), "[export] a plain LoRA must have layers; got none");
   const std::string config = folder + "/" + kConfigName;
@@ -128,6 +136,9 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
   int64_t R = 0;
   for (const LayerMerge& layer : lora.layers) {
     check_pair(layer);
+    RESLORA_CHECK(!layer.bias.defined(),
+                  "[export] plain LoRA holds no bias; got a model merged by an affine fit (unmerge "
+                  "it: the linear fit is exported then)");
     R = std::max(R, layer.A.size(0));
   }
   const std::string prefix(kModelPrefix);

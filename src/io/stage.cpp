@@ -48,7 +48,8 @@ std::string parent_of(const std::string& path) {
 
 }  // namespace
 
-Stage::Stage(const std::string& folder, Kind kind) : folder_(folder), kind_(kind) {
+Stage::Stage(const std::string& folder, Kind kind)
+    : folder_(folder.empty() ? "." : folder), kind_(kind) {
   while (folder_.size() > 1 && folder_.back() == '/') folder_.pop_back();
   if (kind_ == Kind::kFolder) {
     open_folder();

@@ -5,6 +5,7 @@
 #include <reslora/regression.h>
 
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "core/check.h"
@@ -62,6 +63,11 @@ std::optional<Tensor> row_mask(const std::vector<Tensor>& masks, at::IntArrayRef
     if (mask.sizes() == leading || (leading.size() == 1 && leading[0] == mask.numel()))
       return mask.reshape({-1});
   return std::nullopt;
+}
+
+at::Tensor error_sum(const at::Tensor& reference, const at::Tensor& other) {
+  const at::Tensor scale = reference.square().mean().clamp_min(std::numeric_limits<float>::min());
+  return (other - reference).square().mean(-1).sum() / scale;
 }
 
 MovedTaps choose_moves(const std::vector<ChainView>& chains, const MoveMeasure& measure) {

@@ -142,17 +142,14 @@ double Adapters::export_lora(const std::string& folder, const ExportOptions& opt
                   : plan(options.merge_method(), /*use_affine=*/false).layers();
   double worst = 0;
   for (LayerMerge& layer : layers) {
-    RESLORA_CHECK(!layer.bias.defined(),
-                  "[export_lora] plain LoRA holds no bias; got a model merged by an affine fit "
-                  "(unmerge it: the linear fit is exported then)");
     if (options.rank() == 0) continue;
     ReducedFactors reduced = reduced_factors(layer, options.rank(), options.tolerance());
     worst = std::max(worst, reduced.error);
     layer = std::move(reduced.layer);
   }
-  if (worst > options.tolerance() && options.rank() > 0) {
-    TORCH_WARN("[export_lora] rank ", options.rank(), " is too small for the tolerance ",
-               options.tolerance(), ": the largest relative error of a layer's B A is ", worst);
+  if (options.rank() > 0) {
+    const std::string warning = rank_warning(options.rank(), options.tolerance(), worst);
+    if (!warning.empty()) TORCH_WARN(warning);
   }
   PlainLora lora;
   lora.layers = std::move(layers);

@@ -3,7 +3,6 @@
 #include <reslora/adapters.h>
 #include <reslora/calibration.h>
 
-#include <limits>
 #include <utility>
 
 #include "merge/rows.h"
@@ -69,12 +68,6 @@ at::Tensor rows_of(const at::Tensor& output, const std::vector<at::Tensor>& mask
   return detail::as_rows(output, dtype, row_mask(masks, output.sizes().slice(0, output.dim() - 1)));
 }
 
-/// The squared error over the mean square of `wanted`, summed over rows.
-double relative_error(const at::Tensor& got, const at::Tensor& wanted) {
-  const at::Tensor scale = wanted.square().mean().clamp_min(std::numeric_limits<float>::min());
-  return ((got - wanted).square().mean(-1).sum() / scale).item<double>();
-}
-
 /// For each candidate, how far the merged model is from the adapted one on a few batches.
 template <typename Pass>
 std::vector<double> distances(const Pass& pass, const std::vector<LinkedChain>& chains,
@@ -92,7 +85,7 @@ std::vector<double> distances(const Pass& pass, const std::vector<LinkedChain>& 
     for (int64_t k = 0; can_compare && k < count; ++k) {
       const at::Tensor got = merged_output(batch.run, chains, plan_of(k));
       can_compare = is_comparable(got) && got.sizes() == output.sizes();
-      if (can_compare) found[k] += relative_error(rows_of(got, masks), wanted);
+      if (can_compare) found[k] += error_sum(wanted, rows_of(got, masks)).item<double>();
     }
   });
   return can_compare && batches > 0 ? found : std::vector<double>();

@@ -66,12 +66,15 @@ def test_every_option_has_a_help_text():
         ({"lora_alpha": 0}, "lora_alpha must be finite and greater than 0; got 0"),
         (
             {"lora_alpha": float("nan")},
-            "lora_alpha must be a value that JSON has, and finite; got nan",
+            "lora_alpha must be a number; got nan",
         ),
         ({"lora_alpha": "8"}, 'lora_alpha must be a number; got "8"'),
         ({"lora_dropout": 1.0}, r"lora_dropout must lie in \[0, 1\); got 1"),
         ({"res_mode": "residual"}, "res_mode must be .*; got 'residual'"),
-        ({"res_mode": None}, "res_mode must be .*; got ''"),
+        ({"res_mode": None}, "res_mode must be a string; got null"),
+        ({"r": 4j}, r"r must be a whole number; got 4j"),
+        ({"rank_pattern": {1: 2}}, r"the keys of rank_pattern must be strings; got \{1: 2\}"),
+        ({"layers_pattern": [""], "layers_to_transform": 1}, "layers_pattern must be names"),
         ({"pre_num": -2}, "pre_num must be .*; got -2"),
         ({"revision": 1}, "revision must be a string; got 1"),
         ({"first_block": "triple"}, "first_block must be .*; got 'triple'"),
@@ -89,7 +92,10 @@ def test_every_option_has_a_help_text():
         ({"target_modules": "q_(proj"}, r"must be a regular expression; got 'q_\(proj'"),
         ({"rank_pattern": {"(": 4}}, r"must be a regular expression; got '\('"),
         ({"modules_to_save": 3}, "modules_to_save must be a name or a list"),
-        ({"modules_to_save": object()}, "modules_to_save must be a value that JSON has"),
+        (
+            {"modules_to_save": object()},
+            "modules_to_save must be a name or a list of names; got <object",
+        ),
         ({"layers_to_transform": []}, "layers_to_transform must be layer indices"),
         ({"layers_to_transform": [-1]}, "layers_to_transform must be layer indices"),
         ({"layers_to_transform": 1, "target_modules": ".*q"}, "layers_to_transform needs"),
@@ -144,12 +150,14 @@ def test_unknown_keys_warn_and_known_file_keys_do_not(recwarn):
         ("{", "must be JSON"),
         ("[1]", "must be a JSON object; got list"),
         ('{"peft_type": "LORA"}', "peft_type must be 'RESLORA'; got 'LORA'"),
+        ('{"peft_type": 3}', "peft_type must be 'RESLORA'; got '3'"),
+        ("\ufeff{}", "must be UTF-8 without a byte-order mark"),
         ('{"r": "8"}', 'r must be a whole number; got "8"'),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, sentence):
     path = tmp_path / "adapter_config.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=sentence):
         ResLoraConfig.load(path)
 
@@ -158,6 +166,7 @@ def test_sets_and_tuples_of_names_become_lists():
     assert ResLoraConfig(target_modules=("v", "q")).target_modules == ["v", "q"]
     assert ResLoraConfig(target_modules={"v", "q"}).target_modules == ["q", "v"]
     assert ResLoraConfig(layers_pattern="h", layers_to_transform=1).layers_pattern == ["h"]
+    assert ResLoraConfig(rank_pattern=None, merge_method="") == ResLoraConfig()
     assert ResLoraConfig(modules_to_save="head").modules_to_save == ["head"]
 
 

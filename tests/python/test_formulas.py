@@ -194,6 +194,9 @@ def test_errors_are_one_sentence_of_the_right_type():
         _C.Chain('{"r": 0}', [])
     with pytest.raises(ValueError, match=r"^\[merge\] merge_method must be .*; got 'best'$"):
         _C.MergePlan([], "best")
+    for name in (3, ["lsq"], b"lsq", True):
+        with pytest.raises(ValueError, match=r"^\[merge\] merge_method must be 'exact', .*; got"):
+            _C.check_merge_method(name, "merge")
     chain = random_chain("is", 1)[0]
     for method in (chain.wiring, chain.reached, chain.is_linked, chain.merges_exactly):
         for n in (-1, 5):
@@ -227,6 +230,9 @@ def test_chain_survives_copy_and_pickle(duplicate):
     twin = duplicate(chain)
     assert twin.config == chain.config
     assert twin.layers == chain.layers
+    assert (
+        twin.layers[0] != chain.layers[1] and twin.layers[0] != "a" and twin.layers[0] is not None
+    )
     assert twin.wiring(1).taps == [0]
     assert twin.wiring(2).broken == chain.wiring(2).broken != []
     assert (len(twin), twin.shortcut) == (3, "ms")

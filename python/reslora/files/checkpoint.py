@@ -41,6 +41,7 @@ from ..injection.inject import inject
 from ..merging.merge import unload
 from ..nn.base_layers import is_conv1d
 from ..nn.sharding import is_sharded, whole, writes
+from ..text_files import read_object
 from .folders import PathLike, adapter_folder, base_line, base_name
 from .statistics import give_statistics, statistics_of, sum_of_factors
 
@@ -148,6 +149,8 @@ def read_adapter(folder: Path) -> tuple[AdapterFile, ResLoraConfig]:
         FileNotFoundError: where one of the files is missing.
         ValueError: for files that are damaged or do not agree.
     """
+    if (folder / CONFIG_NAME).is_file():
+        read_object(folder / CONFIG_NAME, "config")  # what is damaged, in a sentence for JSON
     adapter = load_adapter_folder(folder, matches)
     return adapter, ResLoraConfig.from_json(adapter.config_json, os.fspath(folder / CONFIG_NAME))
 

@@ -27,6 +27,7 @@ from .._C import (
     Stage,
     is_or_ends_with,
     padded_factors,
+    rank_warning,
     reduced_factors,
     save_plain_lora,
     save_tensors,
@@ -169,14 +170,8 @@ def reduced(
         return layers, 0.0
     found = [reduced_factors(layer, rank, tolerance) for layer in layers]
     worst = max(error for _, error in found)
-    if worst > tolerance:
-        logger.warning(
-            "[export] rank %d is too small for the tolerance %g: the largest relative error of a "
-            "layer's B A is %.3g",
-            rank,
-            tolerance,
-            worst,
-        )
+    if warning := rank_warning(rank, tolerance, worst):
+        logger.warning("%s", warning)
     return [layer for layer, _ in found], worst
 
 
@@ -224,11 +219,6 @@ def _planned(model: nn.Module, injection: Injection, request: MergeRequest) -> M
         raise ValueError(
             f"[{op}] a merged model is exported as it was merged, by {method!r}; got "
             f"{merge_method!r} or data (unmerge it first)"
-        )
-    if any(layer.bias is not None for layer in applied.plan.layers):
-        raise ValueError(
-            f"[{op}] plain LoRA holds no bias; got a model merged by an affine fit (unmerge it: "
-            "the linear fit is exported then)"
         )
     return applied.plan
 

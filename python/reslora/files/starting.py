@@ -87,7 +87,8 @@ def init_from_lora(
     config = _config_of(folder)
     tensors = load_tensors_of(folder / WEIGHTS_NAME)
     heads = saved_tensors(model, injection)
-    pairs = {layer.name: _pair_of(layer, config, tensors) for layer in injection.layers}
+    scalings = _scalings_of(config, injection.layers)
+    pairs = {x.name: _pair_of(x, scalings[x.name], tensors) for x in injection.layers}
     _check_all_used(tensors, heads, directory)
     with torch.no_grad():
         for layer in injection.layers:
@@ -148,8 +149,16 @@ def _scaling(layer: ResLoraLinear) -> float:
     return layer.chain.links.layers[layer.position].scaling  # without what doubles a first layer
 
 
+def _scalings_of(config: dict[str, Any], layers: list[ResLoraLinear]) -> dict[str, float]:
+    """Return the LoRA's scaling of every layer by name."""
+    options = {key: config[key] for key in SCALING_OPTIONS if config.get(key) is not None}
+    names = [layer.name for layer in layers]
+    found = ranks_and_scalings(json.dumps(options), names, matches)
+    return {name: scaling for name, (_, scaling) in zip(names, found, strict=True)}
+
+
 def _pair_of(
-    layer: ResLoraLinear, config: dict[str, Any], tensors: dict[str, Tensor]
+    layer: ResLoraLinear, scaling: float, tensors: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     A, B = (tensors.pop(f"{layer.name}.lora_{factor}.weight", None) for factor in "AB")
     if A is None or B is None:
@@ -163,8 +172,6 @@ def _pair_of(
             f"[init_from_lora] shapes must be {shapes[0]} and {shapes[1]}; got {list(A.shape)} and "
             f"{list(B.shape)} for {layer.name} (r must be the LoRA's)"
         )
-    options = {key: config[key] for key in SCALING_OPTIONS if config.get(key) is not None}
-    _, scaling = ranks_and_scalings(json.dumps(options), [layer.name], matches)[0]
     wide = layer.reslora_B.dtype
     return A.to(wide), B.to(wide) * (scaling / _scaling(layer))
 

@@ -22,9 +22,9 @@ def make_chains(
 
     `modules` is what `describe` says of the model.
     """
-    chains = []
-    for key, layers in find_chains(modules, names, config.core(), matches):
-        links, paths = Chain(config.core(), layers), [shape.name for shape in layers]
+    chains, core = [], config.core()
+    for key, layers in find_chains(modules, names, core, matches):
+        links, paths = Chain(core, layers), [shape.name for shape in layers]
         chain = LayerChain(key, config, links, paths)
         for position, shape in enumerate(layers):
             chain.layers.append(kind(model.get_submodule(shape.name), chain, position, shape))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from .._C import row_mask
+from .._C import error_sum, row_mask
 from .batches import NotComparableError, call, main_output, masks_of, moved
 
 
@@ -65,12 +65,3 @@ def kl_sum(reference: Tensor, other: Tensor) -> Tensor:
     """Return the sum over rows of KL(reference || other), of logits [rows, classes]."""
     p, q = log_softmax(reference, -1), log_softmax(other, -1)
     return (p.exp() * (p - q)).sum()
-
-
-def error_sum(reference: Tensor, other: Tensor) -> Tensor:
-    """Return the sum over rows [rows, columns] of their squared error, in units of the reference.
-
-    The same is measured in C++ (src/nn/calibrating.cpp), where nothing says what are logits.
-    """
-    scale = reference.square().mean().clamp_min(torch.finfo(reference.dtype).tiny)
-    return (other - reference).square().mean(-1).sum() / scale

@@ -22,6 +22,7 @@ from .._C import (
     save_adapter,
     write_text,
 )
+from ..config import PATTERNS
 from ..config import ResLoraConfig as CoreConfig
 from ..files.folders import load_tensors_of
 
@@ -68,6 +69,7 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         # PEFT lists what a head may be called; files of ours name what is there.
         own = [name for name in self.modules_to_save or () if _is_saved(name, tensors)]
+        values |= {name: getattr(self, name) for name in PATTERNS}  # PEFT sorts what has an order
         text = config_to_json(json.dumps({**values, "modules_to_save": own or None}))
         with Stage(folder) as stage:
             stage.remove(STATISTICS_NAME)  # of another adapter

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
-from .._C import PEFT_TYPE, LayerShape, ranks_and_scalings
+from .._C import PEFT_TYPE, LayerShape, rank_of
 from ..config import matches
 from ..files.checkpoint import transposed_chains
 from ..injection.adapted import Injection
@@ -74,7 +74,7 @@ class ResLoraModel(BaseTuner):
                 f"{type(target).__name__} at {current_key}{why} (name it in exclude_modules)"
             )
         layer = target if isinstance(target, PeftLinear) else PeftLinear(target)
-        [(r, _)] = ranks_and_scalings(peft_config.core(), [current_key], matches)
+        r = rank_of(peft_config.core(), current_key, matches)
         layer.add_factors(adapter_name, r, peft_config.init_lora_weights)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

@@ -234,3 +234,9 @@ def test_saving_refuses_plain_models_and_files(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="must be a folder"):
         save_pretrained(adapted(), tmp_path / "file")
+
+
+def test_an_empty_name_is_the_folder_that_one_stands_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(adapted(), "")
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "README.md"}

@@ -172,6 +172,15 @@ def test_conv1d_files_hold_transposed_weights(tmp_path, res_mode, rule):
     assert not torch.equal(*(t["transformer.h.1.attn.c_proj.weight"] for t in (got, before)))
 
 
+def test_which_files_hold_transposed_weights_is_said_by_the_adapters_own_file(tmp_path):
+    model = make(tmp_path, tiny_gpt2(), target_modules=["attn.c_proj"], res_mode="bs")
+    values = json.loads((path := tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert values["fan_in_fan_out"] == ["transformer.h.*.attn.c_proj"]
+    path.write_text(json.dumps(values | {"fan_in_fan_out": False}))  # as PEFT writes it
+    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert_same_bits(read(tmp_path / "out"), merge_and_unload(model).state_dict())
+
+
 # ---- Heads
 
 

@@ -1,5 +1,7 @@
 """inject: which modules a config means, by PEFT's rules for names."""
 
+import warnings
+
 import pytest
 import torch
 from models import Net, tiny_bert, tiny_gpt2, tiny_llama, tokens
@@ -64,6 +66,9 @@ def test_exclude_modules_and_layers_to_transform():
     }  # fmt: skip
     with pytest.warns(UserWarning, match="excluded nothing"):
         inject(tiny_llama(), ResLoraConfig(target_modules=["q_proj"], exclude_modules=["nope"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject(tiny_llama(), ResLoraConfig(target_modules=["q_proj"], exclude_modules=[]))
 
 
 def test_layers_pattern_says_which_number_is_the_layers():

@@ -41,6 +41,18 @@ def held(function: object) -> Parameters | None:
     return own[1:] if own and own[0][0] == "self" else own
 
 
+def summary(text: str | None) -> str:
+    """Return the first paragraph of a docstring in one line."""
+    return " ".join((text or "").strip().split("\n\n")[0].split())
+
+
+def documented(value: object) -> str:
+    """Return the summary in a compiled docstring, which begins with signatures."""
+    text = value.__doc__ or ""
+    first, _, rest = text.partition("\n")
+    return summary(rest if re.match(r"\w+\(.*\)", first) else text)
+
+
 def public(names: list[str]) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
@@ -58,6 +70,9 @@ def differences(where: str, body: list[ast.stmt], holder: object) -> list[str]:
     found += [f"{where}{name} is in the stub alone" for name in public(list(nodes)) - compiled]
     for name, node in nodes.items():
         value = getattr(holder, name, None)
+        own_text, stub_text = documented(value), summary(ast.get_docstring(node))
+        if not stub_text.startswith(own_text.rstrip(".")):  # the stub may say more
+            found.append(f"{where}{name} is {own_text!r}; the stub says {stub_text!r}")
         if isinstance(node, ast.ClassDef):
             found += differences(f"{where}{name}.", node.body, value)
         elif not node.decorator_list and (own := held(value)) is not None and own != said(node):
