@@ -189,7 +189,7 @@ def test_low_precision_error_is_bounded_by_plain_aten(res_mode, pre_num, dtype):
             xs.append(torch.tanh(literal_forward(chain, k, blocks, xs)))
         return literal_forward(chain, n, blocks, xs)
 
-    layers = [(f"layers.{k}", 64, 64, 8, 0.5) for k in range(LENGTH)]
+    layers = [_C.LayerShape(f"layers.{k}", 64, 64, 8, 0.5) for k in range(LENGTH)]
     chain_05 = _C.Chain(json.dumps({"r": 8, "res_mode": res_mode, "pre_num": pre_num}), layers)
     truth = through(F64, literal)
     for name, mine, plain, true in zip(
