@@ -3,12 +3,10 @@
 #include <gmock/gmock.h>
 #include <reslora/adapted_files.h>
 #include <reslora/config_json.h>
-#include <unistd.h>
 
 #include <cmath>
-#include <cstdlib>
-#include <filesystem>
 
+#include "io/in_folder.h"
 #include "testing.h"
 
 namespace reslora {
@@ -24,21 +22,12 @@ using testing::Warnings;
 
 constexpr int64_t kIn = 6, kOut = 4;
 
-class AdaptedFilesTest : public ::testing::Test {
+class AdaptedFilesTest : public testing::InFolder {
  protected:
-  void SetUp() override {
-    std::string name = ::testing::TempDir() + "reslora_XXXXXX";
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-
   ModelFiles files_of(const std::map<std::string, Tensor>& tensors) const {
     save_tensors(folder_ + "/base", {tensors, {}});
     return ModelFiles({folder_ + "/base"});
   }
-
-  std::string folder_;
 };
 
 /// Two layers of one chain, `more` beside the options in its JSON.

@@ -3,16 +3,15 @@
 #include <gmock/gmock.h>
 #include <reslora/adapter_io.h>
 #include <reslora/model_files.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <stdexcept>
 
+#include "io/in_folder.h"
 #include "testing.h"
 
 namespace reslora {
@@ -27,16 +26,8 @@ using ::testing::UnorderedElementsAre;
 
 constexpr int64_t kBuffer = int64_t{16} << 20;  // no buffer of a write is larger
 
-class ModelFilesTest : public ::testing::Test {
+class ModelFilesTest : public testing::InFolder {
  protected:
-  void SetUp() override {
-    std::string name = ::testing::TempDir() + "reslora_XXXXXX";
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-
-  std::string path(const std::string& name) const { return folder_ + "/" + name; }
   std::string put(const std::string& name, const TensorFile& file) const {
     save_tensors(path(name), file);
     return path(name);
@@ -72,8 +63,6 @@ class ModelFilesTest : public ::testing::Test {
     if (files() == std::vector<std::string>{"in"}) return ::testing::AssertionSuccess();
     return ::testing::AssertionFailure() << "something was left behind";
   }
-
-  std::string folder_;
 };
 
 bool is_same(const Tensor& got, const Tensor& wanted) {

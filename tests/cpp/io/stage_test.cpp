@@ -5,12 +5,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <set>
 
+#include "io/in_folder.h"
 #include "testing.h"
 
 namespace reslora {
@@ -19,16 +19,8 @@ namespace {
 using testing::refuses;
 using ::testing::UnorderedElementsAre;
 
-class StageTest : public ::testing::Test {
+class StageTest : public testing::InFolder {
  protected:
-  void SetUp() override {
-    std::string name = ::testing::TempDir() + "reslora_XXXXXX";
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-
-  std::string path(const std::string& name) const { return folder_ + "/" + name; }
   std::string text_of(const std::string& name) const {
     std::ifstream in(path(name));
     return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
@@ -43,8 +35,6 @@ class StageTest : public ::testing::Test {
     return found;
   }
   bool is_there(const std::string& name) const { return std::filesystem::exists(path(name)); }
-
-  std::string folder_;
 };
 
 TEST_F(StageTest, FilesAppearTogether) {

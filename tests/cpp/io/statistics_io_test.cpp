@@ -2,13 +2,12 @@
 #include <ATen/ATen.h>
 #include <reslora/adapter_io.h>
 #include <reslora/statistics_io.h>
-#include <unistd.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <filesystem>
 #include <limits>
 
+#include "io/in_folder.h"
 #include "testing.h"
 
 namespace reslora {
@@ -21,15 +20,12 @@ using Statistics = std::map<std::string, LayerStatistics>;
 
 constexpr const char* kSum = "0123abcd";
 
-class StatisticsIo : public ::testing::Test {
+class StatisticsIo : public testing::InFolder {
  protected:
   void SetUp() override {
-    std::string name = ::testing::TempDir() + "reslora_XXXXXX";
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder_ = name;
-    path_ = folder_ + "/statistics.safetensors";
+    InFolder::SetUp();
+    path_ = path("statistics.safetensors");
   }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
 
   /// True where the file of `statistics`, changed by `spoil`, is refused with `part`.
   ::testing::AssertionResult refuses_file(const Statistics& statistics,
@@ -43,7 +39,6 @@ class StatisticsIo : public ::testing::Test {
     return refuses([&] { load_statistics(path_, kSum); }, part);
   }
 
-  std::string folder_;
   std::string path_;
 };
 
