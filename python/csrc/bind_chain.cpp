@@ -8,11 +8,7 @@
 namespace reslora::python {
 namespace {
 
-std::vector<LayerShape> layers_of(const Chain& chain) {
-  std::vector<LayerShape> layers;
-  for (int64_t n = 0; n < chain.size(); ++n) layers.push_back(chain.layer(n));
-  return layers;
-}
+std::vector<LayerShape> layers_of(const Chain& chain) { return record_of("", chain).layers; }
 
 Chain make_chain(const std::string& config, const std::vector<LayerShape>& layers) {
   return Chain(checked_config(config), layers);

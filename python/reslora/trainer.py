@@ -313,7 +313,7 @@ def _check_same(injection: Injection, folder: Path) -> None:
         return
     stored = ResLoraConfig.load(folder / CONFIG_NAME)
     found = formula_difference(injection.config.core(), stored.core())
-    for name in (found, "lora_alpha", "use_rslora") if found else ("lora_alpha", "use_rslora"):
+    for name in filter(None, (found, "lora_alpha", "use_rslora")):
         own, other = getattr(injection.config, name), getattr(stored, name)
         if own != other:
             raise ValueError(

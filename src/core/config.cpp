@@ -6,8 +6,6 @@
 #include <array>
 #include <cmath>
 #include <map>
-#include <string_view>
-#include <type_traits>
 #include <utility>
 
 #include "core/check.h"
@@ -29,13 +27,11 @@ constexpr std::array<const char*, 3> kFormulaOptions = {"res_mode", "pre_num", "
 /// The names of the options in which two configs differ.
 std::vector<std::string> differences(const ResLoraConfig& a, const ResLoraConfig& b) {
   std::vector<std::string> names;
-  detail::for_each_option(a, [&](const char* name, const auto& own) {
-    detail::for_each_option(b, [&](const char* other_name, const auto& other) {
-      if constexpr (std::is_same_v<decltype(own), decltype(other)>) {
-        if (std::string_view(name) == other_name && !(own == other)) names.emplace_back(name);
-      }
-    });
-  });
+  detail::for_each_option(
+      [&](const char* name, const auto& own, const auto& other) {
+        if (!(own == other)) names.emplace_back(name);
+      },
+      a, b);
   const auto by_name = [](const ResLoraConfig& config) {
     return std::map<std::string, std::string>(config.other_options().begin(),
                                               config.other_options().end());

@@ -146,9 +146,11 @@ void write_option(JsonWriter& json, const T& value) {
 ResLoraConfig read_config(const std::string& text, const std::string& source) {
   ResLoraConfig config;
   std::map<std::string, std::function<void(JsonReader&)>> readers;
-  detail::for_each_option(config, [&](const char* name, auto& value) {
-    readers[name] = [&, name](JsonReader& json) { read_option(json, name, value, source); };
-  });
+  detail::for_each_option(
+      [&](const char* name, auto& value) {
+        readers[name] = [&, name](JsonReader& json) { read_option(json, name, value, source); };
+      },
+      config);
   JsonReader json(text, source.empty() ? "the config" : source);
   std::string type = kPeftType;
   json.object([&](const std::string& key) {
@@ -177,7 +179,7 @@ std::string config_to_json(const ResLoraConfig& config) {
   try {
     json.begin_object().key(kTypeKey).string(kPeftType).key(kVersionKey).string(RESLORA_VERSION);
     detail::for_each_option(
-        config, [&](const char* name, const auto& value) { write_option(json.key(name), value); });
+        [&](const char* name, const auto& value) { write_option(json.key(name), value); }, config);
     for (const auto& [name, value] : config.other_options()) json.key(name).raw(value);
   } catch (const ContentError& error) {
     RESLORA_CHECK(false, "[config] {}", error.what());
@@ -188,19 +190,23 @@ std::string config_to_json(const ResLoraConfig& config) {
 std::vector<OptionInfo> options() {
   std::vector<OptionInfo> list;
   const ResLoraConfig config;
-  detail::for_each_option(config, [&](const char* name, const auto& value) {
-    JsonWriter json;
-    write_option(json, value);
-    list.push_back({name, kind_of(value), json.text()});
-  });
+  detail::for_each_option(
+      [&](const char* name, const auto& value) {
+        JsonWriter json;
+        write_option(json, value);
+        list.push_back({name, kind_of(value), json.text()});
+      },
+      config);
   return list;
 }
 
 std::string option_json(const ResLoraConfig& config, const std::string& name) {
   JsonWriter json;
-  detail::for_each_option(config, [&](const std::string& own, const auto& value) {
-    if (own == name) write_option(json, value);
-  });
+  detail::for_each_option(
+      [&](const std::string& own, const auto& value) {
+        if (own == name) write_option(json, value);
+      },
+      config);
   RESLORA_CHECK(!json.text().empty(), "[config] there is no option '{}'", name);
   return json.text();
 }

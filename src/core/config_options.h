@@ -5,29 +5,29 @@
 
 namespace reslora::detail {
 
-/// Calls visit(name, value) for every option, in the order in which files hold them; `Config` is
-/// const to read the values, plain to set them.
-template <typename Config, typename Visit>
-void for_each_option(Config& config, const Visit& visit) {
-  visit("r", config.r());
-  visit("lora_alpha", config.lora_alpha());
-  visit("lora_dropout", config.lora_dropout());
-  visit("target_modules", config.target_modules());
-  visit("exclude_modules", config.exclude_modules());
-  visit("layers_to_transform", config.layers_to_transform());
-  visit("layers_pattern", config.layers_pattern());
-  visit("rank_pattern", config.rank_pattern());
-  visit("alpha_pattern", config.alpha_pattern());
-  visit("modules_to_save", config.modules_to_save());
-  visit("use_rslora", config.use_rslora());
-  visit("init_lora_weights", config.init_lora_weights());
-  visit("res_mode", config.res_mode());
-  visit("pre_num", config.pre_num());
-  visit("merge_method", config.merge_method());
-  visit("detach_taps", config.detach_taps());
-  visit("norm_window", config.norm_window());
-  visit("first_block", config.first_block());
-  visit("strict_links", config.strict_links());
+/// Calls visit(name, values...) for every option, in the order in which files hold them, with its
+/// value in each of the configs; these are const to read the values, plain to set them.
+template <typename Visit, typename... Configs>
+void for_each_option(const Visit& visit, Configs&... configs) {
+  visit("r", configs.r()...);
+  visit("lora_alpha", configs.lora_alpha()...);
+  visit("lora_dropout", configs.lora_dropout()...);
+  visit("target_modules", configs.target_modules()...);
+  visit("exclude_modules", configs.exclude_modules()...);
+  visit("layers_to_transform", configs.layers_to_transform()...);
+  visit("layers_pattern", configs.layers_pattern()...);
+  visit("rank_pattern", configs.rank_pattern()...);
+  visit("alpha_pattern", configs.alpha_pattern()...);
+  visit("modules_to_save", configs.modules_to_save()...);
+  visit("use_rslora", configs.use_rslora()...);
+  visit("init_lora_weights", configs.init_lora_weights()...);
+  visit("res_mode", configs.res_mode()...);
+  visit("pre_num", configs.pre_num()...);
+  visit("merge_method", configs.merge_method()...);
+  visit("detach_taps", configs.detach_taps()...);
+  visit("norm_window", configs.norm_window()...);
+  visit("first_block", configs.first_block()...);
+  visit("strict_links", configs.strict_links()...);
 }
 
 /// `validate` without the names of modules: what a chain needs of its options.
