@@ -28,6 +28,8 @@ from .sharding import is_sharded
 class LayerChain:
     """The adapted layers of one kind in execution order. A plain object that its layers share."""
 
+    strengths: list[float] | None = None  # of the layers' blocks; None (also in old files): all 1
+
     def __init__(self, key: str, config: ResLoraConfig, links: Chain, names: list[str]) -> None:
         self.key = key
         self.config = config
@@ -45,6 +47,35 @@ class LayerChain:
         own = self.links.wiring(n)
         a, b = list(own.a), list(own.b)
         return Wiring(a, b, list(own.scaling), list(own.taps), str(own.handed), own.keep_tap)
+
+    def strength(self, n: int) -> float:
+        """Return by how much the scaling of layer `n` is multiplied."""
+        return 1.0 if self.strengths is None else self.strengths[n]
+
+    def set_strength(self, n: int, strength: float) -> None:
+        """Multiply the scaling of layer `n` by `strength`, also where a later layer reads its B.
+
+        It holds until it is set again; `links`, and files, keep the scalings of the config.
+        """
+        found = [self.strength(j) for j in range(len(self.names))]
+        found[n] = strength
+        self.strengths = None if all(own == 1 for own in found) else found
+        for layer in self.layers[n:]:
+            blocks = layer.wiring.b
+            if n in blocks:
+                plain = self.links.wiring(layer.position).scaling
+                scaling = [own * found[j] for own, j in zip(plain, blocks, strict=True)]
+                layer.wiring = layer.wiring._replace(scaling=scaling)
+
+    def evaluated(self) -> Chain:
+        """Return the links with the scalings that layers are evaluated with."""
+        if self.strengths is None:
+            return self.links
+        shapes = [
+            LayerShape(x.name, x.in_features, x.out_features, x.r, x.scaling * strength)
+            for x, strength in zip(self.links.layers, self.strengths, strict=True)
+        ]
+        return Chain(self.links.config, shapes)
 
     def has_taps(self) -> bool:
         """Tell whether anything passes between the layers of this chain."""

@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
-from .._C import PEFT_TYPE, LayerShape, rank_of
+from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, rank_of
 from ..config import matches
 from ..files.checkpoint import transposed_chains
-from ..injection.adapted import Injection
+from ..files.embeddings import embedding_tensors, resizing
+from ..injection.adapted import Injection, injection_of, plain_model
 from ..injection.chains import make_chains
 from ..injection.inject import open_sessions, warn_without_links
 from ..injection.targets import describe, targets_by_default
@@ -108,6 +109,24 @@ class ResLoraModel(BaseTuner):
         config.fan_in_fan_out = transposed_chains(injection)
         injection.note_chains()
         warn_without_links(injection)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Return what PEFT saves of an adapter.
+
+        PEFT saves embeddings that were resized, but not all of them where one is adapted too.
+        """
+        inner = plain_model(model)
+        found = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
+        own = embedding_tensors(inner, injection_of(inner, "save"))
+        if any(".base_layer." in key for key in own) and resizing(inner, "save"):
+            found |= {k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in own}
+        return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
