@@ -24,7 +24,7 @@ from ..nn.session import Session
 from .adapted import Injection, find_layers
 from .chains import make_chains, root_name
 from .heads import refuse_tied, saved_parameters
-from .targets import describe, find_targets
+from .targets import describe, find_targets, warn_fused_experts
 
 
 def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
@@ -52,6 +52,7 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
     _check_model(model)
     modules = describe(model)
     matching = find_targets(modules, config)
+    warn_fused_experts(model, config, "inject")
     refuse_tied(model, matching.saved, "inject")
     injection = Injection(config)
     injection.chains = make_chains(model, modules, config, matching.layers)

@@ -19,7 +19,7 @@ from ..files.embeddings import embedding_tensors, resizing
 from ..injection.adapted import Injection, injection_of, plain_model
 from ..injection.chains import make_chains
 from ..injection.inject import open_sessions, warn_without_links
-from ..injection.targets import describe, targets_by_default
+from ..injection.targets import describe, targets_by_default, warn_fused_experts
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
@@ -32,6 +32,7 @@ class ResLoraModel(BaseTuner):
 
     prefix: str = "reslora_"
     tuner_layer_cls = PeftLinear
+    has_warned = False  # that merge_adapter approximates
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -55,6 +56,7 @@ class ResLoraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
             peft_config.target_modules = targets_by_default(self.model)
+        warn_fused_experts(self.model, peft_config, "reslora.peft")
         return peft_config
 
     def _create_and_replace(  # type: ignore[override]
@@ -146,7 +148,16 @@ class ResLoraModel(BaseTuner):
         if any(isinstance(x, PeftLinear) and x.merged for x in self.model.modules()):
             warnings.warn("[reslora.peft] already merged, nothing to do", stacklevel=2)
             return
-        merge(self.model, safe_merge=safe_merge)
+        report = merge(self.model, safe_merge=safe_merge)
+        near = [layer for layer in report.layers if layer.rule != "exact"]
+        if near and not (report.fell_back_to_weight or self.has_warned):
+            self.has_warned = True
+            warnings.warn(
+                f"[reslora.peft] {len(near)} of {len(report.layers)} layers are merged by the rule "
+                f"'{report.rule}', an approximation: what is sampled now is not quite what trains "
+                "(reslora.merge_report(model, batches) measures it; res_mode 'bs' merges exactly)",
+                stacklevel=2,
+            )
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,

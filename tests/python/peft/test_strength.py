@@ -219,9 +219,7 @@ def test_loraplus_gives_every_b_its_own_rate(ids, how):
         model = peft.get_peft_model(tiny_llama(), ResLoraConfig(**options()))
     else:
         model = reslora.inject(tiny_llama(), reslora.ResLoraConfig(**options()))
-    optimizer = create_loraplus_optimizer(
-        model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=16.0
-    )
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=16.0)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert len(rates) == 18
     model.train()(input_ids=ids, labels=ids).loss.backward()
