@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
-from torch import nn
+from torch import Tensor, nn
 
 from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, rank_of
 from ..config import matches
@@ -24,6 +24,7 @@ from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
 from .config import NAME, ResLoraConfig
+from .former_names import present_names
 from .layer import Adapter, PeftLinear
 
 
@@ -129,6 +130,14 @@ class ResLoraModel(BaseTuner):
         if any(".base_layer." in key for key in own) and resizing(inner, "save"):
             found |= {k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in own}
         return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> Any:
+        """Return what a file holds under the names of the model, also what older names mean."""
+        tensors = present_names(plain_model(model), state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
