@@ -159,6 +159,38 @@ def test_recurrent_layers_pair_by_step_in_either_order(res_mode, pre_num):
         assert set(layer.link_use) == {(True, "")}
 
 
+class Attention(nn.Module):
+    """Three projections that are evaluated together, for two halves of the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        return torch.cat(
+            [torch.tanh(self.q(part) * self.k(part) + self.v(part)) for part in x.chunk(2)]
+        )
+
+
+@pytest.mark.parametrize(("res_mode", "pre_num"), [*LINKED, ("bs", 2), ("none", 1)])
+def test_layers_that_are_evaluated_together_pair_too(res_mode, pre_num):
+    class Stack(Net):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Attention() for _ in range(3))
+
+    options = {"target_modules": ["q", "k", "v"], "res_mode": res_mode, "pre_num": pre_num}
+    model = adapted(Stack().double(), **options)
+    x = x_of(rows=4)
+    want = gradients(model, x)
+    model.checkpointing = NON_REENTRANT
+    assert_equal(gradients(model, x), want)
+    halves = [torch.cat([part, part]) for part in x.chunk(2)]  # both calls see the same rows
+    expected = torch.cat([model(half)[:2] for half in halves])
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-12)
+    assert len(model.layers[0].q.group.names) == 3
+
+
 # ---- Two streams in one layer
 
 
