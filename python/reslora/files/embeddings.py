@@ -12,30 +12,32 @@ of its base tell. The base's config is looked for on this machine alone.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..injection.adapted import Injection
-from ..injection.heads import saved_names
 from .hub import cached_folder
 
 FILE = "config.json"
 
 
-def embedding_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
+def embedding_tensors(model: nn.Module, saved: Sequence[str] = ()) -> dict[str, Tensor]:
     """Return what a model embeds tokens with, and its output head, as PEFT names them in files.
 
-    Modules that are saved whole anyway are left out.
+    The modules `saved`, and those that PEFT trains a copy of, are saved whole anyway: left out.
     """
-    getters = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
-    found = [getter() for getter in getters if callable(getter)]
-    wanted = {id(getattr(module, "base_layer", module)) for module in found}
-    saved = saved_names(model, injection)
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # of a model without tokens
+            module: Any = getattr(model, name)()
+            found.append(id(getattr(module, "base_layer", module)))
     return {
         f"{name}.{key}": tensor
         for name, module in model.named_modules()
-        if id(module) in wanted and name not in saved
+        if id(module) in found and name not in saved and not hasattr(module, "modules_to_save")
         for key, tensor in module.state_dict(keep_vars=True).items()
     }
 
@@ -64,7 +66,7 @@ def saved_embeddings(
                 stacklevel=3,
             )
         wanted = bool(sizes)
-    return embedding_tensors(model, injection) if wanted else {}
+    return embedding_tensors(model, injection.saved_modules) if wanted else {}
 
 
 def resizing(model: nn.Module, op: str) -> str:
@@ -99,7 +101,7 @@ def stored_embeddings(
     Raises:
         ValueError: where the file has another number of tokens.
     """
-    own = embedding_tensors(model, injection)
+    own = embedding_tensors(model, injection.saved_modules)
     found = {key: tensor for key, tensor in own.items() if key in stored}
     for key, tensor in found.items():
         tokens = len(stored[key])

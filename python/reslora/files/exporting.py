@@ -89,15 +89,11 @@ def export_lora(
         op="export_lora", merge_method=merge_method, data=data, refine_steps=refine_steps,
         progressbar=progressbar,
     )  # fmt: skip
-    plan = _planned(model, injection, request)
-    refuse_tied(model, saved_names(model, injection), "export_lora")
-    layers, error = reduced(plan.layers, rank, tolerance)
-    heads = saved_tensors(model, injection)
-    heads |= saved_embeddings(model, injection, save_embedding_layers, "export_lora")
+    layers, error = reduced(_planned(model, injection, request).layers, rank, tolerance)
     _write_lora(
         directory,
         layers,
-        heads={key: tensor.detach() for key, tensor in heads.items()},
+        heads=_heads(model, injection, save_embedding_layers),
         targets=_short_targets(model, [layer.name for layer in layers]),
         config=injection.config,
         fan_in_fan_out=all(is_conv1d(layer.base_layer) for layer in injection.layers),
@@ -105,6 +101,14 @@ def export_lora(
         task_type=task_type,
     )
     return error
+
+
+def _heads(model: nn.Module, injection: Injection, embeddings: bool | str) -> dict[str, Tensor]:
+    """Return what is written whole beside the pairs."""
+    refuse_tied(model, saved_names(model, injection), "export_lora")
+    heads = saved_tensors(model, injection)
+    heads |= saved_embeddings(model, injection, embeddings, "export_lora")
+    return {key: tensor.detach() for key, tensor in heads.items()}
 
 
 def export_diffusers(

@@ -16,7 +16,7 @@ from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, rank_of
 from ..config import matches
 from ..files.checkpoint import transposed_chains
 from ..files.embeddings import embedding_tensors, resizing
-from ..injection.adapted import Injection, injection_of, plain_model
+from ..injection.adapted import Injection, plain_model
 from ..injection.chains import make_chains
 from ..injection.inject import open_sessions, warn_without_links
 from ..injection.targets import describe, targets_by_default, warn_fused_experts
@@ -126,7 +126,7 @@ class ResLoraModel(BaseTuner):
         found = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, *args, **kwargs
         )
-        own = embedding_tensors(inner, injection_of(inner, "save"))
+        own = embedding_tensors(inner)
         if any(".base_layer." in key for key in own) and resizing(inner, "save"):
             found |= {k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in own}
         return found
