@@ -3,6 +3,7 @@
 #include <reslora/adapters.h>
 #include <reslora/calibration.h>
 
+#include <algorithm>
 #include <ostream>
 #include <utility>
 
@@ -40,6 +41,17 @@ std::vector<ChainView> detail::views_of(const std::vector<LinkedChain>& chains, 
   }
   return all;
 }
+
+namespace {
+
+/// True where a layer of the plan is merged by a fit.
+bool has_fits(const MergePlan& plan) {
+  return std::any_of(plan.layers().begin(), plan.layers().end(), [](const LayerMerge& layer) {
+    return layer.rule == MergeRule::kLsq || layer.rule == MergeRule::kRefined;
+  });
+}
+
+}  // namespace
 
 const ResLoraConfig& Adapters::config() const { return state_->config; }
 const std::vector<LinkedChain>& Adapters::chains() const { return state_->chains; }
@@ -99,11 +111,10 @@ std::vector<ChainView> Adapters::views() const {
 MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const {
   RESLORA_CHECK(!is_merged(), "[merge] adapters must not be merged yet; got merged ones (unmerge)");
   const std::string& method = merge_method.empty() ? state_->config.merge_method() : merge_method;
-  const bool is_read = !state_->fits.empty() && (method.empty() || method == "lsq");
-  if (is_read)
+  MergePlan plan(views(), method, use_affine);
+  if (has_fits(plan))
     check_current(state_->fits_sum, detail::adapter_sum(*state_), "merge",
                   "name another merge_method");
-  MergePlan plan(views(), method, use_affine);
   if (plan.fell_back_to_weight()) {
     TORCH_WARN(
         "[merge] the rule 'weight' is taken: there are no fits (calibrate) and no norms of "

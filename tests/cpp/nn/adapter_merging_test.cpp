@@ -58,6 +58,60 @@ TEST_P(Merging, MergeUnmergeAndExport) {
   EXPECT_TRUE(refuses([&] { adapters.unmerge(); }, "must be merged"));
 }
 
+/// One step that changes A and B, the same for models of one seed.
+void train(const Adapters& adapters) {
+  const torch::NoGradGuard no_grad;
+  for (at::Tensor parameter : adapters.parameters()) parameter.mul_(1.25).add_(0.05);
+}
+
+TEST_P(Merging, TrainingThatGoesOnAfterLoadingIsMergedAndExported) {
+  torch::manual_seed(3);
+  Net net, other;
+  const Adapters adapters = inject(*net, config_of(GetParam()));
+  randomise(adapters);
+  const at::Tensor x = torch::randn({200, kWidth});
+  net->forward(x).sum().backward();  // fills norm windows
+  const std::string folder = new_folder();
+  adapters.save(folder + "/saved", /*statistics=*/true);
+  load_base_tensors(*other, base_tensors(*net));
+  const Adapters loaded = load(*other, folder + "/saved");
+  std::vector<std::string> exported;
+  for (const Adapters& own : {adapters, loaded}) {
+    train(own);
+    own.export_lora(folder + "/lora");
+    exported.push_back(
+        tensors_sum(load_tensors(folder + "/lora/adapter_model.safetensors").tensors));
+  }
+  EXPECT_EQ(exported[0], exported[1]);
+  other->eval();  // records no norms
+  const at::Tensor unmerged = other->forward(x).detach();
+  const std::string mode = GetParam();
+  const bool is_exact = mode == "none" || mode == "bs";
+  adapters.merge();
+  EXPECT_EQ(loaded.merge().layers()[1].rule, is_exact ? MergeRule::kExact : MergeRule::kInput);
+  EXPECT_TRUE(torch::equal(other->forward(x), net->forward(x)));
+  if (!is_exact) return;
+  EXPECT_LT(distance(other->forward(x), unmerged), 1e-5);
+}
+
+TEST_P(Merging, TrainingThatGoesOnAfterCalibratingIsRefusedWhereAFitIsReadAlone) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of(GetParam()));
+  randomise(adapters);
+  net->eval();
+  const at::Tensor x = torch::randn({200, kWidth});
+  adapters.calibrate(std::vector{x}, [&](const at::Tensor& batch) { return net->forward(batch); });
+  train(adapters);
+  const std::string mode = GetParam();
+  if (mode == "is" || mode == "ms") {
+    EXPECT_TRUE(refuses([&] { adapters.merge(); }, "got fits made before it changed"));
+    return;
+  }
+  const at::Tensor unmerged = net->forward(x).detach();
+  adapters.merge();
+  EXPECT_LT(distance(net->forward(x), unmerged), 1e-5);
+}
+
 TEST(Calibrate, DemandsEvalModeAndFitsOfTheAdapterAsItIs) {
   Net net;
   const Adapters adapters = inject(*net, config_of());
