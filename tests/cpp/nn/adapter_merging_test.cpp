@@ -240,6 +240,43 @@ TEST(Export, LeavesWhatLiesThereWholeWhereItFails) {
   EXPECT_TRUE(refuses([&] { reduced_factors(LayerMerge(), 1); }, "must have factors"));
 }
 
+TEST(Export, RefusesTheBiasOfAnAffineFitAndWritesTheLinearOne) {
+  torch::manual_seed(4);
+  Net net;
+  const Adapters adapters = inject(*net, config_of("is").target_modules({"q_proj"}));
+  randomise(adapters);
+  net->eval();
+  const torch::NoGradGuard no_grad;
+  const at::Tensor x = torch::randn({300, kWidth}) + 2;
+  FitOptions options;
+  options.affine = true;
+  adapters.calibrate(
+      std::vector{x}, [&](const at::Tensor& batch) { return net->forward(batch); }, options);
+  const std::string folder = new_folder() + "/lora";
+  PlainLora lora;
+  lora.layers = adapters.plan().layers();
+  ASSERT_GT(lora.layers[1].bias.abs().max().item<double>(), 0.01);
+  const char* sentence = "plain LoRA holds no bias; got that of an affine fit (layer layers.1.";
+  EXPECT_TRUE(refuses([&] { save_plain_lora(folder, lora); }, sentence));
+  EXPECT_TRUE(refuses([&] { padded_factors(lora.layers[1], 8); }, sentence));
+  adapters.merge();
+  EXPECT_TRUE(refuses([&] { adapters.export_lora(folder); }, sentence));
+  EXPECT_NE(::access(folder.c_str(), F_OK), 0);
+  adapters.unmerge();
+
+  lora.layers = adapters.plan("", /*use_affine=*/false).layers();
+  save_plain_lora(folder, lora);
+  MergePlan linear(adapters.views(), "lsq", /*use_affine=*/false);
+  const TensorFile file = load_tensors(folder + "/adapter_model.safetensors");
+  const ResLoraLinear& layer = net->layers[1]->as<BlockImpl>()->q_proj;
+  const std::string key = "base_model.model.layers.1.q_proj.lora_";
+  const at::Tensor wanted =
+      layer->weight + file.tensors.at(key + "B.weight").matmul(file.tensors.at(key + "A.weight"));
+  linear.apply();
+  EXPECT_TRUE(torch::allclose(layer->weight, wanted, 1e-5, 1e-6));
+  linear.revert();
+}
+
 TEST(Merge, IsKeptInTheArchivesOfTorchSave) {
   Net net(2), plain(2), other(2);
   const Adapters adapters = inject(*net, config_of("none"));
