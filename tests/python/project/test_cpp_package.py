@@ -106,6 +106,29 @@ def write_project(folder: Path, *lines: str) -> None:
     (folder / "CMakeLists.txt").write_text("\n".join((*head, *lines, "")))
 
 
+@pytest.mark.parametrize("is_installed", [True, False], ids=["installed", "in the build folder"])
+def test_a_project_that_adds_the_folder_exports_what_links_reslora(
+    as_folder: Path, prefix: Path, tmp_path: Path, is_installed: bool
+) -> None:
+    package, own = as_folder / "reslora/src/package-core", as_folder
+    if is_installed:
+        package, own = prefix / "lib/cmake/reslora", prefix / "lib/cmake/consumer"
+    write_project(
+        tmp_path,
+        "find_package(reslora CONFIG REQUIRED)",
+        f"include({own / 'consumer-targets.cmake'})",
+        "add_executable(user main.cpp)",
+        "target_link_libraries(user PRIVATE consumer::plug_in)",
+    )
+    (tmp_path / "main.cpp").write_text(
+        '#include <cstdio>\nextern "C" const char* refusal();\n'
+        "int main() { return std::puts(refusal()) < 0; }\n"
+    )
+    run(*CONFIGURE, f"-Dreslora_DIR={package}", f"-DRESLORA_TORCH_ROOT={TORCH}", cwd=tmp_path)
+    run("cmake", "--build", tmp_path / "build")
+    assert run(tmp_path / "build/user") == "\n"
+
+
 def configure(tmp_path: Path, *options: str, wanted: str = "CONFIG REQUIRED") -> str:
     """Configure a program that must fail to; return the complaint."""
     write_project(tmp_path, f"find_package(reslora {wanted})")
