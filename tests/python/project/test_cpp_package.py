@@ -96,6 +96,25 @@ def test_pkg_config_gives_flags_that_compile_and_link(
     run("c++", standard, *cflags, source, *libs, "-o", tmp_path / "small")
     run(tmp_path / "small")
 
+    nothing = tmp_path / "nothing.cpp"
+    nothing.write_text("int main() { return 0; }\n")
+    run("c++", "-Wl,--as-needed", nothing, *libs, "-o", tmp_path / "nothing")
+    assert needed(tmp_path / "nothing") >= NEEDED
+
+
+def needed(program: Path) -> set[str]:
+    """Return the libraries that the loader is told to load with a program."""
+    return set(re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", program)))
+
+
+# What registers the ops, what brings torch's CUDA libraries along, and what both need.
+NEEDED = {"libreslora.so.0.1", "libtorch.so", "libtorch_cpu.so", "libc10.so"}
+
+
+def test_a_program_that_knows_the_op_by_name_alone_keeps_the_libraries(as_folder: Path) -> None:
+    run(as_folder / "by_name")
+    assert needed(as_folder / "by_name") >= NEEDED
+
 
 CONFIGURE = ("cmake", "-S", ".", "-B", "build")
 
