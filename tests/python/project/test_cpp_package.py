@@ -148,6 +148,23 @@ def test_a_project_that_adds_the_folder_exports_what_links_reslora(
     assert run(tmp_path / "build/user") == "\n"
 
 
+def test_a_second_copy_of_the_library_is_refused_in_a_sentence(as_folder: Path) -> None:
+    plug_in = as_folder / "libplug_in.so"
+    load = f"plug_in = ctypes.CDLL({str(plug_in)!r}); plug_in.refusal.restype = ctypes.c_char_p"
+    tell = "print(plug_in.refusal().decode())"
+    assert run(sys.executable, "-c", f"import ctypes, torch; {load}; {tell}") == "\n"
+    sentence = "[reslora] a process must load one copy of libreslora; got "
+
+    printed = run(sys.executable, "-c", f"import ctypes, reslora; {load}; {tell}")
+    assert printed.startswith(f"{sentence}{as_folder / 'reslora/src/libreslora.so.0.1'} beside")
+    assert printed.count("\n") == 1, "no kernel is registered twice"
+
+    program = f"import ctypes, torch; {load}; {tell}; import reslora"
+    printed = fails(sys.executable, "-c", program, cwd=as_folder)
+    assert f"ImportError: {sentence}" in printed
+    assert "/libreslora.so beside another that registered the ops" in printed
+
+
 def configure(tmp_path: Path, *options: str, wanted: str = "CONFIG REQUIRED") -> str:
     """Configure a program that must fail to; return the complaint."""
     write_project(tmp_path, f"find_package(reslora {wanted})")
