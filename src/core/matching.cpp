@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/experts.h"
 
 namespace reslora {
 namespace {
@@ -85,8 +86,6 @@ int64_t layer_index(const ResLoraConfig& config, const std::string& path) {
   return -1;
 }
 
-bool is_in_experts(const std::string& path) { return contains(parts_of(path), "experts"); }
-
 // ---- Targets -----------------------------------------------------------------------------------
 
 /// Every linear layer but output heads, experts, and layers that are never called.
@@ -97,7 +96,7 @@ Found all_linear(const Modules& modules, Names& warnings) {
     if (!module.is_linear || module.path.empty() || module.is_head ||
         last_part(module.path) == "lm_head")
       continue;
-    if (is_in_experts(module.path) || module.is_bypassed) {
+    if (detail::is_in_experts(module.path) || module.is_bypassed) {
       left_out.push_back(module.path);
     } else {
       found.push_back(&module);
