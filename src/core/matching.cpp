@@ -295,11 +295,14 @@ std::vector<ChainRecord> find_chains(const std::vector<ModuleInfo>& modules,
   for (const ModuleInfo& module : modules) by_path[module.path] = &module;
   std::vector<ChainRecord> chains;
   std::unordered_map<std::string, size_t> places;
+  const Shortcut shortcut = parse_shortcut(config.res_mode());
+  const bool hands_rows_on = shortcut == Shortcut::kIs || shortcut == Shortcut::kMs;
   for (const std::string& path : layers) {
-    const std::string key = chain_key(by_path, path);
+    const ModuleInfo& module = *by_path.at(path);
+    std::string key = chain_key(by_path, path);
+    if (hands_rows_on && !module.rows.empty()) key += fmt::format(" ({})", module.rows);
     const auto [place, is_new] = places.emplace(key, chains.size());
     if (is_new) chains.push_back({key, {}});
-    const ModuleInfo& module = *by_path.at(path);
     const RankAndScaling own = rank_and_scaling(config, path, match);
     chains[place->second].layers.push_back(
         {path, module.in_features, module.out_features, own.r, own.scaling});
