@@ -60,8 +60,9 @@ class RESLORA_API AdaptedFiles {
   /// replace, else to the commonest of the files. B A is computed on `device`. `ties_embeddings`:
   /// the base takes one tensor for its embeddings and its head. What the adapter holds alike for
   /// both (of a resized vocabulary) is written once. Throws c10::ValueError for a head that is tied
-  /// in the base, for embeddings of another size, and where the adapter holds the base weight of an
-  /// adapted head, and it is another; warns where another head has another shape.
+  /// in the base, for embeddings of another size, where the adapter holds the base weight of an
+  /// adapted head, and it is another, and for the bias of an affine fit where the base has none;
+  /// warns where another head has another shape.
   std::map<std::string, TensorEdit> edits(const MergePlan& plan, bool ties_embeddings = false,
                                           c10::Device device = at::kCPU) const;
 

@@ -68,8 +68,9 @@ class RESLORA_API Adapters {
   /// What trains: A and B of every layer, then the parameters of modules_to_save.
   std::vector<at::Tensor> parameters() const;
 
-  /// Starts a pass of every chain on this thread. Needed only where a forward may begin inside a
-  /// chain: a pass begins by itself when the first layer of a chain runs.
+  /// Starts a pass of every chain on this thread. Needed only before forwards that may begin inside
+  /// a chain or run a layer several times (linear.h): else a pass begins by itself when the first
+  /// layer of a chain runs.
   void begin_forward() const;
   /// One line for each chain, each broken link, and each layer that ran without its link.
   std::string links() const;
@@ -145,8 +146,9 @@ class RESLORA_API Adapters {
   /// the reduction (0 without `rank`).
   double export_lora(const std::string& folder, const ExportOptions& options = {}) const;
 
-  /// The adapters of a clone of the model (`model->clone()`), linked among themselves. Throws
-  /// c10::ValueError for the model itself, for a clone of a merged one, and for another model.
+  /// The adapters of a clone of the model (`model->clone()`), linked among themselves, with the
+  /// fits at hand. Throws c10::ValueError for the model itself, for a clone of a merged one, for
+  /// another model, and as `relink` does; nothing is changed then.
   Adapters of_clone(torch::nn::Module& clone) const;
 
  private:

@@ -7,25 +7,21 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "core/check.h"
+#include "nn/passes.h"
 
 namespace reslora {
 
 /// What the layers of a chain share. Layers hold it; it holds them weakly.
 struct ChainState {
-  struct Pass {
-    std::vector<at::Tensor> taps;
-    int64_t last_position = -1;
-    bool is_open = false;
-  };
-
   ChainState(Chain links, std::vector<std::weak_ptr<ResLoraLinearImpl>> members)
-      : chain(std::move(links)), layers(std::move(members)), missed(layers.size(), 0) {}
+      : chain(std::move(links)),
+        layers(std::move(members)),
+        missed(layers.size(), 0),
+        passes(layers.size()) {}
 
   std::shared_ptr<ResLoraLinearImpl> layer(int64_t position) const {
     auto strong = layers.at(position).lock();
@@ -70,17 +66,6 @@ struct ChainState {
   }
   static int64_t position_of(const ResLoraLinearImpl& layer) { return layer.position_; }
 
-  /// The pass of this thread.
-  Pass& pass() {
-    std::lock_guard<std::mutex> lock(mutex);
-    return passes[std::this_thread::get_id()];
-  }
-
-  void end_pass() {
-    std::lock_guard<std::mutex> lock(mutex);
-    passes.erase(std::this_thread::get_id());
-  }
-
   /// Returns true for the first one of the chain.
   bool count_missed(int64_t position) {
     std::lock_guard<std::mutex> lock(mutex);
@@ -99,7 +84,7 @@ struct ChainState {
   FitCollector* collector = nullptr;
   int64_t collector_index = 0;
   std::mutex mutex;
-  std::unordered_map<std::thread::id, Pass> passes;
+  Passes passes;
 };
 
 namespace detail {
@@ -109,6 +94,20 @@ std::shared_ptr<ChainState> new_state(const std::vector<ResLoraLinear>& layers, 
 
 /// Adapts and links the layers that `new_state` was given.
 LinkedChain join(const std::shared_ptr<ChainState>& state);
+
+/// The layers of one chain in a cloned model, each linked to nothing yet.
+struct Copies {
+  std::shared_ptr<ChainState> original;                    // of the model that was cloned
+  std::vector<std::shared_ptr<ResLoraLinearImpl>> layers;  // by position
+};
+
+/// Finds the copies in a cloned model, in the order of their chains' first layers; changes nothing.
+/// Throws c10::ValueError in the name of `op` for layers that are linked already, for a part of a
+/// chain, and for two copies of one layer.
+std::vector<Copies> copies_in(torch::nn::Module& model, const std::string& op);
+
+/// Links the copies among themselves; cannot fail for a reason that lies in them.
+LinkedChain join_copies(const Copies& copies);
 
 }  // namespace detail
 }  // namespace reslora
