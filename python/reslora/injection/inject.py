@@ -22,6 +22,7 @@ from ..config import ResLoraConfig
 from ..nn.grouping import Group, find_groups
 from ..nn.session import Session
 from .adapted import Injection, find_layers
+from .calls import leave_fused_paths, watch_first_step
 from .chains import make_chains, root_name
 from .heads import refuse_tied, saved_parameters
 from .targets import describe, find_targets
@@ -105,7 +106,9 @@ def _replace(model: nn.Module, injection: Injection) -> None:
 
 
 def open_sessions(model: nn.Module, injection: Injection) -> None:
-    """Let taps pass, and layers be evaluated together, in every forward of the model."""
+    """Let every forward call the layers, pass taps and evaluate layers together."""
+    leave_fused_paths(model, injection)
+    watch_first_step(injection)
     _allow_compiled_checkpoints()
     modules = dict(model.named_modules())
     sessions: dict[str, Session] = {}
