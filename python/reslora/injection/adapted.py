@@ -53,6 +53,10 @@ class Injection:
         self.applied: Applied | None = None
         self.calibrated: Calibrated | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a file holds; what it is too old to know is none."""
+        self.__dict__.update({"hooks": [], "nested": []} | state)
+
     @property
     def layers(self) -> list[ResLoraLinear]:
         """All adapted layers, chain by chain."""

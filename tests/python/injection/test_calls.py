@@ -169,3 +169,15 @@ def test_only_training_steps_of_the_own_model_count():
     assert any(warnings_of_steps(model, 1, optimizer)[0])
     other = inject(Net(4), ResLoraConfig(target_modules=["lin"]))
     assert not any(warnings_of_steps(other, 9)) and find_layers(other)
+
+
+# ---- Layers that are called in training and read by hand in eval mode
+
+
+def test_a_merge_report_names_what_its_batches_never_call():
+    model = nn.Sequential(ByHand(skips=False), ByHand(skips=True))
+    config = ResLoraConfig(r=2, target_modules=["called", "read"], res_mode="bs")
+    inject(model, config)
+    with pytest.warns(UserWarning, match=r"got 1 that no batch reaches: 1\.read \(their weights"):
+        report = reslora.merge_report(model, [torch.randn(3, 4)])
+    assert [entry.name for entry in report.layers if entry.method_error is None] == ["1.read"]
