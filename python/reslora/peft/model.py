@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import register_peft_method
-from torch import nn
+from torch import Tensor, nn
 
-from .._C import PEFT_TYPE, LayerShape, rank_of
+from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, plain_name, rank_of, saved_part
 from ..config import matches
 from ..files.checkpoint import transposed_chains
 from ..injection.adapted import Injection
 from ..injection.chains import make_chains
-from ..injection.inject import open_sessions, warn_without_links
-from ..injection.targets import describe, targets_by_default
+from ..injection.inject import children, open_sessions, warn_without_links
+from ..injection.targets import describe, modules_of, targets_by_default
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
@@ -43,7 +43,7 @@ class ResLoraModel(BaseTuner):
                     "[reslora.peft] the model must hold no other adapters; got "
                     f"{type(module).__name__} at {name} (merge or unload them first)"
                 )
-        places = list(_children(model))
+        places = list(children(model))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._link(model, adapter_name)
@@ -55,6 +55,49 @@ class ResLoraModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = targets_by_default(self.model)
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:  # a ResLoraConfig
+        """Tell whether a layer is a target; what lies in modules_to_save is trained whole."""
+        name = plain_name(key)
+        is_wrapped = name.rpartition(".")[2] != key.rpartition(".")[2]  # its wrapper is the target
+        if is_wrapped or saved_part(name, peft_config.modules_to_save or []):
+            return False
+        return check_target_module_exists(peft_config, name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return A and B of an adapter by their keys, also where torch has wrapped their layers."""
+        return {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return a file's tensors under the model's keys.
+
+        The file has plain names, and each A and B once, the model all places where they hang.
+        """
+        end = f".{adapter_name}.weight"
+        keys: dict[int, list[str]] = {}
+        for key, factor in model.state_dict(keep_vars=True).items():
+            if f".{cls.prefix}" in key and key.endswith(end):
+                keys.setdefault(id(factor), []).append(key)
+        loaded = dict(state_dict)
+        for own in keys.values():
+            names = [f"{plain_name(key.removesuffix(end))}.weight" for key in own]
+            for name in (*names, *(MODEL_PREFIX + name for name in names)):
+                if name in loaded:
+                    loaded |= dict.fromkeys(own, loaded.pop(name))
+        return loaded
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -74,7 +117,7 @@ class ResLoraModel(BaseTuner):
                 f"{type(target).__name__} at {current_key}{why} (name it in exclude_modules)"
             )
         layer = target if isinstance(target, PeftLinear) else PeftLinear(target)
-        r = rank_of(peft_config.core(), current_key, matches)
+        r = rank_of(peft_config.core(), plain_name(current_key), matches)
         layer.add_factors(adapter_name, r, peft_config.init_lora_weights)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -86,7 +129,7 @@ class ResLoraModel(BaseTuner):
         injection = Injection(config)
         layers: dict[str, Any] = {
             key: module
-            for key, module in model.named_modules()
+            for key, module in modules_of(model).items()
             if isinstance(module, PeftLinear) and name in module.reslora_A
         }
 
@@ -101,7 +144,7 @@ class ResLoraModel(BaseTuner):
             layers[layer.name].reslora_adapters[name] = layer
         injection.places = [
             (parent, attribute, child.reslora_adapters[name])  # type: ignore[misc]
-            for parent, attribute, child in _children(model)
+            for parent, attribute, child in children(model)
             if isinstance(child, PeftLinear) and name in child.reslora_adapters
         ]
         open_sessions(model, injection)
@@ -147,9 +190,12 @@ class ResLoraModel(BaseTuner):
         else:
             for layer in layers:
                 layer.unmerge()
-        result = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         for layer in layers:
             layer.close_passes()
+        for parent, attribute, child in children(self.model):
+            if isinstance(child, PeftLinear):  # PEFT, which puts heads back, knows one place of it
+                setattr(parent, attribute, child.base_layer)
+        result = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if hasattr(self.model, "peft_config"):  # peft 0.18 leaves it there
             del self.model.peft_config
         return result if result is not None else self.model
@@ -169,12 +215,6 @@ class ResLoraModel(BaseTuner):
                 f"[reslora.peft] the active adapter is merged, {self.active_adapters}; got "
                 f"adapter_names {list(adapter_names)} (set_adapter first)"
             )
-
-
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in model.modules():
-        for attribute, child in parent.named_children():
-            yield parent, attribute, child
 
 
 def _put_back(places: list[tuple[nn.Module, str, nn.Module]], name: str) -> None:
