@@ -124,6 +124,7 @@ class ResLoraModel(BaseTuner):
 
     def _link(self, model: nn.Module, name: str) -> None:
         """Make the chains of an adapter that PEFT has put into the model."""
+        _wrap_everywhere(model)
         config: Any = self.peft_config[name]
         config.validate()
         injection = Injection(config)
@@ -215,6 +216,15 @@ class ResLoraModel(BaseTuner):
                 f"[reslora.peft] the active adapter is merged, {self.active_adapters}; got "
                 f"adapter_names {list(adapter_names)} (set_adapter first)"
             )
+
+
+def _wrap_everywhere(model: nn.Module) -> None:
+    """Put the layers that PEFT has wrapped at one place at all places where they hang."""
+    wrapped = {id(x.base_layer): x for x in model.modules() if isinstance(x, PeftLinear)}
+    for parent, attribute, child in children(model):
+        layer = wrapped.get(id(child))
+        if layer is not None and parent is not layer:
+            setattr(parent, attribute, layer)
 
 
 def _put_back(places: list[tuple[nn.Module, str, nn.Module]], name: str) -> None:
