@@ -122,7 +122,7 @@ def plain_name(path: str) -> str:
     """Return a path without the parts that wrappers of torch put into it."""
 
 def saved_part(path: str, names: Sequence[str]) -> str:
-    """Return the shortest part of a path that modules_to_save mean by one of `names`, else ""."""
+    """Return the part of a path that modules_to_save mean by one of `names`, else ""."""
 
 def is_or_ends_with(path: str, name: str) -> bool:
     """Tell whether a path is `name` or ends with "." and `name`."""
