@@ -69,7 +69,8 @@ class _Watch:
 
 
 def _is_routed(chain: LayerChain) -> bool:
-    return "experts" in chain.key.split(".")
+    """Tell whether these are experts, of which a step may need none ("experts", "expert_0")."""
+    return "expert" in chain.key
 
 
 _watched: WeakKeyDictionary[Injection, _Watch] = WeakKeyDictionary()
