@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/experts.h"
 
 namespace reslora {
 namespace {
@@ -79,8 +80,6 @@ int64_t layer_index(const ResLoraConfig& config, const std::string& path) {
   return -1;
 }
 
-bool is_in_experts(const std::string& path) { return contains(parts_of(path), "experts"); }
-
 // ---- Targets -----------------------------------------------------------------------------------
 
 /// Every linear layer but output heads, experts, and layers that are never called.
@@ -91,7 +90,7 @@ Found all_linear(const Modules& modules, Names& warnings) {
     if (!module.is_linear || module.path.empty() || module.is_head ||
         last_part(module.path) == "lm_head")
       continue;
-    if (is_in_experts(module.path) || module.is_bypassed) {
+    if (detail::is_in_experts(module.path) || module.is_bypassed) {
       left_out.push_back(module.path);
     } else {
       found.push_back(&module);
@@ -224,6 +223,18 @@ std::string chain_key(const std::unordered_map<std::string, const ModuleInfo*>& 
   return joined(parts, parts.size());
 }
 
+/// The name of the chain of the layer at `path`. Where taps are handed on, layers with other rows
+/// have chains of their own.
+std::string chain_name(const std::unordered_map<std::string, const ModuleInfo*>& modules,
+                       const std::string& path, const ResLoraConfig& config) {
+  const Shortcut shortcut = parse_shortcut(config.res_mode());
+  const bool hands_rows_on = shortcut == Shortcut::kIs || shortcut == Shortcut::kMs;
+  const std::string& rows = modules.at(path)->rows;
+  std::string key = chain_key(modules, path);
+  if (hands_rows_on && !rows.empty()) key += fmt::format(" ({})", rows);
+  return key;
+}
+
 /// True for a layer that a config means, whatever else it names that a model does not have.
 bool is_meant(const ModuleInfo& module, const ResLoraConfig& config, const ExpressionMatch& match) {
   const ModuleNames& targets = config.target_modules();
@@ -322,9 +333,9 @@ Matching match_saved(const std::vector<ModuleInfo>& modules, const ResLoraConfig
   Matching matching;
   matching.targets = config.target_modules();
   for (const ModuleInfo& module : modules)
-    if (module.in_features > 0 &&
-        (layers.count(module.path) > 0 ||
-         (keys.count(chain_key(by_path, module.path)) > 0 && is_meant(module, config, match))))
+    if (module.in_features > 0 && (layers.count(module.path) > 0 ||
+                                   (keys.count(chain_name(by_path, module.path, config)) > 0 &&
+                                    is_meant(module, config, match))))
       matching.layers.push_back(module.path);
   RESLORA_CHECK(!matching.layers.empty(),
                 "[load] the adapter must be of this model; got {}, which matches nothing "
@@ -358,10 +369,10 @@ std::vector<ChainRecord> find_chains(const std::vector<ModuleInfo>& modules,
   std::vector<ChainRecord> chains;
   std::unordered_map<std::string, size_t> places;
   for (const std::string& path : layers) {
-    const std::string key = chain_key(by_path, path);
+    const ModuleInfo& module = *by_path.at(path);
+    const std::string key = chain_name(by_path, path, config);
     const auto [place, is_new] = places.emplace(key, chains.size());
     if (is_new) chains.push_back({key, {}});
-    const ModuleInfo& module = *by_path.at(path);
     const RankAndScaling own = rank_and_scaling(config, path, match);
     chains[place->second].layers.push_back(
         {path, module.in_features, module.out_features, own.r, own.scaling});

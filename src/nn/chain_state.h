@@ -7,25 +7,21 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "core/check.h"
+#include "nn/passes.h"
 
 namespace reslora {
 
 /// What the layers of a chain share. Layers hold it; it holds them weakly.
 struct ChainState {
-  struct Pass {
-    std::vector<at::Tensor> taps;
-    int64_t last_position = -1;
-    bool is_open = false;
-  };
-
   ChainState(Chain links, std::vector<std::weak_ptr<ResLoraLinearImpl>> members)
-      : chain(std::move(links)), layers(std::move(members)), missed(layers.size(), 0) {}
+      : chain(std::move(links)),
+        layers(std::move(members)),
+        missed(layers.size(), 0),
+        passes(layers.size()) {}
 
   std::shared_ptr<ResLoraLinearImpl> layer(int64_t position) const {
     auto strong = layers.at(position).lock();
@@ -70,17 +66,6 @@ struct ChainState {
   }
   static int64_t position_of(const ResLoraLinearImpl& layer) { return layer.position_; }
 
-  /// The pass of this thread.
-  Pass& pass() {
-    std::lock_guard<std::mutex> lock(mutex);
-    return passes[std::this_thread::get_id()];
-  }
-
-  void end_pass() {
-    std::lock_guard<std::mutex> lock(mutex);
-    passes.erase(std::this_thread::get_id());
-  }
-
   /// Returns true for the first one of the chain.
   bool count_missed(int64_t position) {
     std::lock_guard<std::mutex> lock(mutex);
@@ -99,7 +84,7 @@ struct ChainState {
   FitCollector* collector = nullptr;
   int64_t collector_index = 0;
   std::mutex mutex;
-  std::unordered_map<std::thread::id, Pass> passes;
+  Passes passes;
 };
 
 namespace detail {

@@ -28,6 +28,7 @@ def describe(model: nn.Module) -> list[ModuleInfo]:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     modules = modules_of(model)
+    shifting = _shifting_blocks(modules)
     infos = []
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
@@ -41,6 +42,7 @@ def describe(model: nn.Module) -> list[ModuleInfo]:
                 is_head=module is head,
                 is_bypassed=bool(path) and is_bypassed(modules.get(parent), name),
                 is_uniform=_is_uniform(path, modules),
+                rows=_rows(path, shifting),
             )
         )
     return infos
@@ -53,6 +55,32 @@ def _is_uniform(path: str, modules: dict[str, nn.Module]) -> bool:
     names = {name: f"{path}.{name}" if path else name for name in container._modules}
     children = [modules.get(names[name], child) for name, child in container._modules.items()]
     return len({type(getattr(child, "base_layer", child)) for child in children}) == 1
+
+
+def _shifting_blocks(modules: dict[str, nn.Module]) -> set[str]:
+    """Return the paths, each up to its last number, of blocks whose windows are shifted in turn."""
+    shifting = set()
+    for path, module in modules.items():
+        if hasattr(module, "shift_size"):
+            parts = path.split(".")
+            while parts and not parts[-1].isdigit():
+                parts.pop()
+            shifting.add(".".join(parts))
+    return shifting - {""}
+
+
+def _rows(path: str, shifting: set[str]) -> str:
+    """Return which windows a layer sees: "even" or "odd", "" outside of attention that shifts them.
+
+    Every other block of Swin shifts its windows, so a row of its attention is another patch than in
+    the block before. The block's number tells which: a forward may change `shift_size` itself.
+    """
+    parts = path.split(".") if shifting else []
+    for end, number in enumerate(parts, start=1):
+        if ".".join(parts[:end]) in shifting:
+            is_within = any("attn" in part or "attention" in part for part in parts[end:])
+            return ("odd" if int(number) % 2 else "even") if is_within else ""
+    return ""
 
 
 def find_targets(modules: list[ModuleInfo], config: ResLoraConfig) -> Matching:
