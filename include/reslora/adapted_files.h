@@ -58,9 +58,10 @@ class RESLORA_API AdaptedFiles {
   /// What a plan changes, by the files' names of the tensors: the layers' weights, the biases that
   /// an affine fit moves, and trained heads (modules_to_save), cast to the dtype of the tensor they
   /// replace, else to the commonest of the files. B A is computed on `device`. `ties_embeddings`:
-  /// the base takes one tensor for its embeddings and its head. Throws c10::ValueError for a head
-  /// that is tied in the base, and for embeddings of another size; warns where another head has
-  /// another shape.
+  /// the base takes one tensor for its embeddings and its head. What the adapter holds alike for
+  /// both (of a resized vocabulary) is written once. Throws c10::ValueError for a head that is tied
+  /// in the base, for embeddings of another size, and where the adapter holds the base weight of an
+  /// adapted head, and it is another; warns where another head has another shape.
   std::map<std::string, TensorEdit> edits(const MergePlan& plan, bool ties_embeddings = false,
                                           c10::Device device = at::kCPU) const;
 
@@ -73,6 +74,7 @@ class RESLORA_API AdaptedFiles {
 
   void find_weights();
   at::Tensor checked_weight(const LayerShape& layer) const;
+  bool is_base_of_layer(const std::string& name, const at::Tensor& tensor) const;
   TensorEdit edit_of_head(const std::string& key, const at::Tensor& head) const;
 
   ModelFiles files_;

@@ -23,6 +23,7 @@ using at::Tensor;
 using Statistics = std::map<std::string, LayerStatistics>;
 
 constexpr std::string_view kWeight = ".weight";
+constexpr std::string_view kBaseLayer = ".base_layer.";  // of an adapted layer, as PEFT names it
 constexpr const char* kTransposedKey = "fan_in_fan_out";
 // Embeddings that transformers ties to a head which the files do not hold.
 constexpr std::array<std::string_view, 5> kEmbeddings{{"embed_tokens.weight", "wte.weight",
@@ -99,10 +100,21 @@ at::ScalarType common_dtype(const ModelFiles& files) {
   return best;
 }
 
+/// The other of an embedding and a head that have the same values in the adapter; empty where there
+/// is none. So are input and output embeddings of one tensor, which were resized together.
+std::string twin_of(const AdapterFile& adapter, const std::string& name, const Tensor& head) {
+  for (const auto& [other, tensor] : adapter.tensors) {
+    if (other == name || is_factor(other) || !(is_embedding(name) || is_embedding(other))) continue;
+    if (tensor.sizes() == head.sizes() && at::equal(tensor, head)) return other;
+  }
+  return "";
+}
+
 /// Refuses a trained embedding or head of a base that holds one tensor for both.
 void refuse_tied(const ModelFiles& files, const std::string& name, const std::string& found,
                  const Tensor& head, bool ties_embeddings) {
-  std::string tied = ties_embeddings && is_embedding(found) ? found : "";
+  std::string tied;
+  if (ties_embeddings && is_embedding(found)) tied = "the output head (tie_word_embeddings)";
   if (found.empty()) {
     const auto& names = files.names();
     const auto other = std::find_if(names.begin(), names.end(), [&](const std::string& key) {
@@ -252,13 +264,32 @@ std::map<std::string, TensorEdit> AdaptedFiles::edits(const MergePlan& plan, boo
     bias.is_bias = true;
   }
   for (const auto& [name, head] : adapter_.tensors) {
-    if (is_factor(name)) continue;
+    if (is_factor(name) || is_base_of_layer(name, head)) continue;
     const std::string found = find_name(files_, name);
-    refuse_tied(files_, name, found, head, ties_embeddings);
+    const std::string twin = twin_of(adapter_, name, head);
+    // The base holds one tensor for both.
+    if (found.empty() && !twin.empty() && !find_name(files_, twin).empty()) continue;
+    if (twin.empty()) refuse_tied(files_, name, found, head, ties_embeddings);
     const std::string& key = found.empty() ? name : found;
     edits[key] = edit_of_head(key, head);
   }
   return edits;
+}
+
+/// True for the base weight of an adapted head, which PEFT saves too; it must be that of the files.
+bool AdaptedFiles::is_base_of_layer(const std::string& name, const Tensor& tensor) const {
+  const size_t at = name.rfind(kBaseLayer);
+  if (at == std::string::npos) return false;
+  const auto place = places_.find(name.substr(0, at));
+  if (place == places_.end()) return false;
+  const bool is_bias = !detail::ends_with(name, kWeight);
+  const std::string& key = is_bias ? place->second.bias : place->second.weight;
+  RESLORA_CHECK(!key.empty() && at::equal(files_.tensor(key).to(tensor.scalar_type()), tensor),
+                "[merge] the base must hold the weights that the adapter was trained beside; got "
+                "others for {} (of a resized vocabulary, in Python: reslora.load, "
+                "merge_and_unload, save_pretrained)",
+                place->first);
+  return true;
 }
 
 /// A head under its name in the files, in their dtype.

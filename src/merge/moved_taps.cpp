@@ -83,7 +83,7 @@ std::vector<Fit> move_taps(const ChainView& view, double share) {
       for (const int64_t n : readers) append_(fits[source], view.layers[n].A, moved_B(n));
     } else {  // the source's own product: one block of rows for all readers
       Tensor B = moved_B(readers[0]);
-      for (size_t i = 1; i < readers.size(); ++i) B = B + moved_B(readers[i]);
+      for (size_t i = 1; i < readers.size(); ++i) B = B + moved_B(readers[i]).to(B.options());
       append_(fits[source], view.layers[source].A, B);
     }
   }

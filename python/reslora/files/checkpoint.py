@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -44,12 +45,17 @@ from ..merging.merge import unload
 from ..nn.base_layers import is_conv1d
 from ..nn.sharding import is_sharded, whole, writes
 from ..text_files import read_object
+from .embeddings import saved_embeddings, stored_embeddings
 from .folders import PathLike, adapter_folder, base_line, base_name
 from .statistics import give_statistics, statistics_of, sum_of_factors
 
 
 def save_pretrained(
-    model: nn.Module, directory: PathLike, *, statistics: bool | str = False
+    model: nn.Module,
+    directory: PathLike,
+    *,
+    statistics: bool | str = False,
+    save_embedding_layers: bool | str = "auto",
 ) -> None:
     """Write the unmerged adapter, and `modules_to_save`, to a folder.
 
@@ -63,6 +69,8 @@ def save_pretrained(
             without data; "covariances": and what the fits were solved from, where it was kept
             (`calibrate(keep_covariances=True)`). False removes statistics that lie in the folder,
             since they would be of another adapter.
+        save_embedding_layers: as in PEFT: "auto" also writes the embeddings where the vocabulary
+            was resized, with a warning; True always does, False never.
 
     Of a sharded model (FSDP2) every rank calls this, and the first writes.
     """
@@ -77,7 +85,10 @@ def save_pretrained(
         base_model_name_or_path=base, fan_in_fan_out=transposed_chains(injection) or None
     )
     layers = statistics_of(injection, statistics == "covariances") if statistics else {}
-    own = {key: tensor.detach() for key, tensor in _own_tensors(model, injection).items()}
+    found = _own_tensors(model, injection)
+    found |= saved_embeddings(model, injection, save_embedding_layers, "save")
+    _warn_left_out(model, found)
+    own = {key: tensor.detach() for key, tensor in found.items()}
     tensors = {key: whole(tensor) for key, tensor in own.items()}
     if not writes(own):
         return
@@ -89,6 +100,23 @@ def save_pretrained(
             stage.remove(STATISTICS_NAME)
         write_text(stage.path(CONFIG_NAME), text)
         write_text(stage.path("README.md"), _card(injection, base))
+
+
+def _warn_left_out(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Say so where something trains that is not in the files."""
+    known = {id(tensor) for tensor in saved.values()}
+    left = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in known and "reslora_" not in name
+    ]
+    if left:
+        warnings.warn(
+            f"[save] what trains beside the adapter is not in its files; got {len(left)} "
+            f"parameters such as {left[0]} (name their modules in modules_to_save, or save them "
+            "apart)",
+            stacklevel=3,
+        )
 
 
 def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:
@@ -167,6 +195,7 @@ def _copy_adapter(
     check_formula(injection.config.core(), config.core())
     check_chains(injection.chain_records, adapter.chains)
     own_tensors, stored = _own_tensors(model, injection), adapter.tensors  # a new dict each time
+    own_tensors |= stored_embeddings(model, injection, stored, "load")
     check_tensors(own_tensors, stored)
     _check_writable(own_tensors)
     with torch.no_grad():

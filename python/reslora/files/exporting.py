@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from ..merging.planning import make_plan, warn_unfinished
 from ..nn.base_layers import is_conv1d
 from ..text_files import read_object
 from .checkpoint import saved_tensors
+from .embeddings import resizing, saved_embeddings
 from .folders import PathLike, adapter_folder, base_line, base_name
 from .model_folder import heads_of, plan_from_files
 
@@ -61,6 +63,7 @@ def export_lora(
     refine_steps: int = 0,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
+    save_embedding_layers: bool | str = "auto",
     progressbar: bool = False,
 ) -> float:
     """Write the adapter as a plain LoRA in PEFT's format; the model is unchanged.
@@ -76,6 +79,7 @@ def export_lora(
         refine_steps: as in `merge`.
         base_model_name_or_path: for adapter_config.json; by default the model's own.
         task_type: for adapter_config.json, such as "CAUSAL_LM".
+        save_embedding_layers: as in `save_pretrained`.
         progressbar: show bars (needs tqdm).
 
     Returns:
@@ -86,13 +90,11 @@ def export_lora(
         op="export_lora", merge_method=merge_method, data=data, refine_steps=refine_steps,
         progressbar=progressbar,
     )  # fmt: skip
-    plan = _planned(model, injection, request)
-    refuse_tied(model, saved_names(model, injection), "export_lora")
-    layers, error = reduced(plan.layers, rank, tolerance)
+    layers, error = reduced(_planned(model, injection, request).layers, rank, tolerance)
     _write_lora(
         directory,
         layers,
-        heads={k: tensor.detach() for k, tensor in saved_tensors(model, injection).items()},
+        heads=_heads(model, injection, save_embedding_layers),
         targets=_short_targets(model, [layer.name for layer in layers]),
         config=injection.config,
         fan_in_fan_out=all(is_conv1d(layer.base_layer) for layer in injection.layers),
@@ -100,6 +102,14 @@ def export_lora(
         task_type=task_type,
     )
     return error
+
+
+def _heads(model: nn.Module, injection: Injection, embeddings: bool | str) -> dict[str, Tensor]:
+    """Return what is written whole beside the pairs."""
+    refuse_tied(model, saved_names(model, injection), "export_lora")
+    heads = saved_tensors(model, injection)
+    heads |= saved_embeddings(model, injection, embeddings, "export_lora")
+    return {key: tensor.detach() for key, tensor in heads.items()}
 
 
 def export_diffusers(
@@ -133,6 +143,12 @@ def export_diffusers(
     op = "export_diffusers"
     injection = injection_of(model := plain_model(model), op)
     _check_diffusers(op, component, saved_names(model, injection))
+    if sizes := resizing(model, op):
+        warnings.warn(
+            f"[{op}] such files hold LoRA alone, and lack the embeddings of a resized vocabulary; "
+            f"got {sizes} (save them apart)",
+            stacklevel=2,
+        )
     request = MergeRequest(
         op=op, merge_method=merge_method, data=data, refine_steps=refine_steps,
         progressbar=progressbar,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -39,5 +40,5 @@ def base_name(model: nn.Module, given: str | None) -> str | None:
 
 
 def base_line(base: str | None) -> str:
-    """Return the line of a model card that names the base."""
-    return f"base_model: {base}\n" if base else ""
+    """Return the line of a model card that names the base: JSON's strings are YAML's too."""
+    return f"base_model: {json.dumps(base, ensure_ascii=False)}\n" if base else ""

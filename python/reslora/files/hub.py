@@ -175,6 +175,19 @@ def _cached(name: str, revision: str | None, patterns: list[str] | None) -> Path
     return Path(folder)
 
 
+def cached_folder(name: str, revision: str | None, file: str) -> Path | None:
+    """Return where this machine has a file of a path or of a name of the Hub; nothing is asked."""
+    if Path(name).exists():
+        return Path(name) if (Path(name) / file).is_file() else None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, file, revision=revision)
+    except (ImportError, ValueError):  # no name of the Hub
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _escaped(patterns: list[str] | None) -> list[str] | None:
     return None if patterns is None else [glob.escape(pattern) for pattern in patterns]
 

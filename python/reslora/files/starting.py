@@ -29,6 +29,7 @@ from ..merging.stand_ins import plain_lora, standing_in
 from ..nn.layer import ResLoraLinear
 from ..text_files import read_object
 from .checkpoint import saved_tensors
+from .embeddings import stored_embeddings
 from .folders import PathLike, adapter_folder, load_tensors_of
 
 # What changes what a LoRA computes, beside its factors and scale.
@@ -87,6 +88,7 @@ def init_from_lora(
     config = _config_of(folder)
     tensors = load_tensors_of(folder / WEIGHTS_NAME)
     heads = saved_tensors(model, injection)
+    heads |= stored_embeddings(model, injection, tensors, "init_from_lora")
     scalings = _scalings_of(config, injection.layers)
     pairs = {x.name: _pair_of(x, scalings[x.name], tensors) for x in injection.layers}
     _check_all_used(tensors, heads, directory)

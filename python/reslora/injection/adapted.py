@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._C import Fit, FitSums, MergePlan, factor_names, tensors_sum
@@ -138,6 +139,17 @@ def check_enabled(injection: Injection, op: str) -> None:
         raise ValueError(f"[{op}] adapters must be enabled; got {off[0]} disabled")
 
 
+def check_strengths(injection: Injection, op: str) -> None:
+    """Refuse an adapter whose strength was changed: what `op` makes is kept with the config's."""
+    for layer in injection.layers:
+        strength = layer.chain.strength(layer.position)
+        if strength != 1:
+            raise ValueError(
+                f"[{op}] the adapter must have its full strength; got {strength:g} in {layer.name} "
+                "(unscale_layer() of its layers, or set_scale(adapter, 1))"
+            )
+
+
 @contextmanager
 def earlier_fits_after_errors(injection: Injection) -> Iterator[None]:
     """Give the fits at hand back if what is tried fails."""
@@ -164,5 +176,15 @@ def adapter_tensors(injection: Injection) -> dict[str, Tensor]:
 
 
 def adapter_sum(injection: Injection) -> str:
-    """Return the checksum of all A and B: a fit serves these values only."""
+    """Return the checksum of all A and B, as files hold it."""
     return tensors_sum(adapter_tensors(injection))
+
+
+def evaluated_sum(injection: Injection) -> str:
+    """Return the checksum of all A and B, and of strengths: a fit serves these values only."""
+    strengths = {
+        chain.key: torch.tensor(chain.strengths, dtype=torch.float64)
+        for chain in injection.chains
+        if chain.strengths is not None
+    }
+    return tensors_sum(adapter_tensors(injection) | strengths)

@@ -26,7 +26,7 @@ from .adapted import Injection, find_layers
 from .calls import leave_fused_paths, watch_first_step
 from .chains import make_chains, root_name
 from .heads import refuse_tied, saved_parameters
-from .targets import describe, find_targets, modules_of
+from .targets import describe, find_targets, modules_of, warn_fused_experts
 
 
 def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
@@ -87,6 +87,7 @@ def _adapt(
     model: nn.Module, config: ResLoraConfig, modules: list[ModuleInfo], matching: Matching
 ) -> Injection:
     """Replace the layers that were matched; where anything fails, put the model back."""
+    warn_fused_experts(model, config, "inject")
     refuse_tied(model, matching.saved, "inject")
     injection = Injection(config)
     injection.chains = make_chains(model, modules, config, matching.layers)

@@ -13,9 +13,19 @@ from typing import Any
 
 from torch import nn
 
-from .._C import Matching, ModuleInfo, default_targets, match_layers, plain_name
+from .._C import (
+    Matching,
+    ModuleInfo,
+    default_targets,
+    is_or_ends_with,
+    match_layers,
+    plain_name,
+)
 from ..config import ResLoraConfig, matches
 from ..nn.base_layers import features_of, is_bypassed, is_conv1d
+
+# What experts are called where each is a module of its own, as in transformers 4.
+EXPERT_NAMES = {"w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -99,3 +109,30 @@ def find_targets(modules: list[ModuleInfo], config: ResLoraConfig) -> Matching:
 def targets_by_default(model: nn.Module) -> list[str]:
     """Return what a model calls its queries and values; ValueError where that is not known."""
     return default_targets(describe(model))
+
+
+def warn_fused_experts(model: nn.Module, config: ResLoraConfig, op: str) -> None:
+    """Say so where targets mean experts whose weights are one parameter, which are left out."""
+    found = [
+        path
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] == "experts"
+        and any(
+            parameter.dim() == 3 and _means(config.target_modules, f"{path}.{name}")
+            for name, parameter in module.named_parameters(recurse=False)
+        )
+    ]
+    if found:
+        warnings.warn(
+            f"[{op}] experts in one parameter are no linear layers and are not adapted; got "
+            f"{len(found)}: {', '.join(found[:3])}, ... (they see other tokens in each layer, so "
+            "that a shortcut has nothing to link)",
+            stacklevel=3,
+        )
+
+
+def _means(targets: Any, path: str) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or matches(targets, path)
+    names = targets or ()
+    return any(name in EXPERT_NAMES or is_or_ends_with(path, name) for name in names)

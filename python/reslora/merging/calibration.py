@@ -34,9 +34,9 @@ from .._C import (
 from ..injection.adapted import (
     Calibrated,
     Injection,
-    adapter_sum,
     check_enabled,
     earlier_fits_after_errors,
+    evaluated_sum,
     injection_of,
 )
 from ..nn.layer import ResLoraLinear
@@ -208,7 +208,7 @@ def _collect(
         fits[layer.name] = fit
         if kept is not None:
             sums[layer.name] = kept
-    injection.calibrated = Calibrated(fits, adapter_sum(injection), sums)
+    injection.calibrated = Calibrated(fits, evaluated_sum(injection), sums)
     if warning := collector.padding_warning():
         warnings.warn(warning, stacklevel=3)
     result = _result_of(fits)
@@ -286,7 +286,7 @@ def solve_again(injection: Injection, ridge: float, affine: bool, moved: list[st
             "[calibrate] solving again needs kept covariances; got none: pass batches, with "
             "keep_covariances=True to keep them"
         )
-    if calibrated.adapter_sum != adapter_sum(injection):
+    if calibrated.adapter_sum != evaluated_sum(injection):
         raise ValueError(
             "[calibrate] covariances must be of the adapter as it is; got some made before it "
             "changed: pass batches"

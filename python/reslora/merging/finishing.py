@@ -31,7 +31,12 @@ from .._C import (
     ranks_and_scalings,
 )
 from ..config import ResLoraConfig, matches
-from ..injection.adapted import Injection, earlier_fits_after_errors, injection_of
+from ..injection.adapted import (
+    Injection,
+    check_strengths,
+    earlier_fits_after_errors,
+    injection_of,
+)
 from ..nn.grouping import Group
 from .batches import as_batches
 from .calibration import RIDGE, Calibration, calibrate
@@ -76,6 +81,7 @@ def finish(
         raise ValueError("[finish] the model must not be merged; got a merged one (unmerge it)")
     if step is not None and (not isinstance(step, int) or step < 0):
         raise ValueError(f"[finish] step must be a whole number of at least 0; got {step!r}")
+    check_strengths(injection, "finish")
     if injection.config.res_mode in ("none", "bs"):
         return Calibration()
     result, options = Calibration(), {"move_taps": False, "progressbar": progressbar}

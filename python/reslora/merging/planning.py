@@ -11,7 +11,7 @@ import warnings
 from torch import Tensor
 
 from .._C import ChainView, LayerView, MergePlan, check_current, check_merge_method
-from ..injection.adapted import Calibrated, Injection, adapter_sum
+from ..injection.adapted import Calibrated, Injection, evaluated_sum
 from ..nn.base_layers import base_weight
 from ..nn.layer import LayerChain, ResLoraLinear
 
@@ -32,7 +32,7 @@ def chain_views(
     calibrated = injection.calibrated if fits else None
     if calibrated is not None:
         way_out = "pass data=, or clear them with calibrate(model, [])"
-        check_current(calibrated.adapter_sum, adapter_sum(injection), "merge", way_out)
+        check_current(calibrated.adapter_sum, evaluated_sum(injection), "merge", way_out)
     return views_with(injection, calibrated, weights)
 
 
@@ -41,7 +41,9 @@ def views_with(
 ) -> list[ChainView]:
     """Return the same with these fits, whatever the adapter is now."""
     return [
-        ChainView(chain.links, [_view(layer, calibrated, weights or {}) for layer in chain.layers])
+        ChainView(
+            chain.evaluated(), [_view(layer, calibrated, weights or {}) for layer in chain.layers]
+        )
         for chain in injection.chains
     ]
 

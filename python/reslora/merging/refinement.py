@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from .._C import Fit
-from ..injection.adapted import Calibrated, Injection, adapter_sum, check_enabled, injection_of
+from ..injection.adapted import (
+    Calibrated,
+    Injection,
+    check_enabled,
+    check_strengths,
+    evaluated_sum,
+    injection_of,
+)
 from ..progress import bar
 from .batches import as_batches, evaluating
 from .distance import distance
@@ -88,6 +95,7 @@ def refine(
         raise ValueError("[refine] the model must not be merged; got a merged one (unmerge it)")
     _check_options(steps, lr, held_out)
     check_enabled(injection, "refine")
+    check_strengths(injection, "refine")
     start = time.monotonic()
     if injection.merges_exactly:
         return Refinement()
@@ -222,7 +230,7 @@ class _Student:
                 rows=0 if before is None else before.rows,
                 refine_steps=steps,
             )
-        return Calibrated(fits, adapter_sum(injection), old.sums)
+        return Calibrated(fits, evaluated_sum(injection), old.sums)
 
 
 def _train(

@@ -31,6 +31,17 @@ def typical_tensor(base: nn.Module) -> Tensor:
     return next(iter([*floating, *parameters]), torch.empty(0))
 
 
+def device_of(base: nn.Module) -> torch.device:
+    """Return where a layer runs: where its weights lie, or accelerate's hook brings them."""
+    device = typical_tensor(base).device
+    hook = getattr(base, "_hf_hook", None)
+    for own in getattr(hook, "hooks", (hook,)):
+        place = getattr(own, "execution_device", None)
+        if device.type == "meta" and place is not None:
+            return torch.device(place)
+    return device
+
+
 # By class: the children whose weight its code reads without a call.
 BYPASSED = {
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),

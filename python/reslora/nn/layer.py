@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .._C import Chain, LayerShape
 from ..config import ResLoraConfig
 from . import ops
-from .base_layers import base_weight, is_conv1d, typical_tensor
+from .base_layers import base_weight, device_of, is_conv1d
 from .factors import empty_factors
 from .passes import Call, Wiring
 from .recompute import is_recomputing
@@ -29,6 +29,8 @@ from .sharding import is_sharded
 
 class LayerChain:
     """The adapted layers of one kind in execution order. A plain object that its layers share."""
+
+    strengths: list[float] | None = None  # of the layers' blocks; None (also in old files): all 1
 
     def __init__(self, key: str, config: ResLoraConfig, links: Chain, names: list[str]) -> None:
         self.key = key
@@ -48,9 +50,46 @@ class LayerChain:
         a, b = list(own.a), list(own.b)
         return Wiring(a, b, list(own.scaling), list(own.taps), str(own.handed), own.keep_tap)
 
+    def strength(self, n: int) -> float:
+        """Return by how much the scaling of layer `n` is multiplied."""
+        return 1.0 if self.strengths is None else self.strengths[n]
+
+    def set_strength(self, n: int, strength: float) -> None:
+        """Multiply the scaling of layer `n` by `strength`, also where a later layer reads its B.
+
+        It holds until it is set again; `links`, and files, keep the scalings of the config.
+        """
+        found = [self.strength(j) for j in range(len(self.names))]
+        found[n] = strength
+        self.strengths = None if all(own == 1 for own in found) else found
+        for layer in self.layers[n:]:
+            blocks = layer.wiring.b
+            if n in blocks:
+                plain = self.links.wiring(layer.position).scaling
+                scaling = [own * found[j] for own, j in zip(plain, blocks, strict=True)]
+                layer.wiring = layer.wiring._replace(scaling=scaling)
+
+    def evaluated(self) -> Chain:
+        """Return the links with the scalings that layers are evaluated with."""
+        if self.strengths is None:
+            return self.links
+        shapes = [
+            LayerShape(x.name, x.in_features, x.out_features, x.r, x.scaling * strength)
+            for x, strength in zip(self.links.layers, self.strengths, strict=True)
+        ]
+        return Chain(self.links.config, shapes)
+
     def has_taps(self) -> bool:
         """Tell whether anything passes between the layers of this chain."""
         return any(self.links.wiring(n).taps for n in range(len(self.names)))
+
+
+def _beside(x: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors on the device of x: layers of one chain may lie on several."""
+    device = x.device
+    if all(tensor.device == device for tensor in tensors):
+        return tensors
+    return [tensor.to(device) for tensor in tensors]
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -115,7 +154,7 @@ class ResLoraLinear(nn.Module):
         self.left_out: dict[int, str] = {}  # layers whose taps are no longer read, and why
         self.was_linked_compiled = False
         self.compiled_break = ""
-        device = typical_tensor(base_layer).device
+        device = device_of(base_layer)
         if chain.keeps_norms and device.type != "meta":
             self._make_norm_ring(device)
         self.train(base_layer.training)
@@ -134,6 +173,16 @@ class ResLoraLinear(nn.Module):
     def is_in_use(self) -> bool:
         """Tell whether the layer belongs to the adapter that the model evaluates."""
         return True
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse nn.DataParallel: a replica's chain would be that of the first device."""
+        if not self.is_in_use:
+            return super()._replicate_for_data_parallel()
+        raise RuntimeError(
+            f"[adapt] nn.DataParallel copies single layers, and {self.name} needs its chain: use a "
+            "process for each GPU (accelerate launch, torchrun), or let this one see a single GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds for a moment only: a copy is enabled and unobserved."""
@@ -185,10 +234,12 @@ class ResLoraLinear(nn.Module):
         base: Any = self._modules.get("base_layer") or self.base_layer
         if type(base) is not self.plain_type or _has_hooks(base):
             return None
-        weight, bias = base_weight(base), base.bias
+        weight, bias = base_weight(base), getattr(base, "bias", None)
         if weight is None or weight.requires_grad:
             return None
-        return weight, bias  # type: ignore[return-value]
+        if bias is not None and bias.requires_grad:  # which somebody trains too
+            return None
+        return weight, bias
 
     def evaluate_base(self, x: Tensor) -> Base:
         """Return (weight, bias, None) of a plain base layer, else (None, None, its output)."""
@@ -199,10 +250,12 @@ class ResLoraLinear(nn.Module):
         """Return this layer as the op takes it."""
         a, b, scaling, _, _, keep_tap = self.wiring
         layers = self.chain.layers
-        A = [layers[j].reslora_A for j in a]
-        B = [layers[j].reslora_B for j in b]
+        A: list[Tensor] = [layers[j].reslora_A for j in a]
+        B: list[Tensor] = [layers[j].reslora_B for j in b]
         if len(a) + len(b) > 2:
             self._check_present(x, A, B)
+            A, B = _beside(x, A), _beside(x, B)
+        taps = _beside(x, taps)
         return ops.member(*base, A, B, scaling, taps, keep_tap)
 
     def evaluate(
@@ -258,7 +311,8 @@ class ResLoraLinear(nn.Module):
             if factor.is_meta and not x.is_meta:
                 raise ValueError(
                     f"[adapt] the adapters that {self.name} reads must be loaded; got one on the "
-                    "meta device (keep reslora's parameters out of offloading)"
+                    "meta device (offload the base first: adapters that are made then stay where "
+                    "they run, see accelerate's cpu_offload and device_map)"
                 )
 
     def count_link(self, reason: str | None) -> None:

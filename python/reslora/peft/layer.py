@@ -6,6 +6,7 @@ an `Adapter` is the package's own layer over one pair of them.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -172,6 +173,44 @@ class PeftLinear(nn.Module, BaseTunerLayer):
         for name in self.merged_adapters:
             unmerge_adapters(self._injection(name))
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's strength in this layer: its scaling is `scale` times the config's.
+
+        What the strength of all layers is, equals another lora_alpha. With `bs`, later layers read
+        B of this one as strong as it is. A layer without the adapter is left alone, as by PEFT.
+
+        Raises:
+            ValueError: for a strength that is no finite number, and where the adapter is merged.
+        """
+        own: Any = self.reslora_adapters[adapter] if adapter in self.reslora_adapters else None
+        if own is None:
+            return
+        if not (isinstance(scale, int | float) and math.isfinite(scale)):
+            raise ValueError(f"[reslora.peft] a strength must be a finite number; got {scale!r}")
+        if scale == own.chain.strength(own.position):
+            return
+        if own.is_merged:
+            raise ValueError(
+                "[reslora.peft] the strength of a merged adapter lies in the weights; got "
+                f"{scale:g} for {own.name} (unmerge_adapter first, and merge again)"
+            )
+        own.chain.set_strength(own.position, float(scale))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapter in this layer."""
+        own = self.active
+        if own is not None:
+            self.set_scale(own.adapter_name, own.chain.strength(own.position) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapter in this layer; None: set it to 1."""
+        own = self.active
+        if scale == 0:
+            raise ValueError("[reslora.peft] a strength is divided by a number; got 0 (give None)")
+        if own is not None:
+            before = own.chain.strength(own.position)
+            self.set_scale(own.adapter_name, 1.0 if scale is None else before / scale)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W* - W, in the layout of the base weight, by the best rule for what is at hand."""
         own = self.reslora_adapters[adapter]
@@ -205,7 +244,9 @@ _plans: WeakKeyDictionary[Injection, tuple[Any, MergePlan]] = WeakKeyDictionary(
 
 def delta_plan(injection: Injection) -> MergePlan:
     """Return the plan of a merge, made once for the adapter's values as they are."""
-    key = tuple((id(p), p._version) for x in injection.layers for p in (x.reslora_A, x.reslora_B))
+    tensors = [p for x in injection.layers for p in (x.reslora_A, x.reslora_B)]
+    strengths = [chain.strengths for chain in injection.chains]  # replaced where one is set
+    key = [(id(p), p._version) for p in tensors], strengths
     kept = _plans.get(injection)
     if kept is None or kept[0] != key:
         kept = key, make_plan(injection, None, "convert_to_lora", use_affine=False)

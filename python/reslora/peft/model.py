@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, plain_name, rank_of, saved_part
 from ..config import matches
 from ..files.checkpoint import transposed_chains
-from ..injection.adapted import Injection
+from ..files.embeddings import embedding_tensors, resizing
+from ..injection.adapted import Injection, plain_model
 from ..injection.chains import make_chains
 from ..injection.inject import children, open_sessions, warn_without_links
-from ..injection.targets import describe, modules_of, targets_by_default
+from ..injection.targets import describe, modules_of, targets_by_default, warn_fused_experts
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
 from .config import NAME, ResLoraConfig
+from .former_names import present_names
 from .layer import Adapter, PeftLinear
 
 
@@ -31,6 +33,7 @@ class ResLoraModel(BaseTuner):
 
     prefix: str = "reslora_"
     tuner_layer_cls = PeftLinear
+    has_warned = False  # that merge_adapter approximates
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -54,6 +57,7 @@ class ResLoraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
             peft_config.target_modules = targets_by_default(self.model)
+        warn_fused_experts(self.model, peft_config, "reslora.peft")
         return peft_config
 
     @staticmethod
@@ -75,8 +79,16 @@ class ResLoraModel(BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Return A and B of an adapter by their keys, also where torch has wrapped their layers."""
-        return {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
+        """Return what PEFT saves of an adapter: A and B, also where torch has wrapped their layers.
+
+        PEFT saves embeddings that were resized, but not all of them where one is adapted too.
+        """
+        inner = plain_model(model)
+        found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
+        own = embedding_tensors(inner)
+        if any(".base_layer." in key for key in own) and resizing(inner, "save"):
+            found |= {k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in own}
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -84,14 +96,15 @@ class ResLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Return a file's tensors under the model's keys.
 
-        The file has plain names, and each A and B once, the model all places where they hang.
+        The file has plain names, perhaps older ones, and each A and B once; the model all places
+        where they hang.
         """
         end = f".{adapter_name}.weight"
         keys: dict[int, list[str]] = {}
         for key, factor in model.state_dict(keep_vars=True).items():
             if f".{cls.prefix}" in key and key.endswith(end):
                 keys.setdefault(id(factor), []).append(key)
-        loaded = dict(state_dict)
+        loaded = dict(present_names(plain_model(model), state_dict))
         for own in keys.values():
             names = [f"{plain_name(key.removesuffix(end))}.weight" for key in own]
             for name in (*names, *(MODEL_PREFIX + name for name in names)):
@@ -171,7 +184,16 @@ class ResLoraModel(BaseTuner):
         if any(isinstance(x, PeftLinear) and x.merged for x in self.model.modules()):
             warnings.warn("[reslora.peft] already merged, nothing to do", stacklevel=2)
             return
-        merge(self.model, safe_merge=safe_merge)
+        report = merge(self.model, safe_merge=safe_merge)
+        near = [layer for layer in report.layers if layer.rule != "exact"]
+        if near and not (report.fell_back_to_weight or self.has_warned):
+            self.has_warned = True
+            warnings.warn(
+                f"[reslora.peft] {len(near)} of {len(report.layers)} layers are merged by the rule "
+                f"'{report.rule}', an approximation: what is sampled now is not quite what trains "
+                "(reslora.merge_report(model, batches) measures it; res_mode 'bs' merges exactly)",
+                stacklevel=2,
+            )
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,

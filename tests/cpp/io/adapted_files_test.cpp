@@ -176,10 +176,41 @@ TEST_F(AdaptedFilesTest, TiedAndResizedEmbeddingsAreRefused) {
   EXPECT_EQ(edits_of(true).count("lm_head.weight"), 1U);
   adapter.tensors["m.embed_tokens.weight"] = random({5, kOut}, 9);
   EXPECT_NO_THROW(edits_of(false));
-  EXPECT_TRUE(refuses([&] { edits_of(true); }, "tied to m.embed_tokens.weight"));
+  EXPECT_TRUE(refuses([&] { edits_of(true); }, "m.embed_tokens.weight, tied to the output head"));
   base["m.embed_tokens.weight"] = at::ones({4, kOut});
   EXPECT_TRUE(refuses([&] { edits_of(false); },
                       "got m.embed_tokens.weight [5, 4] in the adapter, [4, 4] in the base"));
+}
+
+TEST_F(AdaptedFilesTest, EmbeddingsThatWereResizedTogetherAreWrittenOnce) {
+  AdapterFile adapter = adapter_of();
+  adapter.tensors["lm_head.weight"] = random({5, kOut}, 8).to(at::kFloat);
+  adapter.tensors["m.embed_tokens.weight"] = adapter.tensors["lm_head.weight"].clone();
+  auto base = base_of();
+  base["m.embed_tokens.weight"] = at::ones({5, kOut});
+  const AdaptedFiles adapted(files_of(base), adapter);
+  const auto edits = adapted.edits(adapted.plan({}, ""), /*ties_embeddings=*/true);
+  EXPECT_EQ(edits.count("lm_head.weight"), 0U);
+  EXPECT_TRUE(
+      at::equal(*edits.at("m.embed_tokens.weight").replacement, adapter.tensors["lm_head.weight"]));
+}
+
+TEST_F(AdaptedFilesTest, TheBaseWeightOfAnAdaptedLayerMustBeThatOfTheFiles) {
+  AdapterFile adapter = adapter_of();
+  const auto base = base_of();
+  const AdaptedFiles plain(files_of(base), adapter);
+  const auto wanted = plain.edits(plain.plan({}, ""));
+  adapter.tensors["m.1.q.base_layer.weight"] = base.at("m.1.q.weight").clone();
+  adapter.tensors["m.1.q.base_layer.bias"] = base.at("m.1.q.bias").clone();
+  const AdaptedFiles adapted(files_of(base), adapter);
+  EXPECT_EQ(adapted.edits(adapted.plan({}, "")).size(), wanted.size());
+  for (const std::string name : {"weight", "bias"}) {
+    AdapterFile changed = adapter;
+    changed.tensors["m.1.q.base_layer." + name] = base.at("m.1.q." + name) + 1;
+    const AdaptedFiles other(files_of(base), changed);
+    EXPECT_TRUE(refuses([&] { other.edits(other.plan({}, "")); },
+                        "the adapter was trained beside; got others for m.1.q"));
+  }
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ def test_targets_are_short_where_that_means_the_same(tmp_path):
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "v_proj"]
     assert config["base_model_name_or_path"] == "some/base" and config["task_type"] == "CAUSAL_LM"
-    assert "base_model: some/base" in (tmp_path / "a" / "README.md").read_text()
+    assert 'base_model: "some/base"' in (tmp_path / "a" / "README.md").read_text()
     model = adapted(tiny_llama(), target_modules=["q_proj"], layers_to_transform=[0, 2])
     base = tiny_llama()
     base.load_state_dict({k.replace(".base_layer", ""): v for k, v in model.state_dict().items()

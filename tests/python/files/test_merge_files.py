@@ -116,7 +116,7 @@ def test_both_languages_refuse_a_head_that_the_config_ties(tmp_path):
         config.write_text(json.dumps(values))
 
     tie(True)
-    assert_both_refuse(tmp_path, "tied to bert.embeddings.word_embeddings.weight")
+    assert_both_refuse(tmp_path, "bert.embeddings.word_embeddings.weight, tied to the output head")
     tie(False)
     assert len(merge_both(tmp_path)) == 3
 

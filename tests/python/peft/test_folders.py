@@ -35,6 +35,8 @@ CONFIGS = {
     "mixtral": (mixtral, {"target_modules": SEVEN}, 12),
     "phi3": (phi3, {"target_modules": SEVEN}, 6),
     "gate": (tiny_llama, {"target_modules": ["q_proj", "gate"]}, 3),
+    "head": (tiny_llama, {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0, 1]},
+             3),
     "index": (tiny_llama, {"target_modules": ["q_proj"], "layers_to_transform": [1, 9]}, 1),
     "pattern": (tiny_llama, {"target_modules": ["q_proj"], "rank_pattern": {"zzz": 3}}, 3),
 }  # fmt: skip

@@ -1,0 +1,122 @@
+"""What users of other libraries stumble over, and the method of PEFT must not do in silence."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from models import adapted, tiny_llama, tokens
+from safetensors.torch import load_file, save_file
+
+import reslora
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+from huggingface_hub import ModelCard  # noqa: E402
+from peft_models import logits, wrapped  # noqa: E402
+
+from reslora.peft import ResLoraConfig  # noqa: E402
+
+
+@pytest.mark.parametrize("res_mode", ["none", "is", "bs", "ms"])
+def test_a_bias_that_is_unfrozen_by_hand_trains(res_mode):
+    torch.manual_seed(0)
+    model = adapted(res_mode=res_mode).train()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    wanted = model(x).detach()
+    biases = [block.lin.base_layer.bias.requires_grad_() for block in model.layers]
+    y = model(x)
+    torch.testing.assert_close(y, wanted)
+    y.square().sum().backward()
+    step = 1e-6
+    for bias in biases:
+        with torch.no_grad():
+            bias[2] += step
+            above = model(x).square().sum()
+            bias[2] -= 2 * step
+            below = model(x).square().sum()
+            bias[2] += step
+        torch.testing.assert_close(bias.grad[2], (above - below) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+def tiny_mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], ["q_proj", "w1"]])
+def test_fused_experts_that_are_meant_are_named(targets):
+    pytest.importorskip("transformers", minversion="5")
+    with pytest.warns(UserWarning, match=r"are not adapted; got 2: model\.layers\.0\.mlp\.experts"):
+        peft.get_peft_model(tiny_mixtral(), ResLoraConfig(target_modules=targets))
+    if targets == "all-linear":
+        with pytest.warns(UserWarning, match=r"\[inject\] experts in one parameter"):
+            reslora.inject(tiny_mixtral(), reslora.ResLoraConfig(target_modules=targets))
+
+
+def test_experts_that_nobody_means_are_not_named(recwarn):
+    peft.get_peft_model(tiny_mixtral(), ResLoraConfig(target_modules=["q_proj", "v_proj"]))
+    assert not [w for w in recwarn if "experts" in str(w.message)]
+
+
+def tiny_llava():
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2}  # fmt: skip
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=8)
+    text = LlamaConfig(**sizes, vocab_size=40, num_key_value_heads=2)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=39)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def test_names_of_older_checkpoints_are_read(tmp_path):
+    pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    base, ids = tiny_llava(), torch.randint(3, 30, (2, 7))
+    targets = ".*language_model.*q_proj"
+    model = wrapped(copy.deepcopy(base), target_modules=targets)
+    wanted = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    now, then = "model.language_model.layers", "language_model.model.layers"
+    stored = {key.replace(now, then): tensor for key, tensor in load_file(path).items()}
+    assert all(then in key for key in stored)
+    save_file(stored, path, {"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits(read, ids), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("base", ["a: b", "@user/base", "base #2", "-base", "1e3", 'a"b', "C:\\b"])
+def test_the_card_names_any_base(tmp_path, base):
+    model = adapted(tiny_llama(), target_modules=["q_proj"], res_mode="bs")
+    model.config._name_or_path = base
+    reslora.save_pretrained(model, tmp_path / "own", save_embedding_layers=False)
+    reslora.export_lora(model, tmp_path / "lora", save_embedding_layers=False)
+    for folder in ("own", "lora"):
+        assert ModelCard.load(tmp_path / folder / "README.md").data.base_model == base
+
+
+@pytest.mark.parametrize("res_mode", ["is", "ms"])
+def test_sampling_from_an_approximate_merge_is_said_once(res_mode):
+    torch.manual_seed(0)
+    model = wrapped(tiny_llama(), res_mode=res_mode)
+    model.train()(input_ids=tokens(), labels=tokens())  # norms
+    with pytest.warns(UserWarning, match=r"6 of 9 layers are merged by the rule 'input', an appr"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*approximation.*")
+        model.merge_adapter()
+        wrapped(tiny_llama(), res_mode="bs").merge_adapter()
