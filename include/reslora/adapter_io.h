@@ -45,11 +45,13 @@ RESLORA_API void save_tensors(const std::string& path, const TensorFile& file);
 /// An unmerged ResLoRA adapter. Keys of `tensors`: `<module>.reslora_A.weight`,
 /// `<module>.reslora_B.weight`, and any others (modules_to_save) under their own names. In the file
 /// all begin with "base_model.model.", where PEFT has the model; load_adapter takes that off again,
-/// and reads files without it.
+/// and reads files without it. It also takes out the parts of wrappers, which names of older files
+/// may have (`plain_name`).
 struct AdapterFile {
   std::string config_json;  ///< a JSON object: the Python dataclass, or what C++ made of its config
   std::vector<ChainRecord> chains;            ///< in the order of the model
   std::map<std::string, at::Tensor> tensors;  ///< by key
+  std::string former_sum = {};  ///< tensors_sum of A and B by their names in the file, if others
 };
 
 /// The format that save_adapter writes and the newest that load_adapter reads.

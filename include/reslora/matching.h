@@ -10,7 +10,7 @@
 ///
 /// Names are matched as PEFT does: a list holds names and suffixes of whole parts, a string is a
 /// regular expression for the whole path, "all-linear" means every linear layer but output heads,
-/// experts, and layers that are never called.
+/// experts, and layers that are never called; a name of modules_to_save is any end of a path.
 #pragma once
 
 #include <reslora/chain.h>
@@ -54,6 +54,25 @@ RESLORA_API std::vector<std::string> default_targets(const std::vector<ModuleInf
 RESLORA_API Matching match_layers(const std::vector<ModuleInfo>& modules,
                                   const ResLoraConfig& config,
                                   const ExpressionMatch& match = matches_ecma_script);
+
+/// Returns a path without the parts that wrappers of torch put into it: torch.compile, checkpoints
+/// and FSDP, as in "layers.0._checkpoint_wrapped_module.lin". Rules and files have plain names.
+RESLORA_API std::string plain_name(const std::string& path);
+
+/// Returns the shortest part of `path` from its start that one of `names` means as modules_to_save
+/// does; empty where none does. As in PEFT a name means all modules whose path ends with it: "head"
+/// means lm_head too.
+RESLORA_API std::string saved_part(const std::string& path, const std::vector<std::string>& names);
+
+/// Returns the layers of a model that the file of an adapter is of: those of its chains, whatever
+/// else the config names, and those that the config means in these chains, so that a model with
+/// more layers is seen to be another. `heads` are the names of the file's tensors that are no A or
+/// B; their modules are `saved`. Throws c10::ValueError where the model has none of the layers.
+RESLORA_API Matching match_saved(const std::vector<ModuleInfo>& modules,
+                                 const ResLoraConfig& config,
+                                 const std::vector<ChainRecord>& chains,
+                                 const std::vector<std::string>& heads,
+                                 const ExpressionMatch& match = matches_ecma_script);
 
 /// Returns the chains that `layers` (paths among `modules`) form, with the rank and scaling of each
 /// layer; a chain's name is the path of its layers with `*` for the index. An index of a path

@@ -32,9 +32,19 @@ py::object targets_of(const Matching& matching) {
   return py::cast(matching.targets.expression());
 }
 
+void bind_names(py::module_& m) {
+  m.def("plain_name", &plain_name, py::arg("path"),
+        "Return a path without the parts that wrappers of torch put into it.");
+  m.def("saved_part", &saved_part, py::arg("path"), py::arg("names"),
+        "Return the part of a path that modules_to_save mean by one of `names`, else \"\".");
+  m.def("is_or_ends_with", &is_or_ends_with, py::arg("path"), py::arg("name"),
+        "Tell whether a path is `name` or ends with \".\" and `name`.");
+}
+
 }  // namespace
 
 void bind_matching(py::module_& m) {
+  bind_names(m);
   py::class_<ModuleInfo>(m, "ModuleInfo", "What the rules for names ask of one module of a model.")
       .def(py::init([](std::string path, std::string type, int64_t in_features,
                        int64_t out_features, bool is_linear, bool is_head, bool is_bypassed,
@@ -62,6 +72,15 @@ void bind_matching(py::module_& m) {
       },
       py::arg("modules"), py::arg("config"), py::arg("match"),
       "Return the layers that a config (JSON) means.");
+  m.def(
+      "match_saved",
+      [](const std::vector<ModuleInfo>& modules, const std::string& config,
+         const std::vector<NamedChain>& chains, const std::vector<std::string>& heads,
+         const ExpressionMatch& match) {
+        return match_saved(modules, config_from(config, match), records_from(chains), heads, match);
+      },
+      py::arg("modules"), py::arg("config"), py::arg("chains"), py::arg("heads"), py::arg("match"),
+      "Return the layers that the file of an adapter is of.");
   m.def("find_chains", &chains_from, py::arg("modules"), py::arg("layers"), py::arg("config"),
         py::arg("match"), "Return the key and the layers of every chain that `layers` form.");
   m.def(
@@ -77,8 +96,6 @@ void bind_matching(py::module_& m) {
   m.def(
       "warning_without_links", &warning_without_links, py::arg("chains"),
       "Return the warning where a shortcut is asked for and no two layers are linked, else \"\".");
-  m.def("is_or_ends_with", &is_or_ends_with, py::arg("path"), py::arg("name"),
-        "Tell whether a path is `name` or ends with \".\" and `name`.");
 }
 
 }  // namespace reslora::python

@@ -101,6 +101,19 @@ def default_targets(modules: Sequence[ModuleInfo]) -> list[str]:
 def match_layers(modules: Sequence[ModuleInfo], config: str, match: ExpressionMatch) -> Matching:
     """Return the layers that a config (JSON) means in the modules of a model, in their order."""
 
+def match_saved(
+    modules: Sequence[ModuleInfo],
+    config: str,
+    chains: Sequence[NamedChain],
+    heads: Sequence[str],
+    match: ExpressionMatch,
+) -> Matching:
+    """Return the layers that the file of an adapter is of, by its chains and other tensors.
+
+    Raises:
+        ValueError: where the model has none of the layers.
+    """
+
 def find_chains(
     modules: Sequence[ModuleInfo], layers: Sequence[str], config: str, match: ExpressionMatch
 ) -> list[tuple[str, list[LayerShape]]]:
@@ -108,6 +121,12 @@ def find_chains(
 
 def warning_without_links(chains: Sequence[Chain]) -> str:
     """Return the warning where a shortcut is asked for and no two layers are linked, else ""."""
+
+def plain_name(path: str) -> str:
+    """Return a path without the parts that wrappers of torch put into it."""
+
+def saved_part(path: str, names: Sequence[str]) -> str:
+    """Return the part of a path that modules_to_save mean by one of `names`, else ""."""
 
 def is_or_ends_with(path: str, name: str) -> bool:
     """Tell whether a path is `name` or ends with "." and `name`."""

@@ -5,6 +5,7 @@
 #include <array>
 #include <set>
 #include <sstream>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 
@@ -31,6 +32,9 @@ const std::array<Names, 10> kDefaultTargets = {{
     {"Wqkv"},                      // ModernBERT
     {"to_q", "to_v"},              // diffusers
 }};
+/// What torch.compile, checkpoints and FSDP name the module that they wrap.
+constexpr std::array<std::string_view, 3> kWrappers = {
+    {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}};
 constexpr size_t kNamesInErrors = 12;
 
 bool contains(const Names& names, const std::string& name) {
@@ -63,16 +67,6 @@ std::string candidates(const Modules& modules) {
       kinds.push_back(last_part(module.path));
   if (kinds.size() > kNamesInErrors) kinds.resize(kNamesInErrors);
   return kinds.empty() ? "no linear layer at all" : fmt::format("{}", fmt::join(kinds, ", "));
-}
-
-/// True where `path` is, or lies inside, a module that one of `names` means.
-bool is_under(const Names& names, const std::string& path) {
-  if (names.empty()) return false;
-  const Names parts = parts_of(path);
-  for (size_t count = 1; count <= parts.size(); ++count)
-    for (const std::string& name : names)
-      if (is_or_ends_with(joined(parts, count), name)) return true;
-  return false;
 }
 
 /// The number of a path that counts as its layer's, -1 where there is none.
@@ -195,18 +189,18 @@ void check_pattern_keys(const char* option, const Patterns<T>& patterns, const F
 }
 
 Names find_saved(const Modules& modules, const Names& names) {
+  for (const std::string& name : names)
+    RESLORA_CHECK(std::any_of(modules.begin(), modules.end(),
+                              [&](const ModuleInfo& module) {
+                                return saved_part(module.path, {name}) == module.path &&
+                                       !module.path.empty();
+                              }),
+                  "[inject] modules_to_save must match modules; got '{}'", name);
   Names found;
-  for (const std::string& name : names) {
-    const size_t before = found.size();
-    for (const ModuleInfo& module : modules)
-      if (is_or_ends_with(module.path, name)) found.push_back(module.path);
-    RESLORA_CHECK(found.size() > before, "[inject] modules_to_save must match modules; got '{}'",
-                  name);
-  }
-  Names unique;
-  for (const std::string& path : found)
-    if (!contains(unique, path)) unique.push_back(path);
-  return unique;
+  for (const ModuleInfo& module : modules)
+    if (!module.path.empty() && saved_part(module.path, names) == module.path)
+      found.push_back(module.path);
+  return found;
 }
 
 // ---- Chains ------------------------------------------------------------------------------------
@@ -229,6 +223,32 @@ std::string chain_key(const std::unordered_map<std::string, const ModuleInfo*>& 
   return joined(parts, parts.size());
 }
 
+/// The name of the chain of the layer at `path`. Where taps are handed on, layers with other rows
+/// have chains of their own.
+std::string chain_name(const std::unordered_map<std::string, const ModuleInfo*>& modules,
+                       const std::string& path, const ResLoraConfig& config) {
+  const Shortcut shortcut = parse_shortcut(config.res_mode());
+  const bool hands_rows_on = shortcut == Shortcut::kIs || shortcut == Shortcut::kMs;
+  const std::string& rows = modules.at(path)->rows;
+  std::string key = chain_key(modules, path);
+  if (hands_rows_on && !rows.empty()) key += fmt::format(" ({})", rows);
+  return key;
+}
+
+/// True for a layer that a config means, whatever else it names that a model does not have.
+bool is_meant(const ModuleInfo& module, const ResLoraConfig& config, const ExpressionMatch& match) {
+  const ModuleNames& targets = config.target_modules();
+  const Names& saved = config.modules_to_save();
+  const std::vector<int64_t>& indices = config.layers_to_transform();
+  const bool is_target = !targets.is_given() || targets.is_all_linear()
+                             ? module.is_linear
+                             : targets.matches(module.path, match);
+  return is_target && !module.is_bypassed && saved_part(module.path, saved).empty() &&
+         !config.exclude_modules().matches(module.path, match) &&
+         (indices.empty() || std::find(indices.begin(), indices.end(),
+                                       layer_index(config, module.path)) != indices.end());
+}
+
 /// The value of the first pattern that matches a path, else `otherwise`.
 template <typename T>
 T value_for(const Patterns<T>& patterns, const std::string& path, T otherwise,
@@ -239,6 +259,28 @@ T value_for(const Patterns<T>& patterns, const std::string& path, T otherwise,
 }
 
 }  // namespace
+
+std::string plain_name(const std::string& path) {
+  Names parts = parts_of(path);
+  parts.erase(std::remove_if(parts.begin(), parts.end(),
+                             [](const std::string& part) {
+                               return std::find(kWrappers.begin(), kWrappers.end(), part) !=
+                                      kWrappers.end();
+                             }),
+              parts.end());
+  return joined(parts, parts.size());
+}
+
+std::string saved_part(const std::string& path, const std::vector<std::string>& names) {
+  for (size_t end = path.find('.');; end = path.find('.', end + 1)) {
+    const std::string part = path.substr(0, end);
+    for (const std::string& name : names)
+      if (part.size() >= name.size() &&
+          part.compare(part.size() - name.size(), name.size(), name) == 0)
+        return part;
+    if (end == std::string::npos) return "";
+  }
+}
 
 std::vector<std::string> default_targets(const std::vector<ModuleInfo>& modules) {
   std::set<std::string> kinds;
@@ -261,7 +303,8 @@ Matching match_layers(const std::vector<ModuleInfo>& modules, const ResLoraConfi
   Found found = targets.is_all_linear() ? all_linear(modules, matching.warnings)
                                         : named(modules, targets, match);
   leave_out_excluded(found, config.exclude_modules(), match, matching.warnings);
-  keep(found, [&](const std::string& path) { return !is_under(config.modules_to_save(), path); });
+  keep(found,
+       [&](const std::string& path) { return saved_part(path, config.modules_to_save()).empty(); });
   keep_indices(found, config);
   RESLORA_CHECK(!found.empty(),
                 "[inject] target_modules must match a layer; got {}, which matches none that is "
@@ -273,6 +316,36 @@ Matching match_layers(const std::vector<ModuleInfo>& modules, const ResLoraConfi
   for (const ModuleInfo* module : found) matching.layers.push_back(module->path);
   matching.saved = find_saved(modules, config.modules_to_save());
   matching.targets = std::move(targets);
+  return matching;
+}
+
+Matching match_saved(const std::vector<ModuleInfo>& modules, const ResLoraConfig& config,
+                     const std::vector<ChainRecord>& chains, const std::vector<std::string>& heads,
+                     const ExpressionMatch& match) {
+  std::set<std::string> keys;
+  std::set<std::string> layers;
+  for (const ChainRecord& chain : chains) {
+    keys.insert(chain.name);
+    for (const LayerShape& layer : chain.layers) layers.insert(layer.name);
+  }
+  std::unordered_map<std::string, const ModuleInfo*> by_path;
+  for (const ModuleInfo& module : modules) by_path[module.path] = &module;
+  Matching matching;
+  matching.targets = config.target_modules();
+  for (const ModuleInfo& module : modules)
+    if (module.in_features > 0 && (layers.count(module.path) > 0 ||
+                                   (keys.count(chain_name(by_path, module.path, config)) > 0 &&
+                                    is_meant(module, config, match))))
+      matching.layers.push_back(module.path);
+  RESLORA_CHECK(!matching.layers.empty(),
+                "[load] the adapter must be of this model; got {}, which matches nothing "
+                "(candidates: {})",
+                layers.empty() ? "no layer" : *layers.begin(), candidates(modules));
+  for (const std::string& head : heads) {
+    std::string path = saved_part(head, config.modules_to_save());
+    if (by_path.count(path) > 0 && !path.empty() && !contains(matching.saved, path))
+      matching.saved.push_back(std::move(path));
+  }
   return matching;
 }
 
@@ -295,12 +368,9 @@ std::vector<ChainRecord> find_chains(const std::vector<ModuleInfo>& modules,
   for (const ModuleInfo& module : modules) by_path[module.path] = &module;
   std::vector<ChainRecord> chains;
   std::unordered_map<std::string, size_t> places;
-  const Shortcut shortcut = parse_shortcut(config.res_mode());
-  const bool hands_rows_on = shortcut == Shortcut::kIs || shortcut == Shortcut::kMs;
   for (const std::string& path : layers) {
     const ModuleInfo& module = *by_path.at(path);
-    std::string key = chain_key(by_path, path);
-    if (hands_rows_on && !module.rows.empty()) key += fmt::format(" ({})", module.rows);
+    const std::string key = chain_name(by_path, path, config);
     const auto [place, is_new] = places.emplace(key, chains.size());
     if (is_new) chains.push_back({key, {}});
     const RankAndScaling own = rank_and_scaling(config, path, match);

@@ -68,14 +68,13 @@ void check_counts(const ModelFiles& files, const AdapterFile& adapter, const Res
                   const ExpressionMatch& match) {
   if (!config.layers_to_transform().empty() || config.exclude_modules().is_given()) return;
   const ModuleNames& targets = config.target_modules();
-  const bool is_expression =  // which may mean some layers of a chain
-      targets.is_given() && !targets.is_list() && !targets.is_all_linear();
+  const bool is_named = targets.is_given() && !targets.is_all_linear();  // some, or all of a chain
   for (const ChainRecord& chain : adapter.chains) {
     const auto is_meant = [&](const std::string& name) {
       if (!detail::ends_with(name, kWeight)) return false;
       const std::string_view path = std::string_view(name).substr(0, name.size() - kWeight.size());
       return is_of_chain(path, chain.name) &&
-             (!is_expression || targets.matches(std::string(path), match));
+             (!is_named || targets.matches(std::string(path), match));
     };
     const auto count =
         static_cast<size_t>(std::count_if(files.names().begin(), files.names().end(), is_meant));

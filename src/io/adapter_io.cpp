@@ -5,6 +5,7 @@
 #include <fmt/ranges.h>
 #include <reslora/adapter_folder.h>
 #include <reslora/adapter_io.h>
+#include <reslora/matching.h>
 
 #include <algorithm>
 #include <cmath>
@@ -288,6 +289,36 @@ void save_adapter(const std::string& path, const AdapterFile& adapter) {
   });
 }
 
+namespace {
+
+std::map<std::string, at::Tensor> factors_in(const AdapterFile& adapter) {
+  std::map<std::string, at::Tensor> factors;
+  for (const auto& [key, tensor] : adapter.tensors)
+    if (is_factor(key)) factors.emplace(key, tensor);
+  return factors;
+}
+
+/// Takes the parts of wrappers out of the names.
+void use_plain_names(AdapterFile& adapter) {
+  std::map<std::string, at::Tensor> tensors;
+  bool is_plain = true;
+  for (const auto& [key, tensor] : adapter.tensors) {
+    std::string name = plain_name(key);
+    is_plain = is_plain && name == key;
+    require(tensors.emplace(std::move(name), tensor).second,
+            "names must differ without the parts of wrappers; got {} twice", plain_name(key));
+  }
+  if (is_plain) return;
+  adapter.former_sum = tensors_sum(factors_in(adapter));
+  adapter.tensors = std::move(tensors);
+  for (ChainRecord& chain : adapter.chains) {
+    chain.name = plain_name(chain.name);
+    for (LayerShape& layer : chain.layers) layer.name = plain_name(layer.name);
+  }
+}
+
+}  // namespace
+
 AdapterFile load_adapter(const std::string& path) {
   return on_file("load_adapter", path, [&] {
     TensorFile file = read_file(path, check_format);
@@ -304,6 +335,7 @@ AdapterFile load_adapter(const std::string& path) {
     adapter.chains = read_chains(chains);
     adapter.tensors = std::move(file.tensors);
     check_adapter(adapter);
+    use_plain_names(adapter);
     warn_if_idle(path, adapter);
     return adapter;
   });

@@ -2,6 +2,7 @@
 #include <ATen/Functions.h>
 #include <reslora/adapter_folder.h>
 #include <reslora/adapter_io.h>
+#include <reslora/matching.h>
 #include <reslora/statistics_io.h>
 
 #include <algorithm>
@@ -241,7 +242,10 @@ std::map<std::string, LayerStatistics> statistics_beside(const std::string& fold
   std::map<std::string, Tensor> factors;
   for (const auto& [key, tensor] : adapter.tensors)
     if (is_factor(key)) factors.emplace(key, tensor);
-  std::map<std::string, LayerStatistics> statistics = load_statistics(path, tensors_sum(factors));
+  const std::string& former = adapter.former_sum;
+  std::map<std::string, LayerStatistics> statistics;
+  for (auto& [name, own] : load_statistics(path, former.empty() ? tensors_sum(factors) : former))
+    statistics.emplace(plain_name(name), std::move(own));
   std::map<std::string, LayerShape> layers;
   for (const ChainRecord& chain : adapter.chains)
     for (const LayerShape& layer : chain.layers) layers.emplace(layer.name, layer);

@@ -117,7 +117,7 @@ void Adapters::load(const std::string& folder) const {
 
 Adapters load(torch::nn::Module& model, const std::string& folder) {
   const detail::SavedAdapter saved = detail::read_folder(folder);
-  detail::Prepared prepared = detail::prepare(model, saved.config);
+  detail::Prepared prepared = detail::prepare(model, saved.config, &saved.file);
   std::vector<ChainRecord> chains;
   for (size_t i = 0; i < prepared.names.size(); ++i)
     chains.push_back(record_of(prepared.names[i], prepared.states[i]->chain));

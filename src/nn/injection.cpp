@@ -104,6 +104,13 @@ std::map<std::string, at::Tensor> heads_of(const torch::nn::Module& model,
   return heads;
 }
 
+std::vector<std::string> names_of_heads(const AdapterFile& file) {
+  std::vector<std::string> names;
+  for (const auto& item : file.tensors)
+    if (!is_factor(item.first)) names.push_back(item.first);
+  return names;
+}
+
 std::vector<ResLoraLinear> layers_of(const ChainRecord& chain, const Modules& modules) {
   std::vector<ResLoraLinear> layers;
   for (const LayerShape& shape : chain.layers) {
@@ -121,7 +128,7 @@ std::vector<ResLoraLinear> layers_of(const ChainRecord& chain, const Modules& mo
 
 }  // namespace
 
-Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config) {
+Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config, const AdapterFile* file) {
   validate(config);
   config_from_json(config_to_json(config), "the options");  // `save` is not the time to find out
   RESLORA_CHECK(
@@ -132,7 +139,9 @@ Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config) {
   const Modules by_path(modules.begin(), modules.end());
   check_plain(modules);
   const std::vector<ModuleInfo> infos = infos_of(model, modules);
-  Matching found = match_layers(infos, config);
+  Matching found = file == nullptr
+                       ? match_layers(infos, config)
+                       : match_saved(infos, config, file->chains, names_of_heads(*file));
   for (const std::string& warning : found.warnings) TORCH_WARN(warning);
   Prepared prepared{config, {}, {}, heads_of(model, found.saved)};
   prepared.config.target_modules(std::move(found.targets));

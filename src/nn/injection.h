@@ -1,6 +1,8 @@
 // How `inject` finds layers and makes chains of them: all is checked before the model is changed.
 #pragma once
 
+#include <reslora/adapter_folder.h>
+#include <reslora/adapter_io.h>
 #include <reslora/adapters.h>
 #include <reslora/config.h>
 #include <reslora/linear.h>
@@ -20,8 +22,10 @@ struct Prepared {
   std::map<std::string, at::Tensor> heads;
 };
 
-/// Finds layers and chains and checks them; throws as `inject` does.
-Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config);
+/// Finds layers and chains and checks them; throws as `inject` does. With a file its chains say
+/// which layers are meant.
+Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config,
+                 const AdapterFile* file = nullptr);
 
 /// Does what was prepared: cannot fail for a reason that lies in the model.
 std::shared_ptr<Adapters::State> commit(torch::nn::Module& model, Prepared prepared);

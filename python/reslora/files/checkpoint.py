@@ -4,7 +4,7 @@ Example::
 
     save_pretrained(model, "adapter")  # adapter_config.json, adapter_model.safetensors, README.md
     save_pretrained(model, "adapter", statistics=True)  # also adapter_statistics.safetensors
-    model = load(base_model, "adapter")  # injects by the saved config
+    model = load(base_model, "adapter")  # injects the layers that the file holds
 
 Files are read and written by the C++ library. Loading is strict: every key and shape must fit.
 """
@@ -28,17 +28,19 @@ from .._C import (
     check_chains,
     check_formula,
     check_tensors,
-    is_or_ends_with,
+    is_factor,
     load_adapter_folder,
+    plain_name,
     save_adapter,
     save_statistics,
+    saved_part,
     statistics_beside,
     write_text,
 )
 from ..config import ResLoraConfig, matches
 from ..injection.adapted import Injection, factors_of, find_layers, injection_of, plain_model
 from ..injection.heads import saved_module, saved_names
-from ..injection.inject import inject
+from ..injection.inject import inject_saved
 from ..merging.merge import unload
 from ..nn.base_layers import is_conv1d
 from ..nn.sharding import is_sharded, whole, writes
@@ -121,7 +123,7 @@ def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:
     """Return the config, with those of modules_to_save that are there: PEFT lists guesses."""
     config = copy.copy(injection.config)
     heads = saved_names(model, injection)
-    names = [n for n in config.modules_to_save or () if any(is_or_ends_with(h, n) for h in heads)]
+    names = [n for n in config.modules_to_save or () if any(saved_part(h, [n]) for h in heads)]
     config.modules_to_save = names or None
     return config
 
@@ -157,7 +159,8 @@ def load(
     if find_layers(model):
         _copy_adapter(plain_model(model), injection_of(model, "load"), adapter, config)
     else:
-        inject(model, config)
+        heads = [key for key in adapter.tensors if not is_factor(key)]
+        inject_saved(model, config, adapter.chains, heads)
         try:
             _copy_adapter(model, injection_of(model, "load"), adapter, config)
         except BaseException:
@@ -219,7 +222,7 @@ def saved_tensors(model: nn.Module, injection: Injection) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in saved_names(model, injection):
         state = saved_module(model, name).state_dict(keep_vars=True)
-        found |= {f"{name}.{key}": value for key, value in state.items()}
+        found |= {f"{name}.{plain_name(key)}": value for key, value in state.items()}
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..injection.adapted import Injection
+from ..injection.targets import modules_of
 from .hub import cached_folder
 
 FILE = "config.json"
@@ -36,7 +37,7 @@ def embedding_tensors(model: nn.Module, saved: Sequence[str] = ()) -> dict[str, 
             found.append(id(getattr(module, "base_layer", module)))
     return {
         f"{name}.{key}": tensor
-        for name, module in model.named_modules()
+        for name, module in modules_of(model).items()
         if id(module) in found and name not in saved and not hasattr(module, "modules_to_save")
         for key, tensor in module.state_dict(keep_vars=True).items()
     }

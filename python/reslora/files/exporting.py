@@ -37,6 +37,7 @@ from .._C import (
 from ..config import ResLoraConfig
 from ..injection.adapted import Injection, earlier_fits_after_errors, injection_of, plain_model
 from ..injection.heads import refuse_tied, saved_names
+from ..injection.targets import modules_of
 from ..merging.merge import MergeRequest, prepare
 from ..merging.planning import make_plan, warn_unfinished
 from ..nn.base_layers import is_conv1d
@@ -242,7 +243,7 @@ def _planned(model: nn.Module, injection: Injection, request: MergeRequest) -> M
 def _short_targets(model: nn.Module, names: list[str]) -> list[str]:
     """Return the names' last parts where they mean exactly these modules, else the full names."""
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
-    meant = {key for key, _ in model.named_modules() if any(is_or_ends_with(key, n) for n in short)}
+    meant = {key for key in modules_of(model) if any(is_or_ends_with(key, n) for n in short)}
     return short if meant == set(names) else sorted(names)
 
 

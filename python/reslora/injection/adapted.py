@@ -49,8 +49,14 @@ class Injection:
         self.saved_modules: list[str] = []
         self.places: list[tuple[nn.Module, str, ResLoraLinear]] = []
         self.trainable: list[tuple[nn.Parameter, bool]] = []
+        self.hooks: list[Any] = []  # that keep encoders of torch off their fused paths
+        self.nested: list[tuple[nn.TransformerEncoder, bool]] = []  # and what they were
         self.applied: Applied | None = None
         self.calibrated: Calibrated | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a file holds; what it is too old to know is none."""
+        self.__dict__.update({"hooks": [], "nested": []} | state)
 
     @property
     def layers(self) -> list[ResLoraLinear]:
@@ -72,10 +78,15 @@ class Injection:
         self.config.chains = self.chain_records  # type: ignore[attr-defined]
 
     def close_passes(self) -> None:
-        """Remove the hooks that the chains needed."""
+        """Remove the hooks that the chains and layers needed."""
         for session in self.sessions:
             session.detach()
-        self.sessions = []
+        for hook in self.hooks:
+            hook.remove()
+        for encoder, takes_nested in self.nested:
+            if not any(layer._forward_hooks for layer in encoder.layers):  # of other adapters
+                encoder.use_nested_tensor = takes_nested
+        self.sessions, self.hooks, self.nested = [], [], []
 
     def undo(self) -> None:
         """Put the base layers back, remove the hooks, restore which parameters train."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .._C import plain_name
 from .adapted import Injection
 
 
@@ -19,7 +20,7 @@ def saved_module(model: nn.Module, name: str) -> nn.Module:
 def saved_names(model: nn.Module, injection: Injection) -> list[str]:
     """Return the paths of the modules that are trained and saved whole, also those PEFT wraps."""
     wrapped = [
-        name
+        plain_name(name)
         for name, module in model.named_modules()
         if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
     ]
@@ -32,7 +33,8 @@ def refuse_tied(model: nn.Module, saved: list[str], op: str) -> None:
     def owner(name: str) -> str | None:
         if ".original_module." in name:  # what PEFT keeps beside the copy that is trained
             return None
-        return next((module for module in saved if name.startswith(f"{module}.")), None)
+        plain = plain_name(name)
+        return next((module for module in saved if plain.startswith(f"{module}.")), None)
 
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

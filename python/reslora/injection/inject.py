@@ -14,17 +14,19 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from .._C import fill_factors, warning_without_links
-from ..config import ResLoraConfig
+from .._C import Matching, ModuleInfo, fill_factors, match_saved, warning_without_links
+from ..config import ResLoraConfig, matches
 from ..nn.grouping import Group, find_groups
 from ..nn.session import Session
 from .adapted import Injection, find_layers
+from .calls import leave_fused_paths, watch_first_step
 from .chains import make_chains, root_name
 from .heads import refuse_tied, saved_parameters
-from .targets import describe, find_targets, warn_fused_experts
+from .targets import describe, find_targets, modules_of, warn_fused_experts
 
 
 def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
@@ -42,6 +44,34 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
         ValueError: for a bad config, a model that is adapted already, a pattern that matches
             nothing, a module that cannot be adapted. The model is then unchanged.
     """
+    config = _checked(model, config)
+    modules = describe(model)
+    injection = _adapt(model, config, modules, find_targets(modules, config))
+    warn_without_links(injection)
+    return model
+
+
+def inject_saved(model: nn.Module, config: ResLoraConfig, chains: Any, heads: list[str]) -> None:
+    """Adapt `model` as `inject` does, to the layers that the file of an adapter is of.
+
+    Args:
+        model: as in `inject`.
+        config: the file's.
+        chains: key and layers of each chain, as the file has them.
+        heads: the file's tensors that are no A or B; the modules that hold them train.
+
+    Raises:
+        ValueError: as `inject` does, and where the model has none of the layers. What else differs
+            from the file is for the caller to see.
+    """
+    config = _checked(model, config)
+    modules = describe(model)
+    matching = match_saved(modules, config.core(), chains, heads, matches)
+    warn_without_links(_adapt(model, config, modules, matching))
+
+
+def _checked(model: nn.Module, config: ResLoraConfig) -> ResLoraConfig:
+    """Return a copy of the config once it and the model can be used."""
     if not isinstance(config, ResLoraConfig):
         raise ValueError(
             f"[inject] config must be a ResLoraConfig; got {type(config).__name__} (a dict is read "
@@ -50,8 +80,13 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
     config = copy.deepcopy(config)
     config.validate()
     _check_model(model)
-    modules = describe(model)
-    matching = find_targets(modules, config)
+    return config
+
+
+def _adapt(
+    model: nn.Module, config: ResLoraConfig, modules: list[ModuleInfo], matching: Matching
+) -> Injection:
+    """Replace the layers that were matched; where anything fails, put the model back."""
     warn_fused_experts(model, config, "inject")
     refuse_tied(model, matching.saved, "inject")
     injection = Injection(config)
@@ -67,8 +102,7 @@ def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
     except BaseException:
         injection.undo()
         raise
-    warn_without_links(injection)
-    return model
+    return injection
 
 
 def _check_model(model: nn.Module) -> None:
@@ -89,26 +123,29 @@ def _check_model(model: nn.Module) -> None:
 # ---- Changing the model -----------------------------------------------------------------------
 
 
-def _parents(model: nn.Module, wanted: set[int]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yield every place (parent, attribute) where a wanted module hangs, also shared ones."""
+def children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield every place (parent, attribute, child), also those of a child that has several."""
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
-            if child is not None and id(child) in wanted:
+            if child is not None:
                 yield parent, attribute, child
 
 
 def _replace(model: nn.Module, injection: Injection) -> None:
     by_base = {id(layer.base_layer): layer for layer in injection.layers}
-    for parent, attribute, child in list(_parents(model, set(by_base))):
-        layer = by_base[id(child)]
-        injection.places.append((parent, attribute, layer))
-        setattr(parent, attribute, layer)
+    for parent, attribute, child in list(children(model)):
+        layer = by_base.get(id(child))
+        if layer is not None:
+            injection.places.append((parent, attribute, layer))
+            setattr(parent, attribute, layer)
 
 
 def open_sessions(model: nn.Module, injection: Injection) -> None:
-    """Let taps pass, and layers be evaluated together, in every forward of the model."""
+    """Let every forward call the layers, pass taps and evaluate layers together."""
+    leave_fused_paths(model, injection)
+    watch_first_step(injection)
     _allow_compiled_checkpoints()
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     sessions: dict[str, Session] = {}
     groups = find_groups(injection.layers)
     grouped = {layer.chain.key for group in groups for layer in group}

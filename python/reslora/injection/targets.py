@@ -13,7 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from .._C import Matching, ModuleInfo, default_targets, is_or_ends_with, match_layers
+from .._C import (
+    Matching,
+    ModuleInfo,
+    default_targets,
+    is_or_ends_with,
+    match_layers,
+    plain_name,
+)
 from ..config import ResLoraConfig, matches
 from ..nn.base_layers import features_of, is_bypassed, is_conv1d
 
@@ -21,11 +28,16 @@ from ..nn.base_layers import features_of, is_bypassed, is_conv1d
 EXPERT_NAMES = {"w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module by its path in the plain model; wrappers of torch are left out."""
+    return {plain_name(path): module for path, module in model.named_modules()}
+
+
 def describe(model: nn.Module) -> list[ModuleInfo]:
     """Return what the rules ask of the model and each of its modules, in registration order."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     shifting = _shifting_blocks(modules)
     infos = []
     for path, module in modules.items():
@@ -39,17 +51,20 @@ def describe(model: nn.Module) -> list[ModuleInfo]:
                 is_linear=isinstance(base, nn.Linear) or is_conv1d(base),
                 is_head=module is head,
                 is_bypassed=bool(path) and is_bypassed(modules.get(parent), name),
-                is_uniform=_is_uniform(module),
+                is_uniform=_is_uniform(path, modules),
                 rows=_rows(path, shifting),
             )
         )
     return infos
 
 
-def _is_uniform(container: nn.Module) -> bool:
+def _is_uniform(path: str, modules: dict[str, nn.Module]) -> bool:
+    container = modules[path]
     if not isinstance(container, nn.ModuleList | nn.Sequential):
         return False
-    return len({type(getattr(child, "base_layer", child)) for child in container}) == 1
+    names = {name: f"{path}.{name}" if path else name for name in container._modules}
+    children = [modules.get(names[name], child) for name, child in container._modules.items()]
+    return len({type(getattr(child, "base_layer", child)) for child in children}) == 1
 
 
 def _shifting_blocks(modules: dict[str, nn.Module]) -> set[str]:

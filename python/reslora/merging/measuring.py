@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -84,9 +85,14 @@ class Squares:
         self.both += errors.both
         self.whole += errors.whole
 
+    @property
+    def saw_rows(self) -> bool:
+        """Tell whether there was any call."""
+        return self.whole != 0 or self.both != 0
+
     def fill_in(self, entry: LayerReport | MergeReport, has_weights: bool) -> None:
         """Write relative errors into a report; without any call they stay None."""
-        if self.whole == 0 and self.both == 0:
+        if not self.saw_rows:
             return
         whole = max(self.whole, sys.float_info.min)
         entry.method_error = math.sqrt(self.method / whole)
@@ -131,6 +137,14 @@ def measure(
             count += 1
     if count == 0:
         raise ValueError("[merge_report] batches must hold a batch; got none")
+    uncalled = [name for name, squares in by_layer.items() if not squares.saw_rows]
+    if uncalled:
+        warnings.warn(
+            f"[merge_report] layers must be called to be measured; got {len(uncalled)} that no "
+            f"batch reaches: {', '.join(uncalled[:8])}{', ...' * (len(uncalled) > 8)} (their "
+            "weights are merged all the same)",
+            stacklevel=3,
+        )
     whole.fill_in(report, has_weights)
     for entry in report.layers:
         by_layer[entry.name].fill_in(entry, has_weights)

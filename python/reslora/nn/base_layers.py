@@ -42,11 +42,33 @@ def device_of(base: nn.Module) -> torch.device:
     return device
 
 
+# By class: the children whose weight its code reads without a call.
+BYPASSED = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "HunyuanDiTAttentionPool": ("q_proj", "k_proj", "v_proj", "c_proj"),
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "MambaMixer": ("x_proj",),
+    "FalconMambaMixer": ("x_proj",),
+}
+
+
 def is_bypassed(parent: nn.Module | None, name: str) -> bool:
-    """Tell whether a child's weight is read without a call: by attention of torch, and by Mamba."""
-    if isinstance(parent, nn.MultiheadAttention):
+    """Tell whether a child's weight is read without a call, or by kernels that some machines have.
+
+    Attention of torch does so, every kind of Mamba in training, and the classes named above.
+    """
+    kind = type(parent).__name__
+    if isinstance(parent, nn.MultiheadAttention) or name in BYPASSED.get(kind, ()):
         return True
-    return "Mamba" in type(parent).__name__ and name in ("dt_proj", "out_proj")
+    is_mamba = "Mamba" in kind or (hasattr(parent, "A_log") and hasattr(parent, "D"))
+    return is_mamba and name in ("dt_proj", "out_proj")
 
 
 def features_of(module: Any) -> tuple[int, int] | None:

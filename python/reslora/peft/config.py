@@ -19,7 +19,11 @@ from .._C import (
     WEIGHTS_NAME,
     Stage,
     config_to_json,
+    factor_names,
+    is_factor,
+    plain_name,
     save_adapter,
+    saved_part,
     write_text,
 )
 from ..config import PATTERNS
@@ -65,10 +69,11 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         chains = getattr(self, "chains", None)  # set where a model was adapted
         if chains is None or not (folder / WEIGHTS_NAME).is_file():
             return
-        tensors = load_tensors_of(folder / WEIGHTS_NAME)
+        tensors = _own_tensors(load_tensors_of(folder / WEIGHTS_NAME), chains)
         values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         # PEFT lists what a head may be called; files of ours name what is there.
-        own = [name for name in self.modules_to_save or () if _is_saved(name, tensors)]
+        heads = [key for key in tensors if not is_factor(key)]
+        own = [n for n in self.modules_to_save or () if any(saved_part(h, [n]) for h in heads)]
         values |= {name: getattr(self, name) for name in PATTERNS}  # PEFT sorts what has an order
         text = config_to_json(json.dumps({**values, "modules_to_save": own or None}))
         with Stage(folder) as stage:
@@ -83,5 +88,8 @@ class ResLoraConfig(CoreConfig, PeftConfig):
             card.save(folder / "README.md")
 
 
-def _is_saved(module: str, tensors: dict[str, Tensor]) -> bool:
-    return any(f".{module}." in f".{key}" for key in tensors)
+def _own_tensors(tensors: dict[str, Tensor], chains: Any) -> dict[str, Tensor]:
+    """Return what PEFT wrote under the names of the plain model, each A and B once."""
+    factors = {key for _, layers in chains for x in layers for key in factor_names(x.name)}
+    plain = {plain_name(key): tensor for key, tensor in tensors.items()}
+    return {key: x for key, x in plain.items() if key in factors or not is_factor(key)}

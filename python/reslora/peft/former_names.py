@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._C import MODEL_PREFIX
+from ..injection.targets import modules_of
 
 
 def present_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -25,7 +26,7 @@ def present_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Ten
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # of version 4
         return tensors
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
 
     def is_there(name: str) -> bool:
         return name.partition(".reslora_")[0] in modules

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
-from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, rank_of
+from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, plain_name, rank_of, saved_part
 from ..config import matches
 from ..files.checkpoint import transposed_chains
 from ..files.embeddings import embedding_tensors, resizing
 from ..injection.adapted import Injection, plain_model
 from ..injection.chains import make_chains
-from ..injection.inject import open_sessions, warn_without_links
-from ..injection.targets import describe, targets_by_default, warn_fused_experts
+from ..injection.inject import children, open_sessions, warn_without_links
+from ..injection.targets import describe, modules_of, targets_by_default, warn_fused_experts
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
@@ -46,7 +46,7 @@ class ResLoraModel(BaseTuner):
                     "[reslora.peft] the model must hold no other adapters; got "
                     f"{type(module).__name__} at {name} (merge or unload them first)"
                 )
-        places = list(_children(model))
+        places = list(children(model))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._link(model, adapter_name)
@@ -59,6 +59,58 @@ class ResLoraModel(BaseTuner):
             peft_config.target_modules = targets_by_default(self.model)
         warn_fused_experts(self.model, peft_config, "reslora.peft")
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:  # a ResLoraConfig
+        """Tell whether a layer is a target; what lies in modules_to_save is trained whole."""
+        name = plain_name(key)
+        is_wrapped = name.rpartition(".")[2] != key.rpartition(".")[2]  # its wrapper is the target
+        if is_wrapped or saved_part(name, peft_config.modules_to_save or []):
+            return False
+        return check_target_module_exists(peft_config, name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return what PEFT saves of an adapter: A and B, also where torch has wrapped their layers.
+
+        PEFT saves embeddings that were resized, but not all of them where one is adapted too.
+        """
+        inner = plain_model(model)
+        found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
+        own = embedding_tensors(inner)
+        if any(".base_layer." in key for key in own) and resizing(inner, "save"):
+            found |= {k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in own}
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return a file's tensors under the model's keys.
+
+        The file has plain names, perhaps older ones, and each A and B once; the model all places
+        where they hang.
+        """
+        end = f".{adapter_name}.weight"
+        keys: dict[int, list[str]] = {}
+        for key, factor in model.state_dict(keep_vars=True).items():
+            if f".{cls.prefix}" in key and key.endswith(end):
+                keys.setdefault(id(factor), []).append(key)
+        loaded = dict(present_names(plain_model(model), state_dict))
+        for own in keys.values():
+            names = [f"{plain_name(key.removesuffix(end))}.weight" for key in own]
+            for name in (*names, *(MODEL_PREFIX + name for name in names)):
+                if name in loaded:
+                    loaded |= dict.fromkeys(own, loaded.pop(name))
+        return loaded
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -78,19 +130,20 @@ class ResLoraModel(BaseTuner):
                 f"{type(target).__name__} at {current_key}{why} (name it in exclude_modules)"
             )
         layer = target if isinstance(target, PeftLinear) else PeftLinear(target)
-        r = rank_of(peft_config.core(), current_key, matches)
+        r = rank_of(peft_config.core(), plain_name(current_key), matches)
         layer.add_factors(adapter_name, r, peft_config.init_lora_weights)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
     def _link(self, model: nn.Module, name: str) -> None:
         """Make the chains of an adapter that PEFT has put into the model."""
+        _wrap_everywhere(model)
         config: Any = self.peft_config[name]
         config.validate()
         injection = Injection(config)
         layers: dict[str, Any] = {
             key: module
-            for key, module in model.named_modules()
+            for key, module in modules_of(model).items()
             if isinstance(module, PeftLinear) and name in module.reslora_A
         }
 
@@ -105,39 +158,13 @@ class ResLoraModel(BaseTuner):
             layers[layer.name].reslora_adapters[name] = layer
         injection.places = [
             (parent, attribute, child.reslora_adapters[name])  # type: ignore[misc]
-            for parent, attribute, child in _children(model)
+            for parent, attribute, child in children(model)
             if isinstance(child, PeftLinear) and name in child.reslora_adapters
         ]
         open_sessions(model, injection)
         config.fan_in_fan_out = transposed_chains(injection)
         injection.note_chains()
         warn_without_links(injection)
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, *args: Any,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """Return what PEFT saves of an adapter.
-
-        PEFT saves embeddings that were resized, but not all of them where one is adapted too.
-        """
-        inner = plain_model(model)
-        found = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, *args, **kwargs
-        )
-        own = embedding_tensors(inner)
-        if any(".base_layer." in key for key in own) and resizing(inner, "save"):
-            found |= {k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in own}
-        return found
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> Any:
-        """Return what a file holds under the names of the model, also what older names mean."""
-        tensors = present_names(plain_model(model), state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
@@ -186,9 +213,12 @@ class ResLoraModel(BaseTuner):
         else:
             for layer in layers:
                 layer.unmerge()
-        result = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         for layer in layers:
             layer.close_passes()
+        for parent, attribute, child in children(self.model):
+            if isinstance(child, PeftLinear):  # PEFT, which puts heads back, knows one place of it
+                setattr(parent, attribute, child.base_layer)
+        result = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         if hasattr(self.model, "peft_config"):  # peft 0.18 leaves it there
             del self.model.peft_config
         return result if result is not None else self.model
@@ -210,10 +240,13 @@ class ResLoraModel(BaseTuner):
             )
 
 
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in model.modules():
-        for attribute, child in parent.named_children():
-            yield parent, attribute, child
+def _wrap_everywhere(model: nn.Module) -> None:
+    """Put the layers that PEFT has wrapped at one place at all places where they hang."""
+    wrapped = {id(x.base_layer): x for x in model.modules() if isinstance(x, PeftLinear)}
+    for parent, attribute, child in children(model):
+        layer = wrapped.get(id(child))
+        if layer is not None and parent is not layer:
+            setattr(parent, attribute, layer)
 
 
 def _put_back(places: list[tuple[nn.Module, str, nn.Module]], name: str) -> None:

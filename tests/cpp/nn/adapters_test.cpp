@@ -208,6 +208,26 @@ TEST_P(Modes, AClonedModelHasAdaptersOfItsOwn) {
   EXPECT_FALSE(torch::equal(copy->forward(x), wanted));
 }
 
+TEST(Load, TakesTheLayersThatTheFileHolds) {
+  Net net(3);
+  const Adapters adapters = inject(*net, config_of("bs"));
+  randomise(adapters);
+  const std::string folder = new_folder();
+  adapters.save(folder);
+  const std::string path = folder + "/adapter_model.safetensors";
+  AdapterFile file = load_adapter(path);
+  // As PEFT saves it, which takes names that match nothing.
+  file.config_json = config_to_json(
+      ResLoraConfig(adapters.config()).target_modules({"q_proj", "v_proj", "gate_proj"}));
+  save_adapter(path, file);
+  std::ofstream(folder + "/adapter_config.json") << file.config_json;
+  Net plain(3);
+  load_base_tensors(*plain, base_tensors(*net));
+  EXPECT_EQ(adapted_names(load(*plain, folder)), adapted_names(adapters));
+  const at::Tensor x = torch::randn({5, kWidth});
+  EXPECT_TRUE(torch::equal(plain->forward(x), net->forward(x)));
+}
+
 INSTANTIATE_TEST_SUITE_P(All, Modes, ::testing::Values("none", "is", "bs", "ms"));
 
 TEST(Forward, NamesTheLayerAndDemandsStrictLinks) {

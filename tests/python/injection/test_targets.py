@@ -114,11 +114,56 @@ def test_what_mamba_does_not_call_is_not_adapted():
         vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, intermediate_size=32
     )
     model = transformers.MambaForCausalLM(config)
-    for name in ("dt_proj", "out_proj"):
+    for name in ("x_proj", "dt_proj", "out_proj"):
         with pytest.raises(ValueError, match=f"linear layers that are called; got .*{name}"):
             inject(model, ResLoraConfig(target_modules=[name]))
-    with pytest.warns(UserWarning, match="leaves out 4 layers of experts, or that are not called"):
+    with pytest.warns(UserWarning, match="leaves out 6 layers of experts, or that are not called"):
         inject(model, ResLoraConfig(target_modules="all-linear", res_mode="bs"))
     ids = torch.randint(40, (2, 6))
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(layer.reslora_B.grad.any() for layer in find_layers(model))
+
+
+SIZES = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 24,
+}  # fmt: skip
+STATES = SIZES | {
+    "num_key_value_heads": 1, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4,
+    "mamba_n_groups": 1,
+}  # fmt: skip
+WAVLM = SIZES | {
+    "conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+# The name of the config, the model's, its options, a target that is read without a call.
+READ_BY_HAND = [
+    ("WavLM", "Model", WAVLM, "q_proj"),
+    ("WavLM", "Model", WAVLM, "out_proj"),
+    ("Bamba", "ForCausalLM", STATES | {"mamba_expand": 2, "attn_layer_indices": [1]}, "out_proj"),
+    ("FalconH1", "ForCausalLM", STATES | {"mamba_d_ssm": 32}, "out_proj"),
+    (
+        "MobileBert",
+        "ForMaskedLM",
+        SIZES | {"intra_bottleneck_size": 8, "embedding_size": 8},
+        "predictions.dense",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "options", "target"), READ_BY_HAND)
+def test_what_is_read_by_hand_is_not_adapted(name, kind, options, target):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from reslora.peft import ResLoraConfig as PeftConfig
+
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = getattr(transformers, f"{name}{kind}")(config)
+    with pytest.raises(ValueError, match=f"linear layers that are called; got .*{target}"):
+        inject(model, ResLoraConfig(target_modules=[target]))
+    with pytest.raises(ValueError, match=rf"{target}, in \w+, which does not call it"):
+        peft.get_peft_model(model, PeftConfig(target_modules=[target]))
+    with pytest.warns(UserWarning, match="or that are not called"):
+        inject(model, ResLoraConfig(target_modules="all-linear", res_mode="bs"))
+    left_out = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert any(name.endswith(target) for name in left_out)

@@ -1,0 +1,93 @@
+// Names of modules: heads by the ends of their paths, wrappers, and the layers that a file is of.
+#include <gtest/gtest.h>
+#include <reslora/matching.h>
+
+#include "testing.h"
+
+namespace reslora {
+namespace {
+
+using namespace reslora::testing;  // NOLINT
+using Names = std::vector<std::string>;
+
+/// A list of blocks, each with two layers, and a head.
+std::vector<ModuleInfo> modules_with(int64_t depth) {
+  const auto linear = [](std::string path) {
+    ModuleInfo info;
+    info.path = std::move(path);
+    info.type = "Linear";
+    info.in_features = info.out_features = 4;
+    info.is_linear = true;
+    return info;
+  };
+  std::vector<ModuleInfo> modules(2);
+  modules[1].path = "layers";
+  modules[1].is_uniform = true;
+  for (int64_t n = 0; n < depth; ++n) {
+    const std::string block = "layers." + std::to_string(n);
+    modules.emplace_back().path = block;
+    modules.push_back(linear(block + ".q"));
+    modules.push_back(linear(block + ".v"));
+  }
+  modules.push_back(linear("lm_head"));
+  return modules;
+}
+
+const ResLoraConfig kConfig = ResLoraConfig().r(2).target_modules({"q"});
+
+std::vector<ChainRecord> chains_of(int64_t depth) {
+  const std::vector<ModuleInfo> modules = modules_with(depth);
+  return find_chains(modules, match_layers(modules, kConfig).layers, kConfig);
+}
+
+TEST(SavedPart, IsWhatEndsWithAName) {
+  EXPECT_EQ(saved_part("lm_head", {"head"}), "lm_head");
+  EXPECT_EQ(saved_part("layers.0.input_norm.weight", {"q", "norm"}), "layers.0.input_norm");
+  EXPECT_EQ(saved_part("layers.0.q", {"norm", "layers.1"}), "");
+  EXPECT_EQ(saved_part("head", {"lm_head"}), "");
+  EXPECT_EQ(saved_part("", {"head"}), "");
+  EXPECT_EQ(saved_part("head", {}), "");
+}
+
+TEST(PlainName, LeavesWrappersOut) {
+  EXPECT_EQ(plain_name("_orig_mod.layers.0._checkpoint_wrapped_module.lin"), "layers.0.lin");
+  EXPECT_EQ(plain_name("layers.*._fsdp_wrapped_module.lin"), "layers.*.lin");
+  EXPECT_EQ(plain_name("layers.0.lin_orig_mod"), "layers.0.lin_orig_mod");
+  EXPECT_EQ(plain_name("_orig_mod"), "");
+  EXPECT_EQ(plain_name(""), "");
+}
+
+TEST(MatchSaved, TakesTheLayersOfTheFile) {
+  const auto config = ResLoraConfig(kConfig).target_modules({"q", "nothing"});
+  const auto wide = ResLoraConfig(config).layers_to_transform({0, 1, 9}).rank_pattern({{"z", 3}});
+  EXPECT_THROW(match_layers(modules_with(2), wide), c10::Error);
+  for (const ResLoraConfig& own : {config, wide})
+    EXPECT_EQ(match_saved(modules_with(2), own, chains_of(2), {}).layers,
+              (Names{"layers.0.q", "layers.1.q"}));
+  const auto all = ResLoraConfig(kConfig).target_modules("all-linear");
+  EXPECT_EQ(match_saved(modules_with(2), all, chains_of(2), {}).layers.size(), 2U);
+}
+
+TEST(MatchSaved, ShowsThatAModelIsAnother) {
+  EXPECT_EQ(match_saved(modules_with(3), kConfig, chains_of(2), {}).layers.size(), 3U);
+  EXPECT_EQ(match_saved(modules_with(1), kConfig, chains_of(2), {}).layers.size(), 1U);
+  const auto some = ResLoraConfig(kConfig).target_modules({"0.q", "1.q"});
+  EXPECT_EQ(match_saved(modules_with(3), some, chains_of(2), {}).layers.size(), 2U);
+  const auto two = ResLoraConfig(kConfig).layers_to_transform({0, 1});
+  EXPECT_EQ(match_saved(modules_with(3), two, chains_of(2), {}).layers.size(), 2U);
+  EXPECT_TRUE(refuses([] { match_saved(modules_with(0), kConfig, chains_of(2), {}); },
+                      "must be of this model; got layers.0.q, which matches nothing"));
+}
+
+TEST(MatchSaved, FindsTheModulesOfOtherTensors) {
+  const auto config = ResLoraConfig(kConfig).modules_to_save({"head"});
+  const auto saved = [&](const Names& heads) {
+    return match_saved(modules_with(1), config, chains_of(1), heads).saved;
+  };
+  EXPECT_EQ(saved({"lm_head.bias", "lm_head.weight"}), Names{"lm_head"});
+  EXPECT_EQ(saved({"embed.weight"}), Names{});
+  EXPECT_EQ(saved({"other_head.weight"}), Names{});
+}
+
+}  // namespace
+}  // namespace reslora
