@@ -36,7 +36,8 @@ RESLORA_API LayerErrors layer_errors(const LayerMerge& planned, const at::Tensor
                                      const std::optional<at::Tensor>& mask = std::nullopt);
 
 /// y of the layer as `MergePlan::apply` would leave it: weight and bias merged, cast to their
-/// dtype, without changing them. x: [..., in] -> [..., out]. bias may be undefined.
+/// dtype, without changing them. x: [..., in] -> [..., out]. bias may be undefined, but for a layer
+/// whose bias an affine fit moves: c10::ValueError.
 RESLORA_API at::Tensor merged_forward(const LayerMerge& planned, const at::Tensor& x,
                                       const at::Tensor& weight, const at::Tensor& bias);
 

@@ -70,10 +70,19 @@ void check_pair(const LayerMerge& layer) {
       layer.name);
 }
 
+/// Demands a pair that is all of the layer's merge, since files of plain LoRA hold no bias.
+void check_plain(const LayerMerge& layer) {
+  check_pair(layer);
+  RESLORA_CHECK(!layer.bias.defined(),
+                "[export] plain LoRA holds no bias; got that of an affine fit (layer {}): plan "
+                "without use_affine, and unmerge a merged model (the linear fit is exported then)",
+                layer.name);
+}
+
 }  // namespace
 
 std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R) {
-  check_pair(layer);
+  check_plain(layer);
   const int64_t rank = layer.A.size(0);
   RESLORA_CHECK(R >= rank, "[merge] R must be at least the layer's rank {}; got {} (layer {})",
                 rank, R, layer.name);
@@ -135,10 +144,7 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
       "[export] the folder must not hold an unmerged adapter, which would be lost; got {}", folder);
   int64_t R = 0;
   for (const LayerMerge& layer : lora.layers) {
-    check_pair(layer);
-    RESLORA_CHECK(!layer.bias.defined(),
-                  "[export] plain LoRA holds no bias; got a model merged by an affine fit (unmerge "
-                  "it: the linear fit is exported then)");
+    check_plain(layer);
     R = std::max(R, layer.A.size(0));
   }
   const std::string prefix(kModelPrefix);

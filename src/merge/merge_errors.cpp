@@ -46,6 +46,10 @@ LayerErrors layer_errors(const LayerMerge& planned, const Tensor& x, const Tenso
 Tensor merged_forward(const LayerMerge& planned, const Tensor& x, const Tensor& weight,
                       const Tensor& bias) {
   const Tensor merged = merged_weight(weight.detach(), planned).to(weight.scalar_type());
+  RESLORA_CHECK(bias.defined() || !planned.bias.defined(),
+                "[merge] an affine fit needs the bias that it moves; got none (layer {}): give it, "
+                "or plan without use_affine",
+                planned.name);
   if (!bias.defined()) return at::linear(x, merged);
   Tensor own_bias = bias.detach();
   if (planned.bias.defined()) {
