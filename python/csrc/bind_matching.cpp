@@ -41,10 +41,24 @@ void bind_names(py::module_& m) {
         "Tell whether a path is `name` or ends with \".\" and `name`.");
 }
 
+void bind_ranks(py::module_& m) {
+  m.def(
+      "rank_of",
+      [](const std::string& config, const std::string& path, const ExpressionMatch& match) {
+        return rank_of(checked_config(config), path, match);
+      },
+      py::arg("config"), py::arg("path"), py::arg("match"),
+      "Return the rank that a config (JSON) gives the layer of a path.");
+  m.def("ranks_and_scalings", &ranks_and_scalings, py::arg("config"), py::arg("paths"),
+        py::arg("match"),
+        "Return (r, scaling) that a config (JSON) gives the layer of every path.");
+}
+
 }  // namespace
 
 void bind_matching(py::module_& m) {
   bind_names(m);
+  bind_ranks(m);
   py::class_<ModuleInfo>(m, "ModuleInfo", "What the rules for names ask of one module of a model.")
       .def(py::init([](std::string path, std::string type, int64_t in_features,
                        int64_t out_features, bool is_linear, bool is_head, bool is_bypassed,
@@ -83,16 +97,6 @@ void bind_matching(py::module_& m) {
       "Return the layers that the file of an adapter is of.");
   m.def("find_chains", &chains_from, py::arg("modules"), py::arg("layers"), py::arg("config"),
         py::arg("match"), "Return the key and the layers of every chain that `layers` form.");
-  m.def(
-      "rank_of",
-      [](const std::string& config, const std::string& path, const ExpressionMatch& match) {
-        return rank_of(checked_config(config), path, match);
-      },
-      py::arg("config"), py::arg("path"), py::arg("match"),
-      "Return the rank that a config (JSON) gives the layer of a path.");
-  m.def("ranks_and_scalings", &ranks_and_scalings, py::arg("config"), py::arg("paths"),
-        py::arg("match"),
-        "Return (r, scaling) that a config (JSON) gives the layer of every path.");
   m.def(
       "warning_without_links", &warning_without_links, py::arg("chains"),
       "Return the warning where a shortcut is asked for and no two layers are linked, else \"\".");
