@@ -7,33 +7,29 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "core/check.h"
+#include "nn/passes.h"
 
 namespace reslora {
 
-/// What the layers of a chain share. Layers hold it; it holds them weakly.
+/// What the layers of a chain share. Layers hold it; it holds them weakly. Several threads may run
+/// them at once: `mutex` guards `missed` and the layers' norm windows, and passes guard themselves.
 struct ChainState {
-  struct Pass {
-    std::vector<at::Tensor> taps;
-    int64_t last_position = -1;
-    bool is_open = false;
-  };
-
   ChainState(Chain links, std::vector<std::weak_ptr<ResLoraLinearImpl>> members)
       : chain(std::move(links)), layers(std::move(members)), missed(layers.size(), 0) {}
 
+  /// The layer at a position; throws c10::ValueError where there is none.
   std::shared_ptr<ResLoraLinearImpl> layer(int64_t position) const {
-    auto strong = layers.at(position).lock();
+    const std::string& name = chain.layer(position).name;
+    auto strong = layers[position].lock();
     RESLORA_CHECK(
         strong && strong->state_.get() == this,
         "[linear] a layer of the chain is gone; got position {} ({}): keep the model alive, "
         "and call reslora::relink on a cloned model",
-        position, chain.layer(position).name);
+        position, name);
     return strong;
   }
 
@@ -70,17 +66,6 @@ struct ChainState {
   }
   static int64_t position_of(const ResLoraLinearImpl& layer) { return layer.position_; }
 
-  /// The pass of this thread.
-  Pass& pass() {
-    std::lock_guard<std::mutex> lock(mutex);
-    return passes[std::this_thread::get_id()];
-  }
-
-  void end_pass() {
-    std::lock_guard<std::mutex> lock(mutex);
-    passes.erase(std::this_thread::get_id());
-  }
-
   /// Returns true for the first one of the chain.
   bool count_missed(int64_t position) {
     std::lock_guard<std::mutex> lock(mutex);
@@ -98,8 +83,8 @@ struct ChainState {
   bool is_enabled = true;
   FitCollector* collector = nullptr;
   int64_t collector_index = 0;
-  std::mutex mutex;
-  std::unordered_map<std::thread::id, Pass> passes;
+  mutable std::mutex mutex;
+  detail::Passes passes;
 };
 
 namespace detail {
