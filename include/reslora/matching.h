@@ -59,6 +59,7 @@ RESLORA_API Matching match_layers(const std::vector<ModuleInfo>& modules,
 /// counts as a layer's where the children of its list are all of one class, as in T5's
 /// `block.3.layer.1`, a layer of `block.*.layer.1`; without any such, the first number does.
 /// Experts see other tokens, and the levels of a UNet have other resolutions: their indices stay.
+/// Throws c10::ValueError for a path that is none of `modules`.
 RESLORA_API std::vector<ChainRecord> find_chains(
     const std::vector<ModuleInfo>& modules, const std::vector<std::string>& layers,
     const ResLoraConfig& config, const ExpressionMatch& match = matches_ecma_script);
@@ -78,7 +79,7 @@ RESLORA_API RankAndScaling rank_and_scaling(const ResLoraConfig& config, const s
                                             const ExpressionMatch& match = matches_ecma_script);
 
 /// Returns the warning where a shortcut is asked for and no two layers of `chains` are linked, else
-/// nothing.
+/// nothing. Throws c10::ValueError for a null pointer.
 RESLORA_API std::string warning_without_links(const std::vector<const Chain*>& chains);
 
 }  // namespace reslora

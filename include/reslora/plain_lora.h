@@ -55,9 +55,9 @@ struct PlainLora {
 RESLORA_API std::string rank_warning(int64_t rank, double tolerance, double worst);
 
 /// Writes adapter_config.json and adapter_model.safetensors in PEFT's format: every pair padded to
-/// the largest rank R, with lora_alpha = r = R. Returns R. Throws c10::ValueError for no layers and
-/// for a folder that holds an unmerged adapter, which would be lost; c10::Error where the system
-/// refuses.
+/// the largest rank R, with lora_alpha = r = R. Returns R. Throws c10::ValueError for no layers,
+/// for two of one name, for factors that do not fit together and for a folder that holds an
+/// unmerged adapter, which would be lost; c10::Error where the system refuses.
 RESLORA_API int64_t save_plain_lora(const std::string& folder, const PlainLora& lora);
 
 }  // namespace reslora
