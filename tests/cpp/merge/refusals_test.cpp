@@ -204,7 +204,7 @@ TEST(MergeRefusals, ErrorsOfLayers) {
 TEST(MergeRefusals, Finishing) {
   const auto plain = [](const ChainView& view) {  // a finish keeps the rank
     ChainView own = view;
-    for (LayerView& layer : own.layers) layer.fit.offset = {};
+    for (LayerView& layer : own.layers) layer.fit.offset = at::Tensor();
     finish_chain(own);
   };
   of_factors("finish_chain", plain);
