@@ -69,8 +69,9 @@ class RESLORA_API Adapters {
   /// What trains: A and B of every layer, then the parameters of modules_to_save, each once.
   std::vector<at::Tensor> parameters() const;
 
-  /// Starts a pass of every chain on this thread. Needed only where a forward may begin inside a
-  /// chain: a pass begins by itself when the first layer of a chain runs.
+  /// Starts a pass of every chain on this thread. Needed only before forwards that may begin inside
+  /// a chain or run a layer several times (linear.h): else a pass begins by itself when the first
+  /// layer of a chain runs.
   void begin_forward() const;
   /// One line for each chain, each broken link, and each layer that ran without its link.
   std::string links() const;

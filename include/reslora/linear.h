@@ -18,13 +18,22 @@
 /// @endcode
 ///
 /// What passes between layers (the taps, T x r each) lives in a *pass*, one per thread and forward.
-/// A pass begins with `begin_forward()`, or by itself when the first layer of the chain runs; it
-/// ends after the last layer. A model that may enter a chain elsewhere calls `begin_forward()`, or
-/// hands the taps on itself with `forward_with_taps`.
+/// The k-th call of a layer in a pass reads what the k-th calls of the layers that it is wired to
+/// handed on, so chunks and streams of tokens keep apart. Where there is no such call, or it saw
+/// another number of rows, the layer runs without that tap, which `missed_links` counts. A pass
+/// ends, and its taps are freed, when the last layer was called as often as any other.
 ///
-/// Several threads may run and train one adapted model at once: each has passes of its own, which
-/// end with it, and no norm record is lost. Linking, merging, loading and moving a model are for
-/// one thread while no other runs it.
+/// A pass begins with `begin_forward()`, or by itself when the first layer of the chain runs. One
+/// that begins by itself is of a forward that runs each layer once, in order; the first layer after
+/// a later one begins the next. A layer that runs again otherwise may be in another chunk, or in
+/// another forward after one that an exception left: the rest of that pass runs without taps. So a
+/// model that runs a layer several times, or enters a chain behind its first layer, calls
+/// `begin_forward()` before each forward, or hands the taps on itself with `forward_with_taps`.
+/// Passes do not nest: a forward within a forward of one chain and thread ends the outer pass.
+///
+/// Several threads may run and train one adapted model at once: each has passes of its own, and no
+/// norm record is lost. Linking, merging, loading and moving a model are for one thread while no
+/// other runs it.
 #pragma once
 
 #include <reslora/chain.h>
@@ -119,8 +128,6 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   std::pair<at::Tensor, at::Tensor> new_adapter(int64_t r, const InitLoraWeights& init) const;
   void register_adapter(const std::pair<at::Tensor, at::Tensor>& adapter);
   bool is_plain() const;
-  std::vector<at::Tensor>& enter_pass(std::vector<at::Tensor>& outside);
-  void leave_pass();
   AdaptInput input_of(const at::Tensor& x, const std::vector<at::Tensor>& taps) const;
   NormWindow window_on(c10::Device device);
   NormWindow norms_now() const;
@@ -152,7 +159,8 @@ class RESLORA_API LinkedChain {
 
   /// Order, shapes and links of the layers.
   const Chain& chain() const;
-  /// Starts a pass on this thread; taps of an earlier, unfinished one are dropped.
+  /// Starts a pass on this thread, in which calls are counted as above; taps of an earlier,
+  /// unfinished one are dropped. A program that calls it does so before each forward.
   void begin_forward() const;
   /// A and B of every layer, for an optimizer.
   std::vector<at::Tensor> parameters() const;

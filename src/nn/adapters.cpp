@@ -81,7 +81,7 @@ std::string Adapters::links() const {
       if (linked.missed_links(n) > 0)
         text += fmt::format(
             "  {}: {} times without a tap that its shortcut reaches (a forward began inside the "
-            "chain, or a layer before it saw other rows)\n",
+            "chain, layers ran several times without begin_forward, or saw other rows)\n",
             name, linked.missed_links(n));
     }
   }

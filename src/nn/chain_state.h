@@ -19,7 +19,10 @@ namespace reslora {
 /// them at once: `mutex` guards `missed` and the layers' norm windows, and passes guard themselves.
 struct ChainState {
   ChainState(Chain links, std::vector<std::weak_ptr<ResLoraLinearImpl>> members)
-      : chain(std::move(links)), layers(std::move(members)), missed(layers.size(), 0) {}
+      : chain(std::move(links)),
+        layers(std::move(members)),
+        missed(layers.size(), 0),
+        passes(layers.size()) {}
 
   /// The layer at a position; throws c10::ValueError where there is none.
   std::shared_ptr<ResLoraLinearImpl> layer(int64_t position) const {
@@ -84,7 +87,7 @@ struct ChainState {
   FitCollector* collector = nullptr;
   int64_t collector_index = 0;
   mutable std::mutex mutex;
-  detail::Passes passes;
+  Passes passes;
 };
 
 namespace detail {

@@ -180,11 +180,10 @@ bool ResLoraLinearImpl::is_plain() const { return !is_adapted() || !state_->is_e
 
 at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
   if (is_plain()) return torch::nn::functional::linear(x, weight, bias);
-  std::vector<at::Tensor> outside;
-  std::vector<at::Tensor>& taps = enter_pass(outside);
-  const AdaptInput in = input_of(x, taps);
-  at::Tensor y = take(in, naming(name(), [&] { return adapt(in); }), taps);
-  leave_pass();
+  PassCall call = state_->passes.enter(position_);
+  const AdaptInput in = input_of(x, call.taps());
+  at::Tensor y = take(in, naming(name(), [&] { return adapt(in); }), call.taps());
+  state_->passes.leave(call);
   return y;
 }
 
@@ -217,12 +216,11 @@ std::vector<at::Tensor> forward_together(
                     "[linear] layers that are evaluated together must be of different chains; got "
                     "{} and {} of one",
                     layers[j]->name(), layers[k]->name());
-  std::vector<std::vector<at::Tensor>> outside(layers.size());
-  std::vector<std::vector<at::Tensor>*> taps;
+  std::vector<PassCall> calls;
   std::vector<AdaptInput> inputs;
-  for (size_t k = 0; k < layers.size(); ++k) {
-    taps.push_back(&layers[k]->enter_pass(outside[k]));
-    inputs.push_back(layers[k]->input_of(x, *taps[k]));
+  for (const auto& layer : layers) {
+    calls.push_back(layer->state_->passes.enter(layer->position_));
+    inputs.push_back(layer->input_of(x, calls.back().taps()));
   }
   const bool want_norms =
       std::any_of(inputs.begin(), inputs.end(), [](const AdaptInput& in) { return in.want_norms; });
@@ -230,29 +228,10 @@ std::vector<at::Tensor> forward_together(
   for (AdaptInput& in : asked) in.want_norms = want_norms;
   std::vector<AdaptOutput> out = naming(layers[0]->name(), [&] { return adapt_together(asked); });
   for (size_t k = 0; k < layers.size(); ++k) {
-    y.push_back(layers[k]->take(inputs[k], std::move(out[k]), *taps[k]));
-    layers[k]->leave_pass();
+    y.push_back(layers[k]->take(inputs[k], std::move(out[k]), calls[k].taps()));
+    layers[k]->state_->passes.leave(calls[k]);
   }
   return y;
-}
-
-/// The taps of the pass that this call belongs to; `outside`, made empty, where there is none.
-std::vector<at::Tensor>& ResLoraLinearImpl::enter_pass(std::vector<at::Tensor>& outside) {
-  detail::Pass& pass = state_->passes.own();
-  if (position_ == 0 && (!pass.is_open || pass.last_position >= 0)) pass = {{}, -1, true};
-  // Positions grow within a pass: anything else would read what another forward left behind.
-  if (pass.is_open && position_ <= pass.last_position) pass = {};
-  if (!pass.is_open) {
-    outside.assign(state_->chain.size(), {});
-    return outside;
-  }
-  pass.taps.resize(state_->chain.size());
-  pass.last_position = position_;
-  return pass.taps;
-}
-
-void ResLoraLinearImpl::leave_pass() {
-  if (position_ == state_->chain.size() - 1) state_->passes.end_own();
 }
 
 AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
@@ -279,12 +258,14 @@ AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
     } else {
       RESLORA_CHECK(!config.strict_links(),
                     "[linear] strict_links demands every link; got {} without one: {} did not run "
-                    "before it on as many rows (begin_forward, or the first layer of the chain, "
-                    "starts a pass)",
+                    "before it on as many rows in this pass (begin_forward starts one; without it, "
+                    "the first layer of the chain does, and each layer runs once)",
                     name(), chain.layer(k).name);
       if (state_->count_missed(position_)) {
         TORCH_WARN("[linear] ", name(), " ran without its shortcut: ", chain.layer(k).name,
-                   " did not run before it on as many rows (print_links counts what follows)");
+                   " did not run before it on as many rows in this pass; call begin_forward before "
+                   "each forward of a model that runs a layer several times, or begins inside of "
+                   "the chain (print_links counts what follows)");
       }
     }
   }
@@ -317,7 +298,7 @@ at::Tensor ResLoraLinearImpl::take(const AdaptInput& in, AdaptOutput out,
 
 const Chain& LinkedChain::chain() const { return state_->chain; }
 
-void LinkedChain::begin_forward() const { state_->passes.own() = {{}, -1, true}; }
+void LinkedChain::begin_forward() const { state_->passes.begin(); }
 
 std::vector<at::Tensor> LinkedChain::parameters() const {
   std::vector<at::Tensor> all;
