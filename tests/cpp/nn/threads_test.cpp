@@ -1,4 +1,4 @@
-// Several threads that run and train one adapted model: passes, gradients and norm records.
+// Several threads that run and train one adapted model: gradients and norm records.
 #include <gtest/gtest.h>
 #include <reslora/linear.h>
 #include <reslora/ops.h>
@@ -167,18 +167,6 @@ TEST_P(TrainingThreads, EvaluateLayersTogether) {
 
 INSTANTIATE_TEST_SUITE_P(All, TrainingThreads, ::testing::Values("none", "is", "bs", "ms"),
                          [](const auto& info) { return std::string(info.param); });
-
-TEST(Passes, EndWithTheirThreadAndLeaveNothingToTheNext) {
-  const std::vector<ResLoraLinear> layers = new_layers(3);
-  const LinkedChain chain = link(layers, config_of("is"));
-  randomise(chain);
-  const at::Tensor x = torch::randn({5, kWidth}, torch::requires_grad());
-  std::thread([&] { layers[0].ptr()->forward(x); }).join();  // stops inside of the chain
-  EXPECT_EQ(x.use_count(), 1U) << "its graph is gone";
-  // The system gives the next thread the number of the one that ended.
-  std::thread([&] { layers[1].ptr()->forward(x); }).join();
-  EXPECT_EQ(chain.missed_links(1), 1) << "its own pass did not begin at the first layer";
-}
 
 }  // namespace
 }  // namespace reslora
