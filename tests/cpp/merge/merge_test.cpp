@@ -428,10 +428,11 @@ TEST(MergeRefuses, AddingAdaptersOfDifferentInFeatures) {
 TEST(MergeRefuses, TensorsThatDoNotFitTheChain) {
   ChainView view = view_of(random_blocks({}), "is", 1);
   view.layers[1].A = random({3, 7}, 1);
-  EXPECT_TRUE(
-      refuses([&] { MergePlan({view}, ""); }, "A must be [3, 6]; got [3, 7] (layer layer.1)"));
+  EXPECT_TRUE(refuses([&] { MergePlan({view}, ""); },
+                      "A must be a dense floating-point tensor [3, 6] in memory; got Double [3, 7] "
+                      "(layer layer.1)"));
   view.layers[1].A = at::zeros({3, 6}, at::kInt);
-  EXPECT_TRUE(refuses([&] { MergePlan({view}, ""); }, "A must be a floating-point tensor"));
+  EXPECT_TRUE(refuses([&] { MergePlan({view}, ""); }, "A must be a dense floating-point tensor"));
   view.layers.pop_back();
   EXPECT_TRUE(refuses([&] { MergePlan({view}, ""); }, "got 4 for 5 layers"));
 }
@@ -525,7 +526,7 @@ TEST(MergeLsq, ARefinedFitBringsItsOwnBAndNoBiasMeansNoOffset) {
 TEST(MergeLsq, RefusesMissingAndMalformedFits) {
   ChainView view = fitted_view();
   view.layers[1].fit.affine_A = random({3, 7}, 1);
-  EXPECT_TRUE(refuses([&] { MergePlan({view}, "lsq"); }, "got [3, 7] (layer layer.1)"));
+  EXPECT_TRUE(refuses([&] { MergePlan({view}, "lsq"); }, "got Double [3, 7] (layer layer.1)"));
   view.layers[1].fit = {};
   EXPECT_TRUE(refuses([&] { MergePlan({view}, "lsq"); }, "got none for layer layer.1"));
   EXPECT_EQ(MergePlan({view}, "").layers()[2].rule, MergeRule::kInput);

@@ -211,8 +211,8 @@ TEST(SolveFitRefuses, SumsThatDoNotFitA) {
       [](FitSums& it) {
         it.vx = random({3, 5}, 1);
       },
-      "got [3, 5] for A [3, 6] (layer layers.3.q)"));
-  EXPECT_TRUE(refuses_sums([](FitSums& it) { it.vx = Tensor(); }, "got [none] for A"));
+      "got Double [3, 5] for A Double [3, 6] (layer layers.3.q)"));
+  EXPECT_TRUE(refuses_sums([](FitSums& it) { it.vx = Tensor(); }, "got none for A"));
   EXPECT_TRUE(refuses_sums([](FitSums& it) { it.xx = random({5, 5}, 1); }, part));
   EXPECT_TRUE(refuses_sums([](FitSums& it) { it.xx = Tensor(); }, part));
   EXPECT_TRUE(refuses_sums([](FitSums& it) { it.x_sum = random({5}, 1); }, part));
