@@ -175,7 +175,7 @@ TEST_F(IoRefusals, ModelFilesAndTheirEdits) {
       },
       kHeld);
   refuses_call(
-      "ModelFiles::write", "name", [&] { files.write(path("out"), {"x"}, {}, {}); }, "got x");
+      "ModelFiles::write", "name", [&] { files.write(path("out"), {"x"}, {}, {}); }, "got 'x'");
   refuses_call(
       "ModelFiles::write", "dtype",
       [&] {
@@ -186,11 +186,11 @@ TEST_F(IoRefusals, ModelFilesAndTheirEdits) {
   refuses_call(
       "ModelFiles::ModelFiles", "content", [&] { ModelFiles({path("text")}); }, "model_files");
   refuses_call(
-      "ModelFiles::tensor", "name", [&] { files.tensor("x"); }, "got x");
+      "ModelFiles::tensor", "name", [&] { files.tensor("x"); }, "got 'x'");
   refuses_call(
-      "ModelFiles::path_of", "name", [&] { files.path_of("x"); }, "got x");
+      "ModelFiles::path_of", "name", [&] { files.path_of("x"); }, "got 'x'");
   refuses_call(
-      "ModelFiles::metadata_of", "path", [&] { files.metadata_of("x"); }, "got x");
+      "ModelFiles::metadata_of", "path", [&] { files.metadata_of("x"); }, "got 'x'");
   refuses_call(
       "ModelFiles::names_by_path", "no files", [] { ModelFiles({}).names_by_path({}); },
       "got none");
