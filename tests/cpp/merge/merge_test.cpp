@@ -308,7 +308,7 @@ TEST(MergeApply, RevertNeedsTheSameDtype) {
   MergePlan plan({view}, "input");
   plan.apply();
   view.layers[1].weight.set_data(view.layers[1].weight.to(at::kHalf));
-  EXPECT_TRUE(refuses([&] { plan.revert(); }, "got Half for Float (layer layer.1)"));
+  EXPECT_TRUE(refuses([&] { plan.revert(); }, "got Half [6, 6] for Float [6, 6] (layer layer.1)"));
   EXPECT_TRUE(plan.is_applied());
 }
 
@@ -542,7 +542,7 @@ TEST(MergeApply, RevertsIntoTensorsThatHaveReplacedThoseOfThePlan) {
   for (const LayerView& layer : view.layers) biases.push_back(layer.bias.clone());
   const at::Tensor good = weights[1];
   weights[1] = good.to(at::kHalf);
-  EXPECT_TRUE(refuses([&] { plan.revert(weights, biases); }, "got Half for Float"));
+  EXPECT_TRUE(refuses([&] { plan.revert(weights, biases); }, "got Half [4, 6] for Float [4, 6]"));
   EXPECT_TRUE(refuses([&] { plan.revert({good}, biases); }, "got 1 and 3 for 3 layers"));
   weights[1] = good;
   plan.revert(weights, biases);
