@@ -13,9 +13,11 @@
 /// ms, all  | A_n               | running sum of n-1     | B_n           | running sum
 /// @endverbatim
 ///
-/// A link needs: `is` equal in_features, `bs` equal in and out, `ms` equal r. A window is
-/// contiguous: the first layer that does not fit ends it, and is named in `broken`. With pre_num =
-/// 0 every layer is a row of `none`.
+/// A link needs: `is` equal in_features, `bs` equal in and out, `ms` equal r. Taps are added row by
+/// row, so `is` and `ms` never link routed experts, which see other tokens in each layer: a layer
+/// is one where a part of its name says so ("experts", "local_experts", "expert_0"; not
+/// "shared_experts"). A window is contiguous: the first layer that does not fit ends it, and is
+/// named in `broken`. With pre_num = 0 every layer is a row of `none`.
 ///
 /// @code{.cpp}
 /// reslora::Chain chain(reslora::ResLoraConfig().res_mode("ms").pre_num(2), shapes);
@@ -71,15 +73,15 @@ struct Wiring {
   Handed handed = Handed::kNothing;  ///< what a later layer may read
   bool keep_tap = false;             ///< the tap is the layer's own product A_n x_n
   bool is_doubled = false;           ///< first layer of an `is` chain with first_block = "double"
-  std::vector<std::string> broken;   ///< one sentence for each link that shapes forbid
+  std::vector<std::string> broken;   ///< one sentence for each link that cannot be
 };
 
 /// The links of one chain; see above.
 class RESLORA_API Chain {
  public:
   /// Links `layers` (execution order). Throws c10::ValueError for a bad config or shape, and under
-  /// `strict_links` for the first link that shapes forbid and for a layer whose features are not
-  /// those of the first (where links are wanted at all). Cost: O(layers * m), no tensor.
+  /// `strict_links` for the first link that cannot be and for a layer whose features are not those
+  /// of the first (where links are wanted at all). Cost: O(layers * m), no tensor.
   Chain(const ResLoraConfig& config, std::vector<LayerShape> layers);
 
   /// Number of layers.
@@ -106,6 +108,7 @@ class RESLORA_API Chain {
   void wire_input(int64_t n);
   void wire_block(int64_t n);
   void wire_middle(int64_t n);
+  bool may_see_the_same_rows(int64_t n, int64_t previous);
   int64_t window_start(int64_t n) const;
   size_t checked(int64_t n) const;
   void break_link(int64_t n, int64_t previous, const std::string& why);
@@ -113,6 +116,7 @@ class RESLORA_API Chain {
   ResLoraConfig config_;
   Shortcut shortcut_;
   std::vector<LayerShape> layers_;
+  std::vector<bool> is_in_experts_;  // by position
   std::vector<Wiring> wirings_;
 };
 

@@ -33,6 +33,7 @@ struct ModuleInfo {
   bool is_head = false;      ///< the model names it as its output head
   bool is_bypassed = false;  ///< its weight is read by its parent, which never calls it
   bool is_uniform = false;   ///< a list or sequence whose children are all of one class
+  std::string rows;          ///< which rows it sees, where layers of one kind see several: "even"
 };
 
 /// What a config means in a model.
@@ -59,6 +60,8 @@ RESLORA_API Matching match_layers(const std::vector<ModuleInfo>& modules,
 /// counts as a layer's where the children of its list are all of one class, as in T5's
 /// `block.3.layer.1`, a layer of `block.*.layer.1`; without any such, the first number does.
 /// Experts see other tokens, and the levels of a UNet have other resolutions: their indices stay.
+/// Where taps are handed on (`is`, `ms`), layers with other `rows` form chains of their own, such
+/// as "blocks.*.attn.qkv (odd)".
 /// Throws c10::ValueError for a path that is none of `modules`.
 RESLORA_API std::vector<ChainRecord> find_chains(
     const std::vector<ModuleInfo>& modules, const std::vector<std::string>& layers,

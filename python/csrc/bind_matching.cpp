@@ -36,15 +36,16 @@ py::object targets_of(const Matching& matching) {
 
 void bind_matching(py::module_& m) {
   py::class_<ModuleInfo>(m, "ModuleInfo", "What the rules for names ask of one module of a model.")
-      .def(
-          py::init([](std::string path, std::string type, int64_t in_features, int64_t out_features,
-                      bool is_linear, bool is_head, bool is_bypassed, bool is_uniform) {
-            return ModuleInfo{std::move(path), std::move(type), in_features, out_features,
-                              is_linear,       is_head,         is_bypassed, is_uniform};
-          }),
-          py::arg("path"), py::arg("type"), py::arg("in_features"), py::arg("out_features"),
-          py::kw_only(), py::arg("is_linear"), py::arg("is_head"), py::arg("is_bypassed"),
-          py::arg("is_uniform"))
+      .def(py::init([](std::string path, std::string type, int64_t in_features,
+                       int64_t out_features, bool is_linear, bool is_head, bool is_bypassed,
+                       bool is_uniform, std::string rows) {
+             return ModuleInfo{std::move(path), std::move(type), in_features,
+                               out_features,    is_linear,       is_head,
+                               is_bypassed,     is_uniform,      std::move(rows)};
+           }),
+           py::arg("path"), py::arg("type"), py::arg("in_features"), py::arg("out_features"),
+           py::kw_only(), py::arg("is_linear"), py::arg("is_head"), py::arg("is_bypassed"),
+           py::arg("is_uniform"), py::arg("rows"))
       .def_readonly("path", &ModuleInfo::path);
   py::class_<Matching>(m, "Matching", "What a config means in a model.")
       .def_property_readonly("targets", &targets_of)

@@ -72,6 +72,7 @@ class ModuleInfo:
         is_head: bool,
         is_bypassed: bool,
         is_uniform: bool,
+        rows: str,
     ) -> None: ...
     @property
     def path(self) -> str: ...

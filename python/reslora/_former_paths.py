@@ -16,7 +16,7 @@ NOW = {
     "calibration": {"Calibration": "merging.calibration"},
     "grouping": {"Group": "nn.grouping"},
     "injection": {"Injection": "injection.adapted"},
-    "layer": {"LayerChain": "nn.layer", "ResLoraLinear": "nn.layer", "Wiring": "nn.session"},
+    "layer": {"LayerChain": "nn.layer", "ResLoraLinear": "nn.layer", "Wiring": "nn.passes"},
     "merging": {"Applied": "injection.adapted"},
     "peft_layer": {"Adapter": "peft.layer", "PeftLinear": "peft.layer"},
     "planning": {"Calibrated": "injection.adapted"},

@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "core/config_options.h"
+#include "core/experts.h"
 
 namespace reslora {
 namespace {
@@ -57,6 +58,7 @@ Chain::Chain(const ResLoraConfig& config, std::vector<LayerShape> layers)
     plain.a = plain.b = {n};
     plain.scaling = {layers_[n].scaling};
     wirings_.push_back(std::move(plain));
+    is_in_experts_.push_back(detail::is_in_experts(layers_[n].name));
   }
   if (is_plain) return;
   for (int64_t n = 0; n < size(); ++n) {
@@ -76,6 +78,7 @@ void Chain::wire_input(int64_t n) {
     if (own.is_doubled) own.scaling[0] *= 2;
     return;
   }
+  if (!may_see_the_same_rows(n, n - 1)) return;
   const LayerShape& previous = layers_[n - 1];
   if (previous.in_features != layers_[n].in_features) {
     break_link(
@@ -109,6 +112,7 @@ void Chain::wire_middle(int64_t n) {
   Wiring& own = wirings_[n];
   std::vector<int64_t> window;  // nearest first
   for (int64_t j = n - 1; j >= window_start(n); --j) {
+    if (!may_see_the_same_rows(n, j)) break;
     if (layers_[j].r != layers_[n].r) {
       break_link(n, j, fmt::format("r {} and {} differ", layers_[n].r, layers_[j].r));
       break;
@@ -122,6 +126,13 @@ void Chain::wire_middle(int64_t n) {
     wirings_[j].handed = is_own_product ? Handed::kS : Handed::kTap;
   }
   own.taps = std::move(window);
+}
+
+/// A tap is added row by row: breaks the link where two layers never see the same rows.
+bool Chain::may_see_the_same_rows(int64_t n, int64_t previous) {
+  if (!is_in_experts_[n] && !is_in_experts_[previous]) return true;
+  break_link(n, previous, "experts see other tokens in each layer");
+  return false;
 }
 
 int64_t Chain::window_start(int64_t n) const {

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/experts.h"
 
 namespace reslora {
 namespace {
@@ -85,8 +86,6 @@ int64_t layer_index(const ResLoraConfig& config, const std::string& path) {
   return -1;
 }
 
-bool is_in_experts(const std::string& path) { return contains(parts_of(path), "experts"); }
-
 // ---- Targets -----------------------------------------------------------------------------------
 
 /// Every linear layer but output heads, experts, and layers that are never called.
@@ -97,7 +96,7 @@ Found all_linear(const Modules& modules, Names& warnings) {
     if (!module.is_linear || module.path.empty() || module.is_head ||
         last_part(module.path) == "lm_head")
       continue;
-    if (is_in_experts(module.path) || module.is_bypassed) {
+    if (detail::is_in_experts(module.path) || module.is_bypassed) {
       left_out.push_back(module.path);
     } else {
       found.push_back(&module);
@@ -296,13 +295,16 @@ std::vector<ChainRecord> find_chains(const std::vector<ModuleInfo>& modules,
   for (const ModuleInfo& module : modules) by_path[module.path] = &module;
   std::vector<ChainRecord> chains;
   std::unordered_map<std::string, size_t> places;
+  const Shortcut shortcut = parse_shortcut(config.res_mode());
+  const bool hands_rows_on = shortcut == Shortcut::kIs || shortcut == Shortcut::kMs;
   for (const std::string& path : layers) {
     RESLORA_CHECK(by_path.count(path) > 0, "[inject] a layer must be one of the modules; got '{}'",
                   path);
-    const std::string key = chain_key(by_path, path);
+    const ModuleInfo& module = *by_path.at(path);
+    std::string key = chain_key(by_path, path);
+    if (hands_rows_on && !module.rows.empty()) key += fmt::format(" ({})", module.rows);
     const auto [place, is_new] = places.emplace(key, chains.size());
     if (is_new) chains.push_back({key, {}});
-    const ModuleInfo& module = *by_path.at(path);
     const RankAndScaling own = rank_and_scaling(config, path, match);
     chains[place->second].layers.push_back(
         {path, module.in_features, module.out_features, own.r, own.scaling});

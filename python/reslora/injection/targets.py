@@ -23,6 +23,7 @@ def describe(model: nn.Module) -> list[ModuleInfo]:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     modules = dict(model.named_modules())
+    shifting = _shifting_blocks(modules)
     infos = []
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
@@ -36,6 +37,7 @@ def describe(model: nn.Module) -> list[ModuleInfo]:
                 is_head=module is head,
                 is_bypassed=bool(path) and is_bypassed(modules.get(parent), name),
                 is_uniform=_is_uniform(module),
+                rows=_rows(path, shifting),
             )
         )
     return infos
@@ -45,6 +47,32 @@ def _is_uniform(container: nn.Module) -> bool:
     if not isinstance(container, nn.ModuleList | nn.Sequential):
         return False
     return len({type(getattr(child, "base_layer", child)) for child in container}) == 1
+
+
+def _shifting_blocks(modules: dict[str, nn.Module]) -> set[str]:
+    """Return the paths, each up to its last number, of blocks whose windows are shifted in turn."""
+    shifting = set()
+    for path, module in modules.items():
+        if hasattr(module, "shift_size"):
+            parts = path.split(".")
+            while parts and not parts[-1].isdigit():
+                parts.pop()
+            shifting.add(".".join(parts))
+    return shifting - {""}
+
+
+def _rows(path: str, shifting: set[str]) -> str:
+    """Return which windows a layer sees: "even" or "odd", "" outside of attention that shifts them.
+
+    Every other block of Swin shifts its windows, so a row of its attention is another patch than in
+    the block before. The block's number tells which: a forward may change `shift_size` itself.
+    """
+    parts = path.split(".") if shifting else []
+    for end, number in enumerate(parts, start=1):
+        if ".".join(parts[:end]) in shifting:
+            is_within = any("attn" in part or "attention" in part for part in parts[end:])
+            return ("odd" if int(number) % 2 else "even") if is_within else ""
+    return ""
 
 
 def find_targets(modules: list[ModuleInfo], config: ResLoraConfig) -> Matching:

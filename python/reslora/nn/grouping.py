@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from .layer import Base, Outputs, ResLoraLinear, Together
-from .session import NO_GRAPH_TASK, ForwardPass, Session, graph_task
+from .passes import Call
+from .recompute import NO_GRAPH_TASK, graph_task
+from .session import Session
 
 # Names of projections that read one tensor, in transformers and diffusers.
 NAMES = (
@@ -58,20 +60,20 @@ class Group(Together):
         return [layer.name for layer in self.layers if layer.name not in self.left]
 
     def outputs(
-        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], current: ForwardPass | None
+        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], call: Call | None
     ) -> Outputs:
         """Return what `layer` makes of x and its taps, computed with the others where it can be."""
-        found = self._shared(layer, x, taps, current)
-        return super().outputs(layer, x, taps, current) if found is None else found
+        found = None if call is None else self._shared(layer, x, taps, call)
+        return super().outputs(layer, x, taps, call) if found is None else found
 
     def _shared(
-        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], current: ForwardPass | None
+        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], call: Call
     ) -> Outputs | None:
         """Return what was, or now is, computed together; None where `layer` is to do it alone."""
-        task = _task_of(layer, x, current)
+        task = _task_of(layer, x, call)
         if task is None:
             return None
-        slot: list[Any] = self.session.open.ahead  # of Ahead
+        slot = call.slot  # of Ahead
         state = _state_of(x, task)
         if slot and slot[0].group is self and layer.name in slot[0].results:
             ahead = slot[0]
@@ -84,9 +86,9 @@ class Group(Together):
             if task == NO_GRAPH_TASK:
                 self._split(set(ahead.results))
             slot.clear()
-        self.session.drop_ahead(is_finished=task == NO_GRAPH_TASK)
-        layers = self._together(layer, current, task)
-        results = _evaluate(layer, layers, x, self.session, current) if layers else None
+        self.session.drop_ahead(slot, is_finished=task == NO_GRAPH_TASK)
+        layers = self._together(layer, call, task)
+        results = _evaluate(layers, layer, x, taps, call) if layers else None
         if results is None:
             return None
         outputs, read = results
@@ -100,31 +102,29 @@ class Group(Together):
         served = set(self.names) - waiting
         self.left |= served if len(waiting) > len(served) else waiting
 
-    def _together(
-        self, layer: ResLoraLinear, current: ForwardPass | None, task: int
-    ) -> list[ResLoraLinear]:
+    def _together(self, layer: ResLoraLinear, call: Call, task: int) -> list[ResLoraLinear]:
         """Return the layers to evaluate with `layer`; a recompute does as its forward did."""
-        record = None if current is None else current.record
-        if task != NO_GRAPH_TASK and current is None:
-            names = self.session.together(layer.name)
+        recorded = call.recorded
+        if task != NO_GRAPH_TASK and call.current is None:
+            names = () if recorded is None else recorded.together
         else:
             names = tuple(self.names) if layer.name not in self.left else ()
         layers = [other for other in self.layers if other.name in names]
         if len(layers) < 2 or not any(other is layer for other in layers):
             return []
-        if record is not None:
-            record.together[layer.name] = names
+        if recorded is not None:
+            recorded.together = names
         return layers
 
 
-def _task_of(layer: ResLoraLinear, x: Tensor, current: ForwardPass | None) -> int | None:
+def _task_of(layer: ResLoraLinear, x: Tensor, call: Call) -> int | None:
     """Return the graph task; None where results must not be kept for later."""
     if torch.compiler.is_compiling():
         # A traced tensor has no version; the backward notices a change of x if it reads x.
         reads_x = layer.training and torch.is_grad_enabled() and layer.reslora_A.requires_grad
-        return NO_GRAPH_TASK if reads_x and current is not None else None
+        return NO_GRAPH_TASK if reads_x and call.current is not None else None
     task = graph_task()
-    if x.is_inference() or (current is None and task == NO_GRAPH_TASK):
+    if x.is_inference() or (call.current is None and task == NO_GRAPH_TASK):
         return None  # no version either; nobody would clear what is left over
     return task
 
@@ -146,13 +146,12 @@ def _state_of(x: Tensor, task: int) -> tuple[Any, ...]:
 
 
 def _evaluate(
-    first: ResLoraLinear,
-    layers: list[ResLoraLinear],
-    x: Tensor,
-    session: Session,
-    current: ForwardPass | None,
+    layers: list[ResLoraLinear], first: ResLoraLinear, x: Tensor, own: list[Tensor], call: Call
 ) -> tuple[dict[str, Outputs], dict[str, list[Tensor]]] | None:
-    """Return every layer's results and taps by name, None where it cannot be done together."""
+    """Return every layer's results and taps by name, None where it cannot be done together.
+
+    `first` is the layer that is being called, `own` are its taps.
+    """
     like: tuple[torch.dtype, torch.device] | None = None
     bases: list[Base] = []
     for layer in layers:
@@ -164,7 +163,9 @@ def _evaluate(
         if kind != like:
             return None
         bases.append((*base, None))
-    taps = [session.peek(layer, x, current) for layer in layers]
+    session = first.chain.session
+    assert session is not None  # a group has one
+    taps = [own if layer is first else session.peek(layer, x, call.current) for layer in layers]
     names = [layer.name for layer in layers]
     results = first.evaluate(layers, bases, taps, x)
     return dict(zip(names, results, strict=True)), dict(zip(names, taps, strict=True))

@@ -21,7 +21,9 @@ from ..config import ResLoraConfig
 from . import ops
 from .base_layers import base_weight, is_conv1d, typical_tensor
 from .factors import empty_factors
-from .session import ForwardPass, Session, Wiring, is_recomputing
+from .passes import Call, Wiring
+from .recompute import is_recomputing
+from .session import Session
 from .sharding import is_sharded
 
 
@@ -74,7 +76,7 @@ class Together:
         return []
 
     def outputs(
-        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], current: ForwardPass | None
+        self, layer: ResLoraLinear, x: Tensor, taps: list[Tensor], call: Call | None
     ) -> Outputs:
         """Return what `layer` makes of x [..., in] and its taps."""
         return layer.evaluate([layer], [layer.evaluate_base(x)], [taps], x)[0]
@@ -110,6 +112,7 @@ class ResLoraLinear(nn.Module):
         self.norms: Tensor | None = None
         self.norm_count: Tensor | None = None
         self.link_use: dict[tuple[bool, str], int] = {}
+        self.left_out: dict[int, str] = {}  # layers whose taps are no longer read, and why
         self.was_linked_compiled = False
         self.compiled_break = ""
         device = typical_tensor(base_layer).device
@@ -138,7 +141,7 @@ class ResLoraLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what a file holds: where it is of an older version, a layer alone has no group."""
-        super().__setstate__({**state, "group": state.get("group") or ALONE})
+        super().__setstate__({"left_out": {}, **state, "group": state.get("group") or ALONE})
 
     @property
     def weight(self) -> Any:
@@ -158,16 +161,16 @@ class ResLoraLinear(nn.Module):
             return self.stand_in(x)
         if not x.is_floating_point():
             raise ValueError(f"[adapt] x must be floating; got {x.dtype} (layer {self.name})")
-        session, current, taps = self.chain.session, None, []
+        session, call, taps = self.chain.session, None, []
         if session is not None:
-            current = session.current(torch.compiler.is_compiling())
+            call = session.enter(self)
             if self.wiring.taps:
-                taps = session.read(self, x, current)
-        y, s, tap, norms = self.group.outputs(self, x, taps, current)
+                taps = session.read(self, x, call)
+        y, s, tap, norms = self.group.outputs(self, x, taps, call)
         if self.wants_norms(x):
             self._record_norms(x, norms)
-        if session is not None and current is not None:
-            session.write(self, s if self.wiring.handed == "s" else tap, y, current)
+        if session is not None and call is not None:
+            session.write(self, s if self.wiring.handed == "s" else tap, y, call)
         if self.observer is not None:
             self.observer(x, s, y)
         return y

@@ -1,14 +1,11 @@
 """What passes between the layers of a chain while a model runs.
 
-A *pass* is one forward of the chain's root module: a fresh store of taps, opened by a pre-hook of
-the root and closed by a hook that also runs after an exception. It is a plain object, never a
-module, so no state_dict knows it. A tap that is missing or of another shape is left out: that layer
-runs plain, and it is counted.
+A pass (see passes.py) is one forward of the chain's root module, opened by a pre-hook of the root
+and closed by a hook that also runs after an exception. A tap that is missing or of another shape is
+left out: that layer runs plain, and it is counted.
 
-Recompute (non-reentrant checkpointing) calls layers again while the backward runs, without the
-root. It is recognised by the id of the running graph task, and finds what each layer read the first
-time through the sequence number of the autograd node at work, in a *record* that hangs on the
-adapted nodes and dies with their graph. Where none is found it is an error, never a plain layer.
+A recompute (see recompute.py) calls layers while the backward runs, without the root. They find
+what the same call read in the forward; where that is not known it is an error, never a plain layer.
 
 Example (what `inject` does)::
 
@@ -18,134 +15,30 @@ Example (what `inject` does)::
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import ResLoraConfig
+from . import recompute
+from .passes import Call, ForwardPass, Linked, Waiting, drop_interrupted, leave_out
+from .recompute import NO_GRAPH_TASK, Record, Recorded, Region, graph_task
 
 NOT_CALLED = "the root was not called"
-NO_GRAPH_TASK = -1
-
-# Private names of torch: without them a recompute cannot be told from a forward.
-_graph_task_id: Any = getattr(torch._C, "_current_graph_task_id", None)
-_current_node: Any = getattr(torch._C, "_current_autograd_node", None)
-_next_sequence_nr: Any = getattr(torch.autograd, "_get_sequence_nr", None)
-CAN_RECOMPUTE = None not in (_graph_task_id, _current_node, _next_sequence_nr)
-
-
-def graph_task() -> int:
-    """Return the id of the backward that this thread runs, -1 outside of one."""
-    return _graph_task_id() if CAN_RECOMPUTE else NO_GRAPH_TASK
-
-
-def is_recomputing() -> bool:
-    """Tell whether a layer is called by a running backward (so it must record no statistic)."""
-    return not torch.compiler.is_compiling() and graph_task() != NO_GRAPH_TASK
-
-
-class Wiring(NamedTuple):
-    """What one layer reads and hands on; integers are positions in its chain."""
-
-    a: list[int]
-    b: list[int]
-    scaling: list[float]
-    taps: list[int]
-    handed: str  # "nothing", "tap" or "s"
-    keep_tap: bool
-
-
-class _Chain(Protocol):
-    """What a session reads of a `LayerChain`."""
-
-    key: str
-    config: ResLoraConfig
-    names: list[str]
-
-
-class Linked(Protocol):
-    """What a session reads of an adapted layer."""
-
-    name: str
-    position: int
-    wiring: Wiring
-    training: bool
-
-    @property
-    def chain(self) -> _Chain:
-        """The chain that the layer belongs to."""
-
-    @property
-    def reslora_A(self) -> Tensor:  # noqa: N802
-        """A [r, in]."""
-
-    def count_link(self, reason: str | None) -> None:
-        """Note that a tap was used, or why not."""
-
-
-class Waiting(Protocol):
-    """Results that were computed ahead for layers that are called later."""
-
-    def drop(self) -> None:
-        """Note that nobody took them: these layers are not computed ahead again."""
-
-
-class Record:
-    """What the layers of one forward read, for a later recompute. Holds no graph."""
-
-    def __init__(self, thread: object) -> None:
-        self.thread = thread
-        self.begin: int = _next_sequence_nr()
-        self.end: int | None = None
-        self.reads: dict[tuple[str, int], list[Tensor | None]] = {}
-        self.repeated: set[tuple[str, int]] = set()
-        # By the layer that was called first: the layers that were evaluated with it.
-        self.together: dict[str, tuple[str, ...]] = {}
-
-    def covers(self, sequence_nr: int) -> bool:
-        """Tell whether the autograd node with this number was made by this forward."""
-        return self.begin <= sequence_nr and (self.end is None or sequence_nr < self.end)
-
-    def add(self, place: tuple[str, int], taps: list[Tensor | None]) -> None:
-        """Keep what the layer at `place` read, without its graph."""
-        if place in self.reads:
-            self.repeated.add(place)
-        self.reads[place] = [
-            None if tap is None else tap.detach().requires_grad_(tap.requires_grad) for tap in taps
-        ]
-
-
-def _newest(records: list[Record]) -> Record | None:
-    return max(records, key=lambda record: record.begin, default=None)
-
-
-class ForwardPass:
-    """The taps of one forward, by chain and position."""
-
-    def __init__(self, task: int, is_grad_enabled: bool, record: Record | None) -> None:
-        self.task = task
-        self.is_grad_enabled = is_grad_enabled
-        self.record = record
-        self.taps: dict[tuple[str, int], Tensor] = {}
-
-    def taps_of(self, layer: Linked) -> list[Tensor | None]:
-        """Return what the layers that `layer` reads have handed on so far."""
-        key = layer.chain.key
-        return [self.taps.get((key, j)) for j in layer.wiring.taps]
 
 
 class _PerThread(threading.local):
-    """The open passes of a thread: at most one for each graph task."""
+    """The open passes of a thread, inner ones last."""
 
     def __init__(self) -> None:
         self.thread = object()  # threading.get_ident() may name a later thread too
         self.passes: list[ForwardPass] = []
-        self.ahead: list[Waiting] = []  # what a group of layers computed ahead: one or none
+        self.ahead: list[Waiting] = []  # as that of a pass, for a recompute
 
 
 class Session:
@@ -158,6 +51,7 @@ class Session:
 
     def _reset(self) -> None:
         self.open = _PerThread()
+        self.lock = threading.Lock()  # of `records`
         self.records: list[weakref.ref[Record]] = []
         self.has_warned = False
 
@@ -185,80 +79,112 @@ class Session:
             handle.remove()
         self.handles = []
 
+    # ---- Passes
+
     def begin(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         """Open a fresh pass (forward pre-hook of the root)."""
         is_grad_enabled = torch.is_grad_enabled()
         passes = self.open.passes  # changed in place: torch.compile traces no attribute of a thread
-        self.open.ahead.clear()
         if torch.compiler.is_compiling():
-            passes.clear()
-            passes.append(ForwardPass(NO_GRAPH_TASK, is_grad_enabled, None))
+            passes.append(ForwardPass(NO_GRAPH_TASK, is_grad_enabled, None, None))
             return
-        task = graph_task()
+        frame = sys._getframe(1)
+        if passes:
+            drop_interrupted(passes, frame)
         record = None
-        if is_grad_enabled and CAN_RECOMPUTE:
+        if is_grad_enabled and recompute.CAN_RECOMPUTE:
             record = Record(self.open.thread)
-            self.records = [ref for ref in self.records if ref() is not None]
-            self.records.append(weakref.ref(record))
-        # A pass of the same task is a leftover: an interrupt is the one exit that runs no hook.
-        passes[:] = [p for p in passes if p.task != task]
-        passes.append(ForwardPass(task, is_grad_enabled, record))
+            with self.lock:
+                self.records = [ref for ref in self.records if ref() is not None]
+                self.records.append(weakref.ref(record))
+        passes.append(ForwardPass(graph_task(), is_grad_enabled, record, frame))
 
     def finish(self, root: nn.Module, args: Any, output: Any) -> None:
-        """Close the newest pass (forward hook of the root, also called after an exception)."""
-        self.drop_ahead(is_finished=output is not None)  # None: an exception was raised
+        """Close the pass of a call (forward hook of the root, also called after an exception)."""
         passes = self.open.passes
         if not passes:
             return
-        record = passes.pop().record
-        if record is not None:
-            record.end = _next_sequence_nr()
+        is_compiling = torch.compiler.is_compiling()
+        if len(passes) > 1 and not is_compiling:
+            frame = sys._getframe(1)
+            while any(p.frame is frame for p in passes[:-1]):
+                passes.pop()  # left by an interrupt inside of this call
+        closed = passes.pop()
+        if closed.record is not None:
+            closed.record.close()
+        if output is None:  # an exception was raised
+            return
+        self.drop_ahead(closed.ahead, is_finished=True)
+        if closed.is_repeating:
+            leave_out(closed, is_compiling)
 
-    def drop_ahead(self, is_finished: bool) -> None:
+    def drop_ahead(self, slot: list[Any], is_finished: bool) -> None:
         """Forget what was computed ahead; in a forward that is finished nobody will take it."""
-        ahead = self.open.ahead
-        if ahead and is_finished:
-            ahead[0].drop()
-        ahead.clear()
+        if slot and is_finished:
+            slot[0].drop()
+        slot.clear()
 
     def current(self, is_compiling: bool) -> ForwardPass | None:
         """Return the pass that this thread has open for the running graph task, if any."""
         passes = self.open.passes
         if not passes:
             return None
+        if len(passes) > 1 and not is_compiling:
+            drop_interrupted(passes, sys._getframe(1))
         newest = passes[-1]
         return newest if is_compiling or newest.task == graph_task() else None
 
-    def read(self, layer: Linked, x: Tensor, current: ForwardPass | None) -> list[Tensor]:
+    # ---- Calls of layers
+
+    def enter(self, layer: Linked) -> Call:
+        """Begin a call of `layer`."""
+        is_compiling = torch.compiler.is_compiling()
+        current = self.current(is_compiling)
+        place = (layer.chain.key, layer.position)
+        if current is not None:
+            recorded = None
+            if current.record is not None and not is_compiling:
+                recorded = current.record.add(self, place)
+            return Call(current, current.enter(place), recorded, current.ahead)
+        recorded = None
+        if not is_compiling and graph_task() != NO_GRAPH_TASK:
+            recorded = self._enter_recompute(layer)
+        return Call(None, 0, recorded, self.open.ahead)
+
+    def read(self, layer: Linked, x: Tensor, call: Call) -> list[Tensor]:
         """Return the taps that `layer` adds: those it is wired to that fit x [..., in]."""
         is_compiling = torch.compiler.is_compiling()
+        current = call.current
         if current is None:
-            read_outside = _read_outside_of_compile if is_compiling else Session._read_outside
-            found = read_outside(self, layer)
-            return [] if found is None else self._fitting(layer, found, x, False)
+            read_outside = _read_outside_of_compile if is_compiling else _read_outside
+            kept = read_outside(self, layer, call.recorded)
+            return [] if kept is None else self._fitting(layer, kept, x, False)
         if not torch.is_grad_enabled():
             self._refuse_reentrant(layer, current)
-        found = current.taps_of(layer)
+        found = current.taps_of(layer, call.number)
+        current.note_read(layer, call.number)
         taps = self._fitting(layer, found, x, is_compiling or current.task == NO_GRAPH_TASK)
-        if current.record is not None and not is_compiling:
-            current.record.add((layer.chain.key, layer.position), found)
+        if call.recorded is not None:
+            call.recorded.keep(found)
         return taps
 
     def peek(self, layer: Linked, x: Tensor, current: ForwardPass | None) -> list[Tensor]:
-        """Return what `read` will, without a trace of it."""
+        """Return what `read` will in the next call of `layer`, without a trace of it."""
         if not layer.wiring.taps:
             return []
         if current is not None:
-            return self._fitting(layer, current.taps_of(layer), x, False)
-        record = _newest(self._records_of_recompute())
-        place = (layer.chain.key, layer.position)
-        reads = None if record is None else record.reads.get(place)
-        return [] if reads is None else self._fitting(layer, reads, x, False)
+            number = current.calls.get((layer.chain.key, layer.position), 0)
+            return self._fitting(layer, current.taps_of(layer, number), x, False)
+        recorded = self._upcoming(layer)
+        return [] if recorded is None else self._fitting(layer, recorded.taps, x, False)
 
-    def write(self, layer: Linked, tap: Tensor, y: Tensor, current: ForwardPass) -> None:
+    def write(self, layer: Linked, tap: Tensor, y: Tensor, call: Call) -> None:
         """Keep what `layer` hands on for the rest of the pass; the record lives as long as y."""
+        current = call.current
+        if current is None:
+            return
         if layer.wiring.handed != "nothing":
-            current.taps[(layer.chain.key, layer.position)] = (
+            current.taps[layer.chain.key, layer.position, call.number] = (
                 tap.detach() if layer.chain.config.detach_taps else tap
             )
         if current.record is None or torch.compiler.is_compiling() or y.grad_fn is None:
@@ -272,21 +198,68 @@ class Session:
         taps, rows = [], x.shape[:-1]
         for j, tap in zip(layer.wiring.taps, found, strict=True):
             reason = None
-            if tap is None:
+            if j in layer.left_out:
+                reason = layer.left_out[j]
+            elif tap is None:
                 reason = f"{layer.chain.names[j]} did not run before it"
             elif tap.shape[:-1] != rows:
                 reason = f"{layer.chain.names[j]} ran on another number of tokens"
-            else:
+            if tap is not None and tap.shape[:-1] == rows:
                 taps.append(tap)
             if is_forward:
                 layer.count_link(reason)
         return taps
 
-    def _read_outside(self, layer: Linked) -> list[Tensor | None] | None:
+    # ---- Recomputes
+
+    def _source(self, layer: Linked) -> Region | Record | None:
+        """Return where the calls of the forward stand that is now recomputed."""
+        region = recompute.region_of_recompute(self)
+        if region is not None:
+            return region
+        with self.lock:
+            alive = [record for record in (ref() for ref in self.records) if record is not None]
+        records = recompute.records_of_recompute(alive)
+        if len({record.thread for record in records}) > 1:
+            raise RuntimeError(
+                f"[session] {layer.name} cannot be recomputed: forwards of several threads await "
+                "their backward on one model, and other hooks for saved tensors hide the "
+                "checkpoint; run each backward before the next forward"
+            )
+        return records[-1] if records else None
+
+    def _upcoming(self, layer: Linked, advance: bool = False) -> Recorded | None:
+        """Return what the next call of `layer` in this recompute read in the forward."""
+        source, place = self._source(layer), (layer.chain.key, layer.position)
+        if source is None:
+            return None
+        if layer.wiring.taps and source.is_unclear(place):
+            raise RuntimeError(
+                f"[session] {layer.name} ran more than once in a forward, inside of nested "
+                "checkpoints or of hooks for saved tensors, and cannot be recomputed: train it "
+                "without checkpointing"
+            )
+        recorded = source.upcoming(place)
+        if advance:
+            source.advance(place)
+        return recorded
+
+    def _enter_recompute(self, layer: Linked) -> Recorded | None:
+        return self._upcoming(layer, advance=True)
+
+    def _read_outside(self, layer: Linked, recorded: Recorded | None) -> list[Tensor | None] | None:
         """Serve a layer that was called while no pass is open here."""
         if graph_task() != NO_GRAPH_TASK:
-            return self._recorded(layer)
-        if not CAN_RECOMPUTE and layer.training and torch.is_grad_enabled():
+            recorded = recorded or self._enter_recompute(layer)
+            if recorded is None:
+                raise RuntimeError(
+                    f"[session] {layer.name} is recomputed, but its forward left no record of "
+                    f"taps: call {self.root_name or 'the model'} itself, and with torch.compile "
+                    "set torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = "
+                    "True and compile the whole model with fullgraph=True"
+                )
+            return recorded.taps
+        if not recompute.CAN_RECOMPUTE and layer.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"[session] {layer.name} must run inside a call of {self.root_name or 'the model'} "
                 "(this torch has no way to find it in a recompute: train without checkpointing)"
@@ -302,39 +275,6 @@ class Session:
             )
         return None
 
-    def _records_of_recompute(self) -> list[Record]:
-        number = _current_node()._sequence_nr()
-        return [r for r in (ref() for ref in self.records) if r is not None and r.covers(number)]
-
-    def together(self, name: str) -> tuple[str, ...]:
-        """Return what was evaluated with a layer in the forward that is now recomputed."""
-        record = _newest(self._records_of_recompute())
-        return () if record is None else record.together.get(name, ())
-
-    def _recorded(self, layer: Linked) -> list[Tensor | None]:
-        """Return what `layer` read in the forward that is now recomputed."""
-        records = self._records_of_recompute()
-        if len({r.thread for r in records}) > 1:
-            raise RuntimeError(
-                f"[session] {layer.name} cannot be recomputed: forwards of several threads await "
-                "their backward on one model; run each backward before the next forward"
-            )
-        place = (layer.chain.key, layer.position)
-        record = _newest(records)
-        if record is None or place not in record.reads:
-            raise RuntimeError(
-                f"[session] {layer.name} is recomputed, but its forward left no record of taps: "
-                f"call {self.root_name or 'the model'} itself, and with torch.compile set "
-                "torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True and "
-                "compile the whole model with fullgraph=True"
-            )
-        if place in record.repeated:
-            raise RuntimeError(
-                f"[session] {layer.name} ran more than once in a forward and cannot be recomputed: "
-                "train it without checkpointing"
-            )
-        return record.reads[place]
-
     def _refuse_reentrant(self, layer: Linked, current: ForwardPass) -> None:
         if not (current.is_grad_enabled and layer.training):
             return
@@ -346,8 +286,10 @@ class Session:
             )
 
 
-def _read_outside(session: Session, layer: Linked) -> list[Tensor | None] | None:
-    return session._read_outside(layer)
+def _read_outside(
+    session: Session, layer: Linked, recorded: Recorded | None
+) -> list[Tensor | None] | None:
+    return session._read_outside(layer, recorded)
 
 
 WHY_OUTSIDE = (

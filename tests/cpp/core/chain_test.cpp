@@ -173,6 +173,44 @@ TEST(Chain, MiddleShortcutNeedsEqualRankOnly) {
   EXPECT_THAT(two.wiring(3).taps, ElementsAre(2, 1));
 }
 
+std::vector<LayerShape> named(const std::vector<std::string>& names) {
+  std::vector<LayerShape> list;
+  for (const std::string& name : names) list.push_back({name, 4, 4, 2, 1});
+  return list;
+}
+
+TEST(Chain, ExpertsAreLinkedByNoTap) {
+  for (const char* expert : {"experts.3.w1", "mlp.experts.expert_0.wi", "local_experts.1",
+                             "routed_experts.w2", "moe.expert_12.up", "moe.experts_3.up"}) {
+    const std::string name = expert;
+    const std::vector<LayerShape> three = named({"l0." + name, "l1." + name, "l2." + name});
+    for (ResLoraConfig own : {config("is"), config("ms", 1), config("ms", 2), config("ms", -1)}) {
+      const Chain chain(own.first_block("plain"), three);
+      for (int64_t n = 0; n < 3; ++n) expect_plain(chain, n, 1);
+      EXPECT_THAT(chain.wiring(2).broken,
+                  ElementsAre("l2." + name + " is not linked to l1." + name +
+                              ": experts see other tokens in each layer"));
+    }
+    EXPECT_THAT(Chain(config("bs", 2), three).wiring(2).b, ElementsAre(0, 1, 2));
+  }
+}
+
+TEST(Chain, WhatSeesEveryTokenIsNoExpert) {
+  for (const char* shared :
+       {"mlp.shared_expert.up", "mlp.shared_experts.up", "action_expert.layers.q", "expert.up",
+        "expertise.up", "shared_expert_0.up", "experts_gate", "0"}) {
+    const std::string name = shared;
+    for (const char* mode : {"is", "ms"})
+      EXPECT_TRUE(Chain(config(mode), named({"l0." + name, "l1." + name})).is_linked(1)) << name;
+  }
+}
+
+TEST(Chain, AnExpertEndsAWindow) {
+  const Chain chain(config("ms", 2), named({"a", "b", "experts.0", "c", "d"}));
+  EXPECT_THAT(chain.reached(4), ElementsAre(3));
+  EXPECT_THAT(chain.wiring(4).broken, ElementsAre(HasSubstr("d is not linked to experts.0")));
+}
+
 /// Evaluates a whole chain as the wiring says, with plain ATen; layer n's input is xs[n].
 std::vector<at::Tensor> evaluate(const Chain& chain, const std::vector<formulas::Block>& blocks,
                                  const std::vector<at::Tensor>& xs) {
@@ -244,6 +282,11 @@ TEST(Chain, StrictLinksRaiseWhereShapesForbidALink) {
   EXPECT_NO_THROW(strict("ms", {{4, 5, 2}, {4, 5, 2}})());
   EXPECT_NO_THROW(strict("none", {{4, 4, 2}, {5, 4, 2}})());
   EXPECT_TRUE(refuses(strict("ms", {{4, 4, 2}, {4, 4, 3}}), "l1 is not linked to l0: r 3 and 2"));
+  EXPECT_TRUE(refuses(
+      [] {
+        Chain(config("is").strict_links(true), named({"experts.0", "experts.1"}));
+      },
+      "experts.1 is not linked to experts.0: experts see other tokens"));
   EXPECT_TRUE(refuses(strict("is", {{4, 4, 2}, {4, 5, 2}}), "got 4 -> 5 (layer l1) after 4 -> 4"));
   EXPECT_TRUE(refuses(strict("ms", {{4, 4, 2}, {6, 4, 2}}), "same in_features and out_features"));
 }
