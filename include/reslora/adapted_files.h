@@ -59,8 +59,8 @@ class RESLORA_API AdaptedFiles {
   /// an affine fit moves, and trained heads (modules_to_save), cast to the dtype of the tensor they
   /// replace, else to the commonest of the files. B A is computed on `device`. `ties_embeddings`:
   /// the base takes one tensor for its embeddings and its head. Throws c10::ValueError for a head
-  /// that is tied in the base, and for embeddings of another size; warns where another head has
-  /// another shape.
+  /// that is tied in the base, for embeddings of another size, and for the bias of an affine fit
+  /// where the base has none; warns where another head has another shape.
   std::map<std::string, TensorEdit> edits(const MergePlan& plan, bool ties_embeddings = false,
                                           c10::Device device = at::kCPU) const;
 

@@ -147,8 +147,9 @@ class RESLORA_API Adapters {
   /// the reduction (0 without `rank`).
   double export_lora(const std::string& folder, const ExportOptions& options = {}) const;
 
-  /// The adapters of a clone of the model (`model->clone()`), linked among themselves. Throws
-  /// c10::ValueError for the model itself, for a clone of a merged one, and for another model.
+  /// The adapters of a clone of the model (`model->clone()`), linked among themselves, with the
+  /// fits at hand. Throws c10::ValueError for the model itself, for a clone of a merged one, for
+  /// another model, and as `relink` does; nothing is changed then.
   Adapters of_clone(torch::nn::Module& clone) const;
 
  private:

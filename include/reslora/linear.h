@@ -199,7 +199,9 @@ RESLORA_API LinkedChain link(const std::vector<ResLoraLinear>& layers, const Res
                              std::vector<std::string> names = {});
 
 /// Links the layers of a cloned model among themselves, as their originals were. Returns its
-/// chains. Throws c10::ValueError for layers that are linked already and for a part of a chain.
+/// chains. Throws c10::ValueError for layers that are linked already, for a part of a chain, and
+/// for two copies of one layer, since LibTorch clones what stands twice in a model twice; nothing
+/// is linked then.
 RESLORA_API std::vector<LinkedChain> relink(torch::nn::Module& model);
 
 }  // namespace reslora

@@ -38,8 +38,9 @@ RESLORA_API LayerErrors layer_errors(const LayerMerge& planned, const at::Tensor
                                      const std::optional<at::Tensor>& mask = std::nullopt);
 
 /// y of the layer as `MergePlan::apply` would leave it: weight and bias merged, cast to their
-/// dtype, without changing them. x: [..., in] -> [..., out]. bias may be undefined. Throws
-/// c10::ValueError as `merged_weight` does, and for an x or bias that does not fit.
+/// dtype, without changing them. x: [..., in] -> [..., out]. bias may be undefined, but for a layer
+/// whose bias an affine fit moves. Throws c10::ValueError as `merged_weight` does, and for an x or
+/// bias that does not fit.
 RESLORA_API at::Tensor merged_forward(const LayerMerge& planned, const at::Tensor& x,
                                       const at::Tensor& weight, const at::Tensor& bias);
 

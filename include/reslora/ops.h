@@ -68,4 +68,8 @@ RESLORA_API std::vector<AdaptOutput> adapt_together(const std::vector<AdaptInput
 RESLORA_API void record_norms(const at::Tensor& norms, const at::Tensor& ring,
                               const at::Tensor& count);
 
+/// Throws c10::ValueError where this copy of libreslora is the second of the process, whose ops
+/// are those of the first. The functions above ask by themselves.
+RESLORA_API void check_single_copy();
+
 }  // namespace reslora

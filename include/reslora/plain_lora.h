@@ -22,7 +22,8 @@ namespace reslora {
 
 /// Pads a planned pair with zeros to rank R: A [R, in], B [out, R]. With r = lora_alpha = R in the
 /// exported config the scale is 1 in every reader of plain LoRA files. Throws c10::ValueError for
-/// an R below the pair's rank.
+/// an R below the pair's rank, and for a layer with the bias of an affine fit, which such files
+/// cannot hold.
 RESLORA_API std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R);
 
 /// A pair of a smaller rank, and what that costs.
@@ -56,8 +57,9 @@ RESLORA_API std::string rank_warning(int64_t rank, double tolerance, double wors
 
 /// Writes adapter_config.json and adapter_model.safetensors in PEFT's format: every pair padded to
 /// the largest rank R, with lora_alpha = r = R. Returns R. Throws c10::ValueError for no layers,
-/// for two of one name, for factors that do not fit together and for a folder that holds an
-/// unmerged adapter, which would be lost; c10::Error where the system refuses.
+/// for two of one name, for factors that do not fit together, for layers with the bias of an affine
+/// fit, and for a folder that holds an unmerged adapter, which would be lost; c10::Error where the
+/// system refuses.
 RESLORA_API int64_t save_plain_lora(const std::string& folder, const PlainLora& lora);
 
 }  // namespace reslora

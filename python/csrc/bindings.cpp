@@ -7,6 +7,8 @@
 // the ops of torch.ops.reslora.
 #include "bindings.h"
 
+#include <reslora/ops.h>
+
 namespace reslora::python {
 namespace {
 
@@ -37,6 +39,8 @@ PYBIND11_MODULE(_C, m) {
   namespace own = reslora::python;
   m.doc() = "The C++ side of reslora.";
   pybind11::register_local_exception_translator(&own::translate_errors);
+  m.def("check_single_copy", &reslora::check_single_copy,
+        "Refuse to run beside another libreslora, whose ops were registered before ours.");
   own::bind_config(m);
   own::bind_chain(m);
   own::bind_matching(m);

@@ -14,6 +14,9 @@ NamedChain = tuple[str, Sequence["LayerShape"]]
 ExpressionMatch = Callable[[str, str], bool]
 """Tells whether a regular expression matches the whole of a text."""
 
+def check_single_copy() -> None:
+    """Refuse to run beside another libreslora, whose ops were registered before ours."""
+
 class OptionInfo:
     """An option of ResLoraConfig, as C++ programs have it."""
 

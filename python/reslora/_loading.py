@@ -2,7 +2,8 @@
 
 torch has no C++ ABI across its minor versions. A build with CUDA kernels also needs torch's CUDA
 libraries, of the major version that the kernels were compiled for. A build without kernels runs
-with every torch of its minor version, on a GPU in ATen's form.
+with every torch of its minor version, on a GPU in ATen's form. A process has one set of ops: a
+program in C++ that brought its own libreslora along refuses ours.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ def load() -> None:
     try:
         problem = _refusal()
         if not problem:
-            importlib.import_module("._C", __package__)
+            importlib.import_module("._C", __package__).check_single_copy()
     except ImportError as error:  # also a library or a symbol that is missing: the loader's words
         problem, cause = _could_not_load(error), error
+    except ValueError as error:  # a program of C++ came with a libreslora of its own
+        problem, cause = str(error), error
     if not problem:
         _warn_of_missing_kernels()
     elif _is_command():

@@ -90,10 +90,15 @@ ${RESLORA_TORCH_ROOT}.")
       target_include_directories(reslora_torch SYSTEM INTERFACE
         "${RESLORA_TORCH_ROOT}/include"
         "${RESLORA_TORCH_ROOT}/include/torch/csrc/api/include")
-      target_link_libraries(reslora_torch INTERFACE
-        "${RESLORA_TORCH_ROOT}/lib/libtorch.so"
-        "${RESLORA_TORCH_ROOT}/lib/libtorch_cpu.so"
-        "${RESLORA_TORCH_ROOT}/lib/libc10.so")
+      set(_libraries libtorch.so libtorch_cpu.so libc10.so)
+      list(TRANSFORM _libraries PREPEND "${RESLORA_TORCH_ROOT}/lib/")
+      target_link_libraries(reslora_torch INTERFACE ${_libraries})
+      # Kept in programs that have no symbol of theirs, where the linker is told --as-needed, as by
+      # many distributions: libtorch.so has none and brings torch's CUDA libraries along, and what
+      # the program needs itself is found by the program's path.
+      list(JOIN _libraries "," _libraries)
+      target_link_options(reslora_torch INTERFACE
+        "LINKER:--push-state,--no-as-needed,${_libraries},--pop-state")
       # The libraries beside a CUDA build of torch (cudart and friends) are found by its own rpath at
       # run time; the linker must not insist on seeing them.
       target_link_options(reslora_torch INTERFACE "LINKER:--allow-shlib-undefined")

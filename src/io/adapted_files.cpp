@@ -255,6 +255,10 @@ std::map<std::string, TensorEdit> AdaptedFiles::edits(const MergePlan& plan, boo
     edit.layer->B = layer.B.to(device);
     edit.is_transposed = place->second.is_transposed;
     if (!layer.bias.defined()) continue;
+    RESLORA_CHECK(!place->second.bias.empty(),
+                  "[merge] the base must hold every bias that an affine fit moves; got none for "
+                  "layer {}: plan without use_affine",
+                  layer.name);
     TensorEdit& bias = edits[place->second.bias];
     bias.layer = layer;
     bias.is_bias = true;

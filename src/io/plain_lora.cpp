@@ -63,10 +63,19 @@ std::string peft_config(const PlainLora& lora, int64_t R) try {
   C10_THROW_ERROR(ValueError, fmt::format("[export] {}: {}", kConfigName, error.what()));
 }
 
+/// Demands a pair that is all of the layer's merge, since files of plain LoRA hold no bias.
+void check_plain(const LayerMerge& layer) {
+  detail::check_pair(layer, "export");
+  RESLORA_CHECK(!layer.bias.defined(),
+                "[export] plain LoRA holds no bias; got that of an affine fit (layer {}): plan "
+                "without use_affine, and unmerge a merged model (the linear fit is exported then)",
+                layer.name);
+}
+
 }  // namespace
 
 std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_t R) {
-  detail::check_pair(layer, "export");
+  check_plain(layer);
   const int64_t rank = layer.A.size(0);
   RESLORA_CHECK(R >= rank, "[merge] R must be at least the layer's rank {}; got {} (layer {})",
                 rank, R, layer.name);
@@ -129,12 +138,9 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
   int64_t R = 0;
   std::set<std::string> names;
   for (const LayerMerge& layer : lora.layers) {
-    detail::check_pair(layer, "export");
+    check_plain(layer);
     RESLORA_CHECK(names.insert(layer.name).second,
                   "[export] layers must have names of their own; got {} twice", layer.name);
-    RESLORA_CHECK(!layer.bias.defined(),
-                  "[export] plain LoRA holds no bias; got a model merged by an affine fit (unmerge "
-                  "it: the linear fit is exported then)");
     R = std::max(R, layer.A.size(0));
   }
   const std::string prefix(kModelPrefix);

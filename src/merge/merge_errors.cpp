@@ -93,6 +93,10 @@ Tensor merged_forward(const LayerMerge& planned, const Tensor& x, const Tensor& 
                 detail::described(x), detail::described(weight), detail::described(bias),
                 planned.name);
   const Tensor merged = merged_weight(weight.detach(), planned).to(weight.scalar_type());
+  RESLORA_CHECK(bias.defined() || !planned.bias.defined(),
+                "[merge] an affine fit needs the bias that it moves; got none (layer {}): give it, "
+                "or plan without use_affine",
+                planned.name);
   if (!bias.defined()) return at::linear(x, merged);
   Tensor own_bias = bias.detach();
   if (planned.bias.defined()) {

@@ -3,6 +3,8 @@
 #include <reslora/adapters.h>
 #include <reslora/calibration.h>
 
+#include <algorithm>
+#include <map>
 #include <ostream>
 #include <set>
 #include <utility>
@@ -41,6 +43,56 @@ std::vector<ChainView> detail::views_of(const std::vector<LinkedChain>& chains, 
   }
   return all;
 }
+
+namespace {
+
+/// True where a layer of the plan is merged by a fit.
+bool has_fits(const MergePlan& plan) {
+  return std::any_of(plan.layers().begin(), plan.layers().end(), [](const LayerMerge& layer) {
+    return layer.rule == MergeRule::kLsq || layer.rule == MergeRule::kRefined;
+  });
+}
+
+/// The copies of each chain of a handle, in the order of its chains; throws for those of another
+/// model.
+std::vector<detail::Copies> in_order(std::vector<detail::Copies> copies,
+                                     const std::vector<LinkedChain>& chains,
+                                     const std::vector<std::string>& names) {
+  std::vector<detail::Copies> ordered;
+  for (size_t i = 0; i < chains.size(); ++i) {
+    const auto own = std::find_if(copies.begin(), copies.end(), [&](const detail::Copies& one) {
+      return &one.original->chain == &chains[i].chain();
+    });
+    RESLORA_CHECK(own != copies.end(),
+                  "[of_clone] the model must be a clone of the one that these adapters are of; got "
+                  "none of its layers of chain {}",
+                  names[i]);
+    ordered.push_back(std::move(*own));
+    copies.erase(own);
+  }
+  RESLORA_CHECK(copies.empty(),
+                "[of_clone] the model must be a clone of the one that these adapters are of; got "
+                "{}, which is adapted but not by them",
+                copies[0].original->chain.layer(0).name);
+  return ordered;
+}
+
+/// The heads of a clone under the names of the model's; throws where it has others.
+std::map<std::string, at::Tensor> heads_of(const torch::nn::Module& clone,
+                                           const std::map<std::string, at::Tensor>& originals) {
+  const std::map<std::string, at::Tensor> tensors = base_tensors(clone);
+  std::map<std::string, at::Tensor> heads;
+  for (const auto& [name, original] : originals) {
+    const auto found = tensors.find(name);
+    RESLORA_CHECK(found != tensors.end() && found->second.sizes() == original.sizes(),
+                  "[of_clone] the clone must hold the modules_to_save of the model; got no {} [{}]",
+                  name, fmt::join(original.sizes(), ", "));
+    heads.insert(*found);
+  }
+  return heads;
+}
+
+}  // namespace
 
 const ResLoraConfig& Adapters::config() const { return state_->config; }
 const std::vector<LinkedChain>& Adapters::chains() const { return state_->chains; }
@@ -104,11 +156,10 @@ std::vector<ChainView> Adapters::views() const {
 MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const {
   RESLORA_CHECK(!is_merged(), "[merge] adapters must not be merged yet; got merged ones (unmerge)");
   const std::string& method = merge_method.empty() ? state_->config.merge_method() : merge_method;
-  const bool is_read = !state_->fits.empty() && (method.empty() || method == "lsq");
-  if (is_read)
+  MergePlan plan(views(), method, use_affine);
+  if (has_fits(plan))
     check_current(state_->fits_sum, detail::adapter_sum(*state_), "merge",
                   "name another merge_method");
-  MergePlan plan(views(), method, use_affine);
   if (plan.fell_back_to_weight()) {
     TORCH_WARN(
         "[merge] the rule 'weight' is taken: there are no fits (calibrate) and no norms of "
@@ -135,35 +186,27 @@ void Adapters::unmerge() const {
 }
 
 Adapters Adapters::of_clone(torch::nn::Module& clone) const {
-  for (const auto& module : clone.modules(/*include_self=*/false)) {
-    const auto* layer = dynamic_cast<const ResLoraLinearImpl*>(module.get());
-    if (layer == nullptr || !layer->is_adapted()) continue;
-    RESLORA_CHECK(!layer->is_merged(),
+  const std::vector<detail::Copies> copies =
+      in_order(detail::copies_in(clone, "of_clone"), state_->chains, state_->names);
+  for (const detail::Copies& chain : copies)
+    RESLORA_CHECK(!chain.layers[0]->is_merged(),
                   "[of_clone] the clone must be of an unmerged model; got {} merged: clone before "
                   "merging, or unmerge first",
-                  layer->name());
-    RESLORA_CHECK(!layer->is_linked(),
-                  "[of_clone] the model must be a clone; got {}, which is linked already",
-                  layer->name());
-  }
+                  chain.layers[0]->name());
   auto state = std::make_shared<State>();
-  state->chains = relink(clone);
   state->config = state_->config;
   state->names = state_->names;
-  RESLORA_CHECK(state->chains.size() == state_->chains.size(),
-                "[of_clone] the clone must hold the {} chains of the model; got {}",
-                state_->chains.size(), state->chains.size());
-  for (auto& parameter : clone.parameters()) parameter.set_requires_grad(false);
-  for (const LinkedChain& chain : state->chains)
-    for (at::Tensor& parameter : chain.parameters()) parameter.set_requires_grad(true);
-  const std::map<std::string, at::Tensor> tensors = base_tensors(clone);
-  for (const auto& [name, original] : state_->heads) {
-    at::Tensor head = tensors.at(name);
-    head.set_requires_grad(original.requires_grad());
-    state->heads.emplace(name, std::move(head));
-  }
   state->fits = state_->fits;
   state->fits_sum = state_->fits_sum;
+  state->heads = heads_of(clone, state_->heads);
+  for (auto& parameter : clone.parameters()) parameter.set_requires_grad(false);
+  for (size_t i = 0; i < copies.size(); ++i) {
+    const LinkedChain& chain = state->chains.emplace_back(detail::join_copies(copies[i]));
+    if (is_merged()) chain.set_enabled(state_->merge->was_enabled[i]);
+    for (at::Tensor& parameter : chain.parameters()) parameter.set_requires_grad(true);
+  }
+  for (auto& [name, head] : state->heads)
+    head.set_requires_grad(state_->heads.at(name).requires_grad());
   return Adapters(std::move(state));
 }
 

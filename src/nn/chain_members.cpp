@@ -1,8 +1,12 @@
 // Layers become members of a chain: by hand, and again in a model that was cloned.
 #include <reslora/linear.h>
 
-#include <map>
+#include <algorithm>
+#include <memory>
 #include <set>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "nn/chain_state.h"
 
@@ -33,6 +37,52 @@ LinkedChain join(const std::shared_ptr<ChainState>& state) {
   return LinkedChain(state);
 }
 
+std::vector<Copies> copies_in(torch::nn::Module& model, const std::string& op) {
+  std::vector<Copies> found;
+  // Only a layer is asked for itself: a model may lie on the stack.
+  const bool is_layer = dynamic_cast<ResLoraLinearImpl*>(&model) != nullptr;
+  for (const auto& module : model.modules(/*include_self=*/is_layer)) {
+    auto layer = std::dynamic_pointer_cast<ResLoraLinearImpl>(module);
+    if (!layer || !layer->is_adapted()) continue;
+    RESLORA_CHECK(!layer->is_linked(),
+                  "[{}] the model must be a clone; got {}, which is linked already", op,
+                  layer->name());
+    const auto& original = ChainState::of(*layer);
+    auto copies = std::find_if(found.begin(), found.end(),
+                               [&](const Copies& one) { return one.original == original; });
+    if (copies == found.end())
+      copies = found.insert(
+          copies,
+          {original, std::vector<std::shared_ptr<ResLoraLinearImpl>>(original->chain.size())});
+    auto& own = copies->layers[ChainState::position_of(*layer)];
+    RESLORA_CHECK(!own || own == layer,
+                  "[{}] a clone must hold every layer once; got two copies of {}, since LibTorch "
+                  "clones what stands twice in a model twice: make the model anew, and load the "
+                  "adapter into it",
+                  op, layer->name());
+    own = std::move(layer);
+  }
+  for (const Copies& copies : found)
+    for (size_t n = 0; n < copies.layers.size(); ++n)
+      RESLORA_CHECK(copies.layers[n],
+                    "[{}] the model must hold every layer of a chain; got none for {}", op,
+                    copies.original->chain.layer(static_cast<int64_t>(n)).name);
+  return found;
+}
+
+LinkedChain join_copies(const Copies& copies) {
+  const auto state = std::make_shared<ChainState>(
+      copies.original->chain,
+      std::vector<std::weak_ptr<ResLoraLinearImpl>>(copies.layers.begin(), copies.layers.end()));
+  // A merge that came after the copy was made has switched the original off, not the copy.
+  const auto first = copies.original->layers[0].lock();
+  const bool was_merged = first && first->is_merged() && !copies.layers[0]->is_merged();
+  state->is_enabled = copies.original->is_enabled || was_merged;
+  for (size_t n = 0; n < copies.layers.size(); ++n)
+    ChainState::join(state, *copies.layers[n], static_cast<int64_t>(n));
+  return LinkedChain(state);
+}
+
 }  // namespace detail
 
 LinkedChain link(const std::vector<ResLoraLinear>& layers, const ResLoraConfig& config,
@@ -58,39 +108,9 @@ LinkedChain link(const std::vector<ResLoraLinear>& layers, const ResLoraConfig& 
 }
 
 std::vector<LinkedChain> relink(torch::nn::Module& model) {
-  std::map<std::shared_ptr<ChainState>, std::vector<std::shared_ptr<ResLoraLinearImpl>>> groups;
-  std::vector<std::shared_ptr<ChainState>> order;
-  // Only a layer is asked for itself: a model may lie on the stack.
-  const bool is_layer = dynamic_cast<ResLoraLinearImpl*>(&model) != nullptr;
-  for (const auto& module : model.modules(/*include_self=*/is_layer)) {
-    auto layer = std::dynamic_pointer_cast<ResLoraLinearImpl>(module);
-    if (!layer || !layer->is_adapted()) continue;
-    RESLORA_CHECK(!layer->is_linked(),
-                  "[relink] the model must be a clone; got {}, which is linked already",
-                  layer->name());
-    const auto& old = ChainState::of(*layer);
-    auto& group = groups[old];
-    if (group.empty()) {
-      order.push_back(old);
-      group.resize(old->chain.size());
-    }
-    group[ChainState::position_of(*layer)] = layer;
-  }
   std::vector<LinkedChain> chains;
-  for (const auto& old : order) {
-    std::vector<std::weak_ptr<ResLoraLinearImpl>> members;
-    for (size_t n = 0; n < groups[old].size(); ++n) {
-      RESLORA_CHECK(groups[old][n],
-                    "[relink] the model must hold every layer of a chain; got none for {}",
-                    old->chain.layer(static_cast<int64_t>(n)).name);
-      members.push_back(groups[old][n]);
-    }
-    auto state = std::make_shared<ChainState>(old->chain, std::move(members));
-    state->is_enabled = old->is_enabled;
-    for (const auto& layer : groups[old])
-      ChainState::join(state, *layer, ChainState::position_of(*layer));
-    chains.emplace_back(std::move(state));
-  }
+  for (const detail::Copies& copies : detail::copies_in(model, "relink"))
+    chains.push_back(detail::join_copies(copies));
   return chains;
 }
 

@@ -98,5 +98,19 @@ std::shared_ptr<ChainState> new_state(const std::vector<ResLoraLinear>& layers, 
 /// Adapts and links the layers that `new_state` was given.
 LinkedChain join(const std::shared_ptr<ChainState>& state);
 
+/// The layers of one chain in a cloned model, each linked to nothing yet.
+struct Copies {
+  std::shared_ptr<ChainState> original;                    // of the model that was cloned
+  std::vector<std::shared_ptr<ResLoraLinearImpl>> layers;  // by position
+};
+
+/// Finds the copies in a cloned model, in the order of their chains' first layers; changes nothing.
+/// Throws c10::ValueError in the name of `op` for layers that are linked already, for a part of a
+/// chain, and for two copies of one layer.
+std::vector<Copies> copies_in(torch::nn::Module& model, const std::string& op);
+
+/// Links the copies among themselves; cannot fail for a reason that lies in them.
+LinkedChain join_copies(const Copies& copies);
+
 }  // namespace detail
 }  // namespace reslora

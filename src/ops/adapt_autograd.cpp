@@ -267,22 +267,29 @@ std::vector<Tensor> adapt_batched(const Tensor&, at::TensorList, at::IntArrayRef
 }  // namespace
 
 TORCH_LIBRARY_IMPL(reslora, Autograd, m) {
+  if (is_second_copy()) return;
   m.impl("adapt", adapt_autograd);
   m.impl("adapt_backward", backward_autograd);
   m.impl("record_norms", torch::CppFunction::makeFallthrough());  // a statistic has no gradient
 }
 
 TORCH_LIBRARY_IMPL(reslora, ADInplaceOrView, m) {
+  if (is_second_copy()) return;
   m.impl("record_norms", record_norms_inplace_or_view);
 }
 
 TORCH_LIBRARY_IMPL(reslora, AutocastCPU, m) {
+  if (is_second_copy()) return;
   m.impl("adapt", adapt_autocast<c10::DeviceType::CPU>);
 }
 TORCH_LIBRARY_IMPL(reslora, AutocastCUDA, m) {
+  if (is_second_copy()) return;
   m.impl("adapt", adapt_autocast<c10::DeviceType::CUDA>);
 }
 
-TORCH_LIBRARY_IMPL(reslora, FuncTorchBatched, m) { m.impl("adapt", adapt_batched); }
+TORCH_LIBRARY_IMPL(reslora, FuncTorchBatched, m) {
+  if (is_second_copy()) return;
+  m.impl("adapt", adapt_batched);
+}
 
 }  // namespace reslora::ops

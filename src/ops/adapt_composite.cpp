@@ -162,6 +162,7 @@ const DeviceKernels kAtenKernels = {project,     take_taps,    expand,
                                     expand_grad, project_grad, project_back};
 
 TORCH_LIBRARY_IMPL(reslora, CompositeExplicitAutograd, m) {
+  if (is_second_copy()) return;
   m.impl("adapt", adapt_with<aten_kernels>);
   m.impl("adapt_backward", adapt_backward_with<aten_kernels>);
   m.impl("record_norms", record_norms_aten);

@@ -380,6 +380,7 @@ const DeviceKernels kCpuKernels = {project,     take_taps,    expand,
                                    expand_grad, project_grad, project_back};
 
 TORCH_LIBRARY_IMPL(reslora, CPU, m) {
+  if (is_second_copy()) return;
   m.impl("adapt", adapt_with<chosen_kernels>);
   m.impl("adapt_backward", adapt_backward_with<chosen_kernels>);
 }

@@ -176,6 +176,7 @@ const DeviceKernels& kernels_for(const Tensor& x) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(reslora, CUDA, m) {
+  if (is_second_copy()) return;
   m.impl("adapt", adapt_with<kernels_for>);
   m.impl("adapt_backward", adapt_backward_with<kernels_for>);
 }

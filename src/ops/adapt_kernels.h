@@ -22,6 +22,10 @@ using OptTensor = std::optional<at::Tensor>;
 using at::Tensor;
 using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
 
+/// True where another copy of this library registered the ops before this one was loaded. Whatever
+/// registers asks first: a second copy leaves the kernels alone, and `check_single_copy` tells.
+bool is_second_copy();
+
 // ---- The op's arguments, as the dispatcher hands them over --------------------------------------
 //
 // One call evaluates one layer, or several members that read the same x. What belongs to a member

@@ -198,6 +198,7 @@ void check_adapt(const AdaptArgs& args) {
 }
 
 TORCH_LIBRARY_IMPL(reslora, Meta, m) {
+  if (is_second_copy()) return;
   m.impl("adapt", adapt_meta);
   m.impl("adapt_backward", adapt_backward_meta);
   m.impl("record_norms", record_norms_meta);

@@ -1,7 +1,36 @@
 // Every op of reslora, on one screen. Semantics: include/reslora/ops.h.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <dlfcn.h>
+#include <reslora/ops.h>
 #include <torch/library.h>
 
-TORCH_LIBRARY(reslora, m) {
+#include "core/check.h"
+#include "ops/adapt_kernels.h"
+
+namespace reslora {
+
+bool ops::is_second_copy() {
+  static const bool is_second =
+      c10::Dispatcher::singleton().findSchema({"reslora::adapt", ""}).has_value();
+  return is_second;
+}
+
+void check_single_copy() {
+  if (!ops::is_second_copy()) return;
+  Dl_info own = {};
+  dladdr(reinterpret_cast<const void*>(&ops::is_second_copy), &own);
+  RESLORA_CHECK(false,
+                "[reslora] a process must load one copy of libreslora; got {} beside another that "
+                "registered the ops: build all of the program with one of them (that of the Python "
+                "package: python -m reslora --cmake-prefix)",
+                own.dli_fname == nullptr ? "a second" : own.dli_fname);
+}
+
+}  // namespace reslora
+
+// A fragment, since a second TORCH_LIBRARY of one name ends the process before a sentence can.
+TORCH_LIBRARY_FRAGMENT(reslora, m) {
+  if (reslora::ops::is_second_copy()) return;
   m.def(
       "adapt(Tensor x, Tensor[] bases, int[] layout, Tensor[] A, Tensor[] B, float[] scaling, "
       "Tensor[] taps, float dropout=0.0, Tensor? bits=None, bool want_norms=False) -> Tensor[]",

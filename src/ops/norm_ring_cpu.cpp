@@ -30,6 +30,9 @@ void record_norms_cpu(const Tensor& norms, const Tensor& ring, const Tensor& cou
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(reslora, CPU, m) { m.impl("record_norms", record_norms_cpu); }
+TORCH_LIBRARY_IMPL(reslora, CPU, m) {
+  if (is_second_copy()) return;
+  m.impl("record_norms", record_norms_cpu);
+}
 
 }  // namespace reslora::ops

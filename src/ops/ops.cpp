@@ -55,10 +55,14 @@ struct Lists {
   }
 };
 
+template <typename Schema>
+c10::TypedOperatorHandle<Schema> find_op(const char* name) {
+  check_single_copy();
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Schema>();
+}
+
 std::vector<AdaptOutput> call(at::ArrayRef<AdaptInput> inputs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("reslora::adapt", "")
-                             .typed<ops::AdaptSchema>();
+  static const auto op = find_op<ops::AdaptSchema>("reslora::adapt");
   RESLORA_CHECK(!inputs.empty(), "[adapt] needs at least one layer; got {}", "none");
   const AdaptInput& first = inputs[0];
   Lists lists;
@@ -94,8 +98,7 @@ std::vector<AdaptOutput> adapt_together(const std::vector<AdaptInput>& inputs) {
 
 void record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Tensor& count) {
   using Schema = void(const at::Tensor&, const at::Tensor&, const at::Tensor&);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("reslora::record_norms", "").typed<Schema>();
+  static const auto op = find_op<Schema>("reslora::record_norms");
   RESLORA_CHECK(norms.defined() && ring.defined() && count.defined(),
                 "[record_norms] {} must be a tensor; got an undefined one",
                 !norms.defined()  ? "norms"

@@ -78,6 +78,23 @@ TEST_F(AdaptedFilesTest, LayersHaveTensorsOfTheirOwn) {
                       "a tensor of its own; got m.0.q.weight for outer.m.0.q and another"));
 }
 
+TEST_F(AdaptedFilesTest, TheBiasOfAnAffineFitIsRefusedByABaseWithoutOne) {
+  const AdapterFile adapter = adapter_of(ResLoraConfig().r(2).res_mode("is"));
+  std::map<std::string, LayerStatistics> statistics;
+  Fit& fit = statistics["m.1.q"].fit;
+  fit.A = fit.affine_A = random({2, kIn}, 6);
+  fit.offset = random({2}, 7);
+  auto base = base_of();
+  const AdaptedFiles adapted(files_of(base), adapter);
+  const MergePlan plan = adapted.plan(statistics, "lsq");
+  EXPECT_EQ(adapted.edits(plan).count("m.1.q.bias"), 1U);
+  base.erase("m.1.q.bias");
+  const AdaptedFiles other(files_of(base), adapter);
+  EXPECT_TRUE(refuses([&] { other.edits(plan); },
+                      "every bias that an affine fit moves; got none for layer m.1.q"));
+  EXPECT_EQ(other.edits(other.plan(statistics, "lsq")).size(), 2U);
+}
+
 TEST_F(AdaptedFilesTest, TransposedChainsAreReadAndEditedAsTheyLie) {
   const AdapterFile adapter =
       adapter_of(ResLoraConfig().r(2).res_mode("none"), "\"fan_in_fan_out\": [\"m.*.q\"],");

@@ -124,6 +124,8 @@ TEST(MergedForward, IsWhatApplyLeaves) {
     planned.bias = random({4}, 9);
     const at::Tensor moved = merged_forward(planned, x, layer.weight, layer.bias);
     EXPECT_TRUE(at::equal(layer.bias, blocks[1].bias.to(dtype)));
+    EXPECT_TRUE(refuses([&] { merged_forward(planned, x, layer.weight, {}); },
+                        "an affine fit needs the bias that it moves; got none (layer "));
     plan.apply();
     EXPECT_TRUE(at::equal(y, at::linear(x, layer.weight, layer.bias)));
     EXPECT_TRUE(at::equal(bare, at::linear(x, layer.weight)));

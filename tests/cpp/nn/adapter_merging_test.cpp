@@ -58,6 +58,60 @@ TEST_P(Merging, MergeUnmergeAndExport) {
   EXPECT_TRUE(refuses([&] { adapters.unmerge(); }, "must be merged"));
 }
 
+/// One step that changes A and B, the same for models of one seed.
+void train(const Adapters& adapters) {
+  const torch::NoGradGuard no_grad;
+  for (at::Tensor parameter : adapters.parameters()) parameter.mul_(1.25).add_(0.05);
+}
+
+TEST_P(Merging, TrainingThatGoesOnAfterLoadingIsMergedAndExported) {
+  torch::manual_seed(3);
+  Net net, other;
+  const Adapters adapters = inject(*net, config_of(GetParam()));
+  randomise(adapters);
+  const at::Tensor x = torch::randn({200, kWidth});
+  net->forward(x).sum().backward();  // fills norm windows
+  const std::string folder = new_folder();
+  adapters.save(folder + "/saved", /*statistics=*/true);
+  load_base_tensors(*other, base_tensors(*net));
+  const Adapters loaded = load(*other, folder + "/saved");
+  std::vector<std::string> exported;
+  for (const Adapters& own : {adapters, loaded}) {
+    train(own);
+    own.export_lora(folder + "/lora");
+    exported.push_back(
+        tensors_sum(load_tensors(folder + "/lora/adapter_model.safetensors").tensors));
+  }
+  EXPECT_EQ(exported[0], exported[1]);
+  other->eval();  // records no norms
+  const at::Tensor unmerged = other->forward(x).detach();
+  const std::string mode = GetParam();
+  const bool is_exact = mode == "none" || mode == "bs";
+  adapters.merge();
+  EXPECT_EQ(loaded.merge().layers()[1].rule, is_exact ? MergeRule::kExact : MergeRule::kInput);
+  EXPECT_TRUE(torch::equal(other->forward(x), net->forward(x)));
+  if (!is_exact) return;
+  EXPECT_LT(distance(other->forward(x), unmerged), 1e-5);
+}
+
+TEST_P(Merging, TrainingThatGoesOnAfterCalibratingIsRefusedWhereAFitIsReadAlone) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of(GetParam()));
+  randomise(adapters);
+  net->eval();
+  const at::Tensor x = torch::randn({200, kWidth});
+  adapters.calibrate(std::vector{x}, [&](const at::Tensor& batch) { return net->forward(batch); });
+  train(adapters);
+  const std::string mode = GetParam();
+  if (mode == "is" || mode == "ms") {
+    EXPECT_TRUE(refuses([&] { adapters.merge(); }, "got fits made before it changed"));
+    return;
+  }
+  const at::Tensor unmerged = net->forward(x).detach();
+  adapters.merge();
+  EXPECT_LT(distance(net->forward(x), unmerged), 1e-5);
+}
+
 TEST(Calibrate, DemandsEvalModeAndFitsOfTheAdapterAsItIs) {
   Net net;
   const Adapters adapters = inject(*net, config_of());
@@ -184,6 +238,43 @@ TEST(Export, LeavesWhatLiesThereWholeWhereItFails) {
   empty.layers = {LayerMerge()};
   EXPECT_TRUE(refuses([&] { save_plain_lora(folder + "/new", empty); }, "must have factors"));
   EXPECT_TRUE(refuses([&] { reduced_factors(LayerMerge(), 1); }, "must have factors"));
+}
+
+TEST(Export, RefusesTheBiasOfAnAffineFitAndWritesTheLinearOne) {
+  torch::manual_seed(4);
+  Net net;
+  const Adapters adapters = inject(*net, config_of("is").target_modules({"q_proj"}));
+  randomise(adapters);
+  net->eval();
+  const torch::NoGradGuard no_grad;
+  const at::Tensor x = torch::randn({300, kWidth}) + 2;
+  FitOptions options;
+  options.affine = true;
+  adapters.calibrate(
+      std::vector{x}, [&](const at::Tensor& batch) { return net->forward(batch); }, options);
+  const std::string folder = new_folder() + "/lora";
+  PlainLora lora;
+  lora.layers = adapters.plan().layers();
+  ASSERT_GT(lora.layers[1].bias.abs().max().item<double>(), 0.01);
+  const char* sentence = "plain LoRA holds no bias; got that of an affine fit (layer layers.1.";
+  EXPECT_TRUE(refuses([&] { save_plain_lora(folder, lora); }, sentence));
+  EXPECT_TRUE(refuses([&] { padded_factors(lora.layers[1], 8); }, sentence));
+  adapters.merge();
+  EXPECT_TRUE(refuses([&] { adapters.export_lora(folder); }, sentence));
+  EXPECT_NE(::access(folder.c_str(), F_OK), 0);
+  adapters.unmerge();
+
+  lora.layers = adapters.plan("", /*use_affine=*/false).layers();
+  save_plain_lora(folder, lora);
+  MergePlan linear(adapters.views(), "lsq", /*use_affine=*/false);
+  const TensorFile file = load_tensors(folder + "/adapter_model.safetensors");
+  const ResLoraLinear& layer = net->layers[1]->as<BlockImpl>()->q_proj;
+  const std::string key = "base_model.model.layers.1.q_proj.lora_";
+  const at::Tensor wanted =
+      layer->weight + file.tensors.at(key + "B.weight").matmul(file.tensors.at(key + "A.weight"));
+  linear.apply();
+  EXPECT_TRUE(torch::allclose(layer->weight, wanted, 1e-5, 1e-6));
+  linear.revert();
 }
 
 TEST(Merge, IsKeptInTheArchivesOfTorchSave) {

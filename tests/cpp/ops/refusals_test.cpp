@@ -96,6 +96,8 @@ TEST(OpRefusals, NumbersAndCountsOfAdapt) {
       "must read one x");
 }
 
+TEST(OpRefusals, Copies) { testing::refuse_nothing({"check_single_copy"}); }
+
 TEST(OpRefusals, RecordNorms) {
   const at::Tensor norms = at::rand({2}), ring = at::zeros({2, 3}),
                    count = at::zeros({1}, at::kLong);

@@ -92,6 +92,17 @@ def test_what_such_files_cannot_hold_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_bias_of_an_affine_fit_is_refused(tmp_path):
+    model = adapted(unet(), 0.2, target_modules=["to_out.0"], res_mode="is")
+    calibrate(model, [inputs()], affine=True)
+    merge(model)
+    with pytest.raises(ValueError, match="holds no bias; got that of an affine fit"):
+        export_diffusers(model, tmp_path, "unet")
+    with pytest.raises(ValueError, match="holds no bias; got that of an affine fit"):
+        export_lora(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 # ---- GGUF
 
 

@@ -96,6 +96,25 @@ def test_pkg_config_gives_flags_that_compile_and_link(
     run("c++", standard, *cflags, source, *libs, "-o", tmp_path / "small")
     run(tmp_path / "small")
 
+    nothing = tmp_path / "nothing.cpp"
+    nothing.write_text("int main() { return 0; }\n")
+    run("c++", "-Wl,--as-needed", nothing, *libs, "-o", tmp_path / "nothing")
+    assert needed(tmp_path / "nothing") >= NEEDED
+
+
+def needed(program: Path) -> set[str]:
+    """Return the libraries that the loader is told to load with a program."""
+    return set(re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", program)))
+
+
+# What registers the ops, what brings torch's CUDA libraries along, and what both need.
+NEEDED = {"libreslora.so.0.1", "libtorch.so", "libtorch_cpu.so", "libc10.so"}
+
+
+def test_a_program_that_knows_the_op_by_name_alone_keeps_the_libraries(as_folder: Path) -> None:
+    run(as_folder / "by_name")
+    assert needed(as_folder / "by_name") >= NEEDED
+
 
 CONFIGURE = ("cmake", "-S", ".", "-B", "build")
 
@@ -104,6 +123,46 @@ def write_project(folder: Path, *lines: str) -> None:
     """Write a CMakeLists.txt that holds these lines."""
     head = ("cmake_minimum_required(VERSION 3.25)", "project(small LANGUAGES CXX)")
     (folder / "CMakeLists.txt").write_text("\n".join((*head, *lines, "")))
+
+
+@pytest.mark.parametrize("is_installed", [True, False], ids=["installed", "in the build folder"])
+def test_a_project_that_adds_the_folder_exports_what_links_reslora(
+    as_folder: Path, prefix: Path, tmp_path: Path, is_installed: bool
+) -> None:
+    package, own = as_folder / "reslora/src/package-core", as_folder
+    if is_installed:
+        package, own = prefix / "lib/cmake/reslora", prefix / "lib/cmake/consumer"
+    write_project(
+        tmp_path,
+        "find_package(reslora CONFIG REQUIRED)",
+        f"include({own / 'consumer-targets.cmake'})",
+        "add_executable(user main.cpp)",
+        "target_link_libraries(user PRIVATE consumer::plug_in)",
+    )
+    (tmp_path / "main.cpp").write_text(
+        '#include <cstdio>\nextern "C" const char* refusal();\n'
+        "int main() { return std::puts(refusal()) < 0; }\n"
+    )
+    run(*CONFIGURE, f"-Dreslora_DIR={package}", f"-DRESLORA_TORCH_ROOT={TORCH}", cwd=tmp_path)
+    run("cmake", "--build", tmp_path / "build")
+    assert run(tmp_path / "build/user") == "\n"
+
+
+def test_a_second_copy_of_the_library_is_refused_in_a_sentence(as_folder: Path) -> None:
+    plug_in = as_folder / "libplug_in.so"
+    load = f"plug_in = ctypes.CDLL({str(plug_in)!r}); plug_in.refusal.restype = ctypes.c_char_p"
+    tell = "print(plug_in.refusal().decode())"
+    assert run(sys.executable, "-c", f"import ctypes, torch; {load}; {tell}") == "\n"
+    sentence = "[reslora] a process must load one copy of libreslora; got "
+
+    printed = run(sys.executable, "-c", f"import ctypes, reslora; {load}; {tell}")
+    assert printed.startswith(f"{sentence}{as_folder / 'reslora/src/libreslora.so.0.1'} beside")
+    assert printed.count("\n") == 1, "no kernel is registered twice"
+
+    program = f"import ctypes, torch; {load}; {tell}; import reslora"
+    printed = fails(sys.executable, "-c", program, cwd=as_folder)
+    assert f"ImportError: {sentence}" in printed
+    assert "/libreslora.so beside another that registered the ops" in printed
 
 
 def configure(tmp_path: Path, *options: str, wanted: str = "CONFIG REQUIRED") -> str:
