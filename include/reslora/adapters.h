@@ -52,7 +52,8 @@ struct ExportOptions {
 };
 
 /// The adapters of one model. A handle: copies mean the same adapters. It holds the layers weakly;
-/// keep the model alive.
+/// keep the model alive. What changes them (merging, loading, calibrating, switching them off)
+/// throws c10::ValueError when called from a callback of `merge` or `calibrate`.
 class RESLORA_API Adapters {
  public:
   struct State;
@@ -65,7 +66,7 @@ class RESLORA_API Adapters {
   const std::vector<LinkedChain>& chains() const;
   /// The chains' names, such as "layers.*.q_proj".
   const std::vector<std::string>& names() const;
-  /// What trains: A and B of every layer, then the parameters of modules_to_save.
+  /// What trains: A and B of every layer, then the parameters of modules_to_save, each once.
   std::vector<at::Tensor> parameters() const;
 
   /// Starts a pass of every chain on this thread. Needed only before forwards that may begin inside
@@ -194,8 +195,9 @@ RESLORA_API Adapters load(torch::nn::Module& model, const std::string& folder);
 /// Python twin of a plain (or merged) model holds. Write them with `save_tensors`.
 RESLORA_API std::map<std::string, at::Tensor> base_tensors(const torch::nn::Module& model);
 
-/// Copies such tensors into a model. Throws c10::ValueError for a tensor that is missing, unknown
-/// or of another shape; nothing is copied then.
+/// Copies such tensors into a model. Throws c10::ValueError for a tensor that is missing, unknown,
+/// of another shape, sparse, without values or of a dtype that cannot be cast; nothing is copied
+/// then.
 RESLORA_API void load_base_tensors(torch::nn::Module& model,
                                    const std::map<std::string, at::Tensor>& tensors);
 

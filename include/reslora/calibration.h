@@ -33,18 +33,20 @@ using Fits = std::vector<std::vector<Fit>>;
 /// Checks the padding masks of a batch, each 1 (true) for a token and 0 for padding, and returns
 /// them as bool; undefined ones are left out. Throws c10::ValueError in the name of `op` for other
 /// values, and for two masks of one shape that differ (an encoder's and a decoder's): whose rows
-/// are whose could not be told.
+/// are whose could not be told. Refuses tensors that are not dense, or without values, too.
 RESLORA_API std::vector<at::Tensor> padding_masks(const std::vector<at::Tensor>& masks,
                                                   const std::string& op);
 
 /// The first mask that belongs to rows with these leading sizes, flat, if one does: a mask [batch,
-/// tokens] belongs to rows [batch, tokens, ...] and [batch * tokens, ...].
+/// tokens] belongs to rows [batch, tokens, ...] and [batch * tokens, ...]. Throws c10::ValueError
+/// for a mask that is undefined or not dense.
 RESLORA_API std::optional<at::Tensor> row_mask(const std::vector<at::Tensor>& masks,
                                                at::IntArrayRef leading);
 
 /// How far rows [rows, columns] are from those of a reference: the squared error of each row,
 /// averaged over its columns, in units of the mean square of the reference, summed over rows.
-/// Differentiable by autograd.
+/// Differentiable by autograd. Throws c10::ValueError for tensors of two shapes or no floating
+/// dtype.
 RESLORA_API at::Tensor error_sum(const at::Tensor& reference, const at::Tensor& other);
 
 /// On how many batches, the first ones, moved taps are tried.
@@ -72,12 +74,13 @@ struct MovedTaps {
 /// `chains` have their plain fits. What a chain feeds is not to be seen from its layers, so each
 /// linked one is tried by itself, then all that came nearer are tried together. Nothing is moved
 /// where outputs cannot be compared, and where a distance that decides is NaN or infinite. Throws
-/// c10::ValueError where a linked layer has no fit, and what `measure` throws.
-/// Cost: `measure` is called for 1 + (linked chains) candidates, and for 2 more.
+/// c10::ValueError where a linked layer has no fit or tensors do not fit a chain, and what
+/// `measure` throws. Cost: `measure` is called for 1 + (linked chains) candidates, and for 2 more.
 RESLORA_API MovedTaps choose_moves(const std::vector<ChainView>& chains,
                                    const MoveMeasure& measure);
 
 /// True where the taps of a chain were moved: one of its fits has more rows than the layer's A.
+/// Throws c10::ValueError for a view that has not the tensors of every layer.
 RESLORA_API bool has_moved_taps(const ChainView& chain);
 
 /// Throws c10::ValueError where fits are of another adapter than `adapter_sum` (`tensors_sum` of A
@@ -85,7 +88,8 @@ RESLORA_API bool has_moved_taps(const ChainView& chain);
 RESLORA_API void check_current(const std::string& fits_sum, const std::string& adapter_sum,
                                const std::string& op, const std::string& way_out);
 
-/// A warning where layers were fitted on fewer rows than they have features, else "".
+/// A warning where layers were fitted on fewer rows than they have features, else "". Throws
+/// c10::ValueError for a view that has not the tensors of every layer.
 RESLORA_API std::string few_rows_warning(const std::vector<ChainView>& chains);
 
 }  // namespace reslora

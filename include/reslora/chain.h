@@ -90,10 +90,12 @@ class RESLORA_API Chain {
   Shortcut shortcut() const { return shortcut_; }
   /// The options that the chain was made with.
   const ResLoraConfig& config() const { return config_; }
-  /// Name, shape and scaling of the layer at a position; throws std::out_of_range.
-  const LayerShape& layer(int64_t n) const { return layers_.at(n); }
-  /// What the layer at a position reads and hands on; throws std::out_of_range.
-  const Wiring& wiring(int64_t n) const { return wirings_.at(n); }
+  // What follows throws c10::ValueError for a position that is none of the chain.
+
+  /// Name, shape and scaling of the layer at a position.
+  const LayerShape& layer(int64_t n) const { return layers_[checked(n)]; }
+  /// What the layer at a position reads and hands on.
+  const Wiring& wiring(int64_t n) const { return wirings_[checked(n)]; }
   /// True where a layer adds something of an earlier one (the first layer never does).
   bool is_linked(int64_t n) const;
   /// The positions whose x or adapter a layer's shortcut reaches, nearest first (empty: not
@@ -108,6 +110,7 @@ class RESLORA_API Chain {
   void wire_middle(int64_t n);
   bool may_see_the_same_rows(int64_t n, int64_t previous);
   int64_t window_start(int64_t n) const;
+  size_t checked(int64_t n) const;
   void break_link(int64_t n, int64_t previous, const std::string& why);
 
   ResLoraConfig config_;

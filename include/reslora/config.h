@@ -122,7 +122,7 @@ RESLORA_API std::string shortcut_name(Shortcut shortcut);
 /// lora_alpha that is not finite and greater than 0.
 RESLORA_API double scaling_of(double lora_alpha, int64_t r, bool use_rslora);
 
-/// Returns the lora_alpha whose `scaling_of` is `scaling`.
+/// Returns the lora_alpha whose `scaling_of` is `scaling`. Throws c10::ValueError for r < 1.
 RESLORA_API double lora_alpha_of(double scaling, int64_t r, bool use_rslora);
 
 }  // namespace reslora

@@ -8,6 +8,8 @@
 ///
 /// Two conventions: `scaling` is LoRA's lora_alpha / r, which the paper omits; `alpha_star` is the
 /// paper's alpha*, the factor that stands for a neighbour's input when a shortcut is merged away.
+///
+/// All throw c10::ValueError for tensors that do not fit together, and for an index that is none.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -30,6 +30,10 @@
 /// model that runs a layer several times, or enters a chain behind its first layer, calls
 /// `begin_forward()` before each forward, or hands the taps on itself with `forward_with_taps`.
 /// Passes do not nest: a forward within a forward of one chain and thread ends the outer pass.
+///
+/// Several threads may run and train one adapted model at once: each has passes of its own, and no
+/// norm record is lost. Linking, merging, loading and moving a model are for one thread while no
+/// other runs it.
 #pragma once
 
 #include <reslora/chain.h>
@@ -79,10 +83,13 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   std::shared_ptr<torch::nn::Module> clone(
       const std::optional<torch::Device>& device = std::nullopt) const override;
 
-  /// What torch::save calls. The file of a merged layer says that it is one.
+  /// What torch::save calls. The file has the norms of an adapted layer, and says of a merged one
+  /// that it is.
   void save(torch::serialize::OutputArchive& archive) const override;
-  /// What torch::load calls. Throws c10::ValueError where only one of file and adapted layer is
-  /// merged: the adapter would count twice, or not at all. A plain layer takes both.
+  /// What torch::load calls; norms are those of the file, none where it has none. Throws
+  /// c10::ValueError where only one of file and adapted layer is merged (the adapter would count
+  /// twice, or not at all; a plain layer takes both), and for tensors of another shape, such as
+  /// another rank. Layers before this one are loaded then.
   void load(torch::serialize::InputArchive& archive) override;
 
   /// x: [..., in] -> [..., out]. Plain until linked; then takes and leaves taps in the current
@@ -100,7 +107,7 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   bool is_merged() const { return is_merged_; }
   /// False for a plain layer, and for a copy until `relink`.
   bool is_linked() const;
-  /// The path of an adapted layer, for messages.
+  /// The path of an adapted layer, for messages. Throws c10::ValueError for a plain one.
   const std::string& name() const;
 
   /// As torch::nn::Linear's.
@@ -109,10 +116,11 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   at::Tensor bias;       ///< [out], or undefined
   at::Tensor reslora_A;  ///< [r, in], undefined until linked
   at::Tensor reslora_B;  ///< [out, r], undefined until linked
-  NormWindow norms;      ///< filled by training forwards
+  NormWindow norms;      ///< filled by training forwards; not to be read while threads train
 
  private:
   friend struct ChainState;  // joins layers to a chain
+  friend class LinkedChain;  // reads and sets norms
 
   friend RESLORA_API std::vector<at::Tensor> forward_together(
       const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x);
@@ -121,6 +129,10 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   void register_adapter(const std::pair<at::Tensor, at::Tensor>& adapter);
   bool is_plain() const;
   AdaptInput input_of(const at::Tensor& x, const std::vector<at::Tensor>& taps) const;
+  NormWindow window_on(c10::Device device);
+  NormWindow norms_now() const;
+  void set_norms(const NormWindow& window);
+  void check_archived(torch::serialize::InputArchive& archive) const;
   at::Tensor take(const AdaptInput& in, AdaptOutput out, std::vector<at::Tensor>& taps);
 
   std::shared_ptr<ChainState> state_;  // shared by the layers of a chain
@@ -164,6 +176,8 @@ class RESLORA_API LinkedChain {
   /// chain of that index in it; nullptr ends it. The collector must outlive that. Call the model in
   /// eval mode and under NoGradGuard.
   void collect(FitCollector* collector, int64_t index = 0) const;
+  // What follows throws c10::ValueError for a position that is none of the chain.
+
   /// Replaces the norm window of a layer, as a loaded file has it; an undefined one empties it.
   void set_norms(int64_t position, const NormWindow& norms) const;
   /// True where a layer is in training mode.
@@ -179,8 +193,8 @@ class RESLORA_API LinkedChain {
 /// Adapts `layers` (execution order) and links them: registers reslora_A and reslora_B on each,
 /// filled as `init_lora_weights` says, freezes weight and bias. Parameters are fp32, or fp64 on an
 /// fp64 layer, on the layer's device. `names` are used in messages and files; default "0", "1",
-/// .... Throws c10::ValueError for a bad config or a layer that is linked already, and changes
-/// nothing then.
+/// .... Throws c10::ValueError for a bad config, an empty holder, a layer that is linked already
+/// and a name that stands twice, and changes nothing then.
 RESLORA_API LinkedChain link(const std::vector<ResLoraLinear>& layers, const ResLoraConfig& config,
                              std::vector<std::string> names = {});
 

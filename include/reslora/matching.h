@@ -81,6 +81,7 @@ RESLORA_API Matching match_saved(const std::vector<ModuleInfo>& modules,
 /// Experts see other tokens, and the levels of a UNet have other resolutions: their indices stay.
 /// Where taps are handed on (`is`, `ms`), layers with other `rows` form chains of their own, such
 /// as "blocks.*.attn.qkv (odd)".
+/// Throws c10::ValueError for a path that is none of `modules`.
 RESLORA_API std::vector<ChainRecord> find_chains(
     const std::vector<ModuleInfo>& modules, const std::vector<std::string>& layers,
     const ResLoraConfig& config, const ExpressionMatch& match = matches_ecma_script);
@@ -100,7 +101,7 @@ RESLORA_API RankAndScaling rank_and_scaling(const ResLoraConfig& config, const s
                                             const ExpressionMatch& match = matches_ecma_script);
 
 /// Returns the warning where a shortcut is asked for and no two layers of `chains` are linked, else
-/// nothing.
+/// nothing. Throws c10::ValueError for a null pointer.
 RESLORA_API std::string warning_without_links(const std::vector<const Chain*>& chains);
 
 }  // namespace reslora

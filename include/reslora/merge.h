@@ -37,7 +37,7 @@ struct LayerMerge {
 };
 
 /// The singular values of W* - W = B A, largest first, fp64 [R] on the CPU. Cost: an SVD of an
-/// R x R matrix.
+/// R x R matrix. Throws c10::ValueError for factors that do not fit together.
 RESLORA_API at::Tensor singular_values(const LayerMerge& layer);
 
 /// All decisions of a merge, and the merge itself; see above.
@@ -68,14 +68,16 @@ class RESLORA_API MergePlan {
   /// bits are copied to the CPU for `revert`. With `safe_merge` every W* is checked for NaN and
   /// infinity before the first weight is written (computes each W* twice). `progress(done)` is
   /// called after each layer; an exception from it, or any other, restores the weights already
-  /// written where originals are kept. Throws c10::ValueError when applied twice.
+  /// written where originals are kept. Throws c10::ValueError when applied twice, and for weights
+  /// that cannot take a sum.
   void apply(bool keep_originals = true, bool safe_merge = false,
              const std::function<void(int64_t)>& progress = nullptr);
 
   /// Restores the exact bits that `apply` replaced, after which `apply` may be called again.
   /// `weights` and `biases`, as `layers`: the tensors that hold the merged values now, where they
   /// are no longer those of the plan (a model that was moved to a device). Throws c10::ValueError
-  /// where no originals were kept or a tensor has changed its dtype or shape since.
+  /// where no originals were kept, where a tensor has changed its dtype or shape since, and when
+  /// called from the `progress` of `apply`.
   void revert(const std::vector<at::Tensor>& weights = {},
               const std::vector<at::Tensor>& biases = {});
 
@@ -90,6 +92,7 @@ class RESLORA_API MergePlan {
   std::vector<std::pair<at::Tensor, at::Tensor>> originals_;  // CPU copies, as layers_ once applied
   bool fell_back_to_weight_ = false;
   bool is_applied_ = false;
+  bool is_running_ = false;  // `apply` writes weights
 };
 
 /// W* = W + B A of a planned layer in fp32 (fp64 for an fp64 weight), before the one cast that

@@ -28,7 +28,9 @@ struct LayerErrors {
 /// Compares one call of an unmerged layer with its planned pair, in fp32 (fp64 for fp64 factors).
 /// x: [..., in], s: [..., R] (what entered B), y: [..., out]; B, scaling: the blocks that the layer
 /// reads; weight: [out, in], undefined where there is none (rounding is 0 then); mask: bool, one
-/// element for each row, leaves rows out. Cost: a merged matrix and T in out multiplications.
+/// element for each row, leaves rows out. Throws
+/// c10::ValueError for tensors that do not fit together. Cost: a merged matrix and T in out
+/// multiplications.
 RESLORA_API LayerErrors layer_errors(const LayerMerge& planned, const at::Tensor& x,
                                      const at::Tensor& s, const at::Tensor& y,
                                      const std::vector<at::Tensor>& B,
@@ -37,7 +39,8 @@ RESLORA_API LayerErrors layer_errors(const LayerMerge& planned, const at::Tensor
 
 /// y of the layer as `MergePlan::apply` would leave it: weight and bias merged, cast to their
 /// dtype, without changing them. x: [..., in] -> [..., out]. bias may be undefined, but for a layer
-/// whose bias an affine fit moves: c10::ValueError.
+/// whose bias an affine fit moves. Throws c10::ValueError as `merged_weight` does, and for an x or
+/// bias that does not fit.
 RESLORA_API at::Tensor merged_forward(const LayerMerge& planned, const at::Tensor& x,
                                       const at::Tensor& weight, const at::Tensor& bias);
 

@@ -25,18 +25,22 @@ class RESLORA_API NormWindow {
   /// Makes an empty ring of `size` forwards on `device`; throws c10::ValueError for size < 1.
   NormWindow(int64_t size, c10::Device device);
   /// Wraps tensors that exist: norms fp32 [2, N], count int64 [1] (forwards ever recorded; the next
-  /// one goes to column count % N). Throws c10::ValueError for other shapes and dtypes.
+  /// one goes to column count % N), on one device. Throws c10::ValueError for other shapes and
+  /// dtypes, and for a count on the CPU that is negative.
   NormWindow(at::Tensor norms, at::Tensor count);
 
   /// False for a default-made one, which records nothing.
   bool is_defined() const { return norms_.defined(); }
-  /// Number of valid entries: min(forwards recorded, N). Reads the device once.
+  // What follows reads the device, and throws c10::ValueError for a count that is negative and for
+  // tensors without values (on meta).
+
+  /// Number of valid entries: min(forwards recorded, N).
   int64_t filled() const;
-  /// Mean of the valid entries, nullopt while there are none (the paper's f_n). Reads the device.
+  /// Mean of the valid entries, nullopt while there are none (the paper's f_n).
   std::optional<double> mean(Norm which) const;
 
-  /// The valid entries in the order of their forwards, fp32 [2, filled] on the CPU. Reads the
-  /// device.
+  /// The valid entries in the order of their forwards, fp32 [2, filled] on the CPU; [2, 0] where
+  /// nothing is recorded.
   at::Tensor in_order() const;
 
   /// fp32 [2, N], rows as `Norm`.
@@ -51,7 +55,8 @@ class RESLORA_API NormWindow {
 
 /// Makes the windows of several ranks one. `squares` [2, N] is the sum over ranks of the squared
 /// norms; `norms` [2, N] become the roots of the mean over ranks: the norm of the whole batch but
-/// for a constant factor, which alpha* does not see.
+/// for a constant factor, which alpha* does not see. Throws c10::ValueError for other shapes, for
+/// tensors that are not floating, and for less than one rank.
 RESLORA_API void set_to_mean_of_ranks(const at::Tensor& norms, const at::Tensor& squares,
                                       int64_t ranks);
 

@@ -62,8 +62,9 @@ RESLORA_API AdaptOutput adapt(const AdaptInput& input);
 RESLORA_API std::vector<AdaptOutput> adapt_together(const std::vector<AdaptInput>& inputs);
 
 /// Writes `norms` (an output of `adapt`) into the next column of ring [2, N] and adds one to count
-/// [1], both on the device and without a host sync. Throws c10::ValueError for other shapes or
-/// dtypes.
+/// [1], both on the device and without a host sync. Threads may call it for one ring at once: none
+/// of their records is lost (on a GPU, where they share a stream). Throws c10::ValueError for other
+/// shapes, dtypes or devices, and on the CPU for a count that is negative or at its end.
 RESLORA_API void record_norms(const at::Tensor& norms, const at::Tensor& ring,
                               const at::Tensor& count);
 

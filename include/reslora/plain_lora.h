@@ -57,8 +57,9 @@ RESLORA_API std::string rank_warning(int64_t rank, double tolerance, double wors
 
 /// Writes adapter_config.json and adapter_model.safetensors in PEFT's format: every pair padded to
 /// the largest rank R, with lora_alpha = r = R. Returns R. Throws c10::ValueError for no layers,
-/// for layers with the bias of an affine fit, and for a folder that holds an unmerged adapter,
-/// which would be lost; c10::Error where the system refuses.
+/// for two of one name, for factors that do not fit together, for layers with the bias of an affine
+/// fit, and for a folder that holds an unmerged adapter, which would be lost; c10::Error where the
+/// system refuses.
 RESLORA_API int64_t save_plain_lora(const std::string& folder, const PlainLora& lora);
 
 }  // namespace reslora

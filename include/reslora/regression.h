@@ -60,7 +60,8 @@ struct FitSums {
 };
 
 /// Solves for A' (and the affine form). A: [r, in]. Throws c10::ValueError for sums that are not
-/// finite or do not fit A, for no rows, and for ridge <= 0; `name` is the layer's, for messages.
+/// finite fp64, do not fit A or have negative squares, for no rows, and for ridge <= 0; `name` is
+/// the layer's, for messages.
 /// Cost: in^3 / 3 flops and two matrices of in x in.
 RESLORA_API Fit solve_fit(const FitSums& sums, const at::Tensor& A, const FitOptions& options,
                           const std::string& name);
@@ -75,7 +76,8 @@ RESLORA_API Fit solve_fit(const FitSums& sums, const at::Tensor& A, const FitOpt
 /// half is near the best where it helps. Ranks up to double (`is`, `ms`).
 ///
 /// Returns a fit for every layer, each with a B of its own. Layers whose sources have other
-/// out_features keep their taps. Throws c10::ValueError where a linked layer has no fit.
+/// out_features keep their taps. Throws c10::ValueError where a linked layer has no fit, and for
+/// tensors that do not fit the chain.
 RESLORA_API std::vector<Fit> move_taps(const ChainView& chain, double share = 0.5);
 
 /// What collecting took, for reports.
@@ -90,7 +92,8 @@ struct FitCost {
 class RESLORA_API FitCollector {
  public:
   /// Prepares to fit every layer of `chains` that does not merge exactly. Throws c10::ValueError
-  /// for options out of range, and with `affine` for chains whose layers have no bias at all.
+  /// for options out of range, for tensors that do not fit a chain, and with `affine` for chains
+  /// whose layers have no bias at all.
   explicit FitCollector(std::vector<ChainView> chains, FitOptions options = {});
   ~FitCollector();
   /// Moves the sums; the source may only be destroyed.
@@ -104,7 +107,8 @@ class RESLORA_API FitCollector {
   void begin_batch(const std::vector<at::Tensor>& masks);
   /// Adds the rows of one call of a layer: x [..., in], v [..., r]. Layers that are handed the same
   /// tensor x one after the other share its covariance. What does not fit into max_cov_bytes waits
-  /// for the next pass; a layer that alone exceeds it goes to a temporary file. Throws where layers
+  /// for the next pass; a layer that alone exceeds it goes to a temporary file. Throws
+  /// c10::ValueError for a layer that is none, for tensors that do not fit it, and where layers
   /// that shared their x in one call do not in another. Cost: T in (in + 2 r) multiplications.
   void add(int64_t chain, int64_t position, const at::Tensor& x, const at::Tensor& v);
   /// Ends a batch: forgets the last x, and the masks.
@@ -117,6 +121,7 @@ class RESLORA_API FitCollector {
   /// The chains with `LayerView::fit` set for every layer solved so far.
   const std::vector<ChainView>& views() const;
   /// What a layer was solved from, where `keep_sums` was asked for and it fitted into memory.
+  /// Throws c10::ValueError for a layer that is none.
   const std::optional<FitSums>& sums(int64_t chain, int64_t position) const;
   /// What collecting has taken so far.
   const FitCost& cost() const;

@@ -10,7 +10,7 @@
 /// that all are there or none.
 ///
 /// Errors are c10::Error (bad input: c10::ValueError), one sentence each; nothing is half-changed
-/// after one.
+/// after one. Several threads may run and train one adapted model (linear.h).
 #pragma once
 
 #include <reslora/adapted_files.h>    // IWYU pragma: export

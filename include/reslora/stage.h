@@ -9,8 +9,9 @@
 /// @endcode
 ///
 /// What is written lies in a hidden folder beside its place, on the same disk, and is renamed at
-/// the end. Errors: c10::Error where the system refuses, c10::ValueError where the place cannot
-/// serve.
+/// the end; a file that takes another's place takes its mode too. Errors: c10::Error where the
+/// system refuses, c10::ValueError where the place cannot serve. They name the place where a file
+/// will be, not the hidden one.
 #pragma once
 
 #include <reslora/export.h>
@@ -41,8 +42,11 @@ class RESLORA_API Stage {
 
   /// The folder to write to until `commit`.
   const std::string& place() const { return hidden_; }
-  /// Where to write the file that will have this name. Files are put in place in the order in which
-  /// their paths were asked for, so that the last one may tell that all are there.
+  // What follows throws c10::ValueError once the stage is over.
+
+  /// Where to write the file that will have this name, which has no slash. Files are put in place
+  /// in the order in which their paths were asked for, so that the last one may tell that all are
+  /// there.
   std::string path(const std::string& name);
   /// Lets `commit` remove the file of this name, where there is one (kFiles).
   void remove(const std::string& name);
@@ -54,6 +58,7 @@ class RESLORA_API Stage {
 
  private:
   void open_folder();
+  void check_open() const;
   void commit_files();
 
   std::string folder_;

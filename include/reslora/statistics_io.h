@@ -32,7 +32,8 @@ struct LayerStatistics {
 /// Writes statistics by layer. Tensors: `<layer>.norms` [2, N], `.norm_count` [1], `.fit_A`,
 /// `.fit_B`, `.affine_A`, `.offset`, `.fit` (fp64: alpha*, residual, affine residual, rows, refine
 /// steps), and of sums `.xx` (once for layers that share it), `.vx`, `.x_sum`, `.v_sum`, `.sums`
-/// (fp64: vv, rows); the metadata has their SHA-256. Throws as save_tensors does.
+/// (fp64: vv, rows); the metadata has their SHA-256. Throws as save_tensors does, and
+/// c10::ValueError for statistics that load_statistics would refuse.
 RESLORA_API void save_statistics(const std::string& path, const std::string& adapter_sum,
                                  const std::map<std::string, LayerStatistics>& statistics);
 

@@ -39,10 +39,16 @@ py::tuple chain_state(const Chain& chain) {
   return py::make_tuple(config_to_json(chain.config()), layers);
 }
 
-int64_t checked(const Chain& chain, int64_t n) {
-  TORCH_CHECK_INDEX(n >= 0 && n < chain.size(), "[chain] n must be the index of a layer; got ", n,
-                    " of ", chain.size(), " layers");
-  return n;
+/// A member of Chain that takes a position, which is IndexError in Python where there is none.
+template <typename Result>
+auto by_position(Result (Chain::*member)(int64_t) const) {
+  return [member](const Chain& chain, int64_t n) -> Result {
+    try {
+      return (chain.*member)(n);
+    } catch (const c10::ValueError& error) {
+      throw py::index_error(error.what_without_backtrace());
+    }
+  };
 }
 
 std::string handed_name(const Wiring& wiring) {
@@ -141,17 +147,10 @@ void bind_chain(py::module_& m) {
       .def_property_readonly("shortcut", [](const Chain& c) { return shortcut_name(c.shortcut()); })
       .def_property_readonly("config", [](const Chain& c) { return config_to_json(c.config()); })
       .def_property_readonly("layers", &layers_of)
-      .def(
-          "wiring", [](const Chain& c, int64_t n) { return c.wiring(checked(c, n)); }, py::arg("n"))
-      .def(
-          "is_linked", [](const Chain& c, int64_t n) { return c.is_linked(checked(c, n)); },
-          py::arg("n"))
-      .def(
-          "reached", [](const Chain& c, int64_t n) { return c.reached(checked(c, n)); },
-          py::arg("n"))
-      .def(
-          "merges_exactly",
-          [](const Chain& c, int64_t n) { return c.merges_exactly(checked(c, n)); }, py::arg("n"))
+      .def("wiring", by_position(&Chain::wiring), py::arg("n"), py::return_value_policy::copy)
+      .def("is_linked", by_position(&Chain::is_linked), py::arg("n"))
+      .def("reached", by_position(&Chain::reached), py::arg("n"))
+      .def("merges_exactly", by_position(&Chain::merges_exactly), py::arg("n"))
       .def(py::pickle(&chain_state, &chain_from));
 }
 

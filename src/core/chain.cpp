@@ -148,6 +148,12 @@ void Chain::break_link(int64_t n, int64_t previous, const std::string& why) {
   wirings_[n].broken.push_back(std::move(sentence));
 }
 
+size_t Chain::checked(int64_t n) const {
+  RESLORA_CHECK(n >= 0 && n < size(), "[chain] n must be the index of a layer; got {} of {} layers",
+                n, size());
+  return static_cast<size_t>(n);
+}
+
 bool Chain::is_linked(int64_t n) const {
   const Wiring& own = wiring(n);
   return !own.taps.empty() || own.b.size() > 1;
@@ -163,7 +169,7 @@ std::vector<int64_t> Chain::reached(int64_t n) const {
 }
 
 bool Chain::merges_exactly(int64_t n) const {
-  return shortcut_ == Shortcut::kNone || shortcut_ == Shortcut::kBs || !is_linked(n);
+  return !is_linked(n) || shortcut_ == Shortcut::kNone || shortcut_ == Shortcut::kBs;
 }
 
 ChainRecord record_of(const std::string& name, const Chain& chain) {

@@ -47,6 +47,7 @@ std::vector<std::string> differences(const ResLoraConfig& a, const ResLoraConfig
 
 /// What lora_alpha is divided by.
 double divisor_of(int64_t r, bool use_rslora) {
+  RESLORA_CHECK(r >= 1, "[config] r must be at least 1; got {}", r);
   const double rank = static_cast<double>(r);
   return use_rslora ? std::sqrt(rank) : rank;
 }
@@ -106,10 +107,10 @@ std::string shortcut_name(Shortcut shortcut) {
 }
 
 double scaling_of(double lora_alpha, int64_t r, bool use_rslora) {
-  RESLORA_CHECK(r >= 1, "[config] r must be at least 1; got {}", r);
+  const double divisor = divisor_of(r, use_rslora);
   RESLORA_CHECK(std::isfinite(lora_alpha) && lora_alpha > 0,
                 "[config] lora_alpha must be finite and greater than 0; got {}", lora_alpha);
-  return lora_alpha / divisor_of(r, use_rslora);
+  return lora_alpha / divisor;
 }
 
 double lora_alpha_of(double scaling, int64_t r, bool use_rslora) {
@@ -134,6 +135,12 @@ std::string formula_difference(const ResLoraConfig& a, const ResLoraConfig& b) {
   return "";
 }
 
+void detail::check_initial(const InitLoraWeights& how) {
+  const auto* name = std::get_if<std::string>(&how);
+  RESLORA_CHECK(name == nullptr || *name == "gaussian",
+                "[config] init_lora_weights must be true, false or 'gaussian'; got '{}'", *name);
+}
+
 void detail::validate_values(const ResLoraConfig& config) {
   scaling_of(config.lora_alpha(), config.r(), config.use_rslora());
   RESLORA_CHECK(config.lora_dropout() >= 0 && config.lora_dropout() < 1,
@@ -149,9 +156,7 @@ void detail::validate_values(const ResLoraConfig& config) {
                 "[config] norm_window must be 0 (keep no norms) or a number of forwards; got {}",
                 config.norm_window());
   if (!config.merge_method().empty()) parse_merge_rule(config.merge_method(), "config");
-  const auto* init = std::get_if<std::string>(&config.init_lora_weights());
-  RESLORA_CHECK(init == nullptr || *init == "gaussian",
-                "[config] init_lora_weights must be true, false or 'gaussian'; got '{}'", *init);
+  check_initial(config.init_lora_weights());
 }
 
 void validate(const ResLoraConfig& config, const ExpressionMatch& match) {

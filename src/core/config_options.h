@@ -30,6 +30,9 @@ void for_each_option(const Visit& visit, Configs&... configs) {
   visit("strict_links", configs.strict_links()...);
 }
 
+/// Throws c10::ValueError unless this is a value of init_lora_weights.
+void check_initial(const InitLoraWeights& how);
+
 /// `validate` without the names of modules: what a chain needs of its options.
 void validate_values(const ResLoraConfig& config);
 

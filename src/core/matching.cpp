@@ -369,6 +369,8 @@ std::vector<ChainRecord> find_chains(const std::vector<ModuleInfo>& modules,
   std::vector<ChainRecord> chains;
   std::unordered_map<std::string, size_t> places;
   for (const std::string& path : layers) {
+    RESLORA_CHECK(by_path.count(path) > 0, "[inject] a layer must be one of the modules; got '{}'",
+                  path);
     const ModuleInfo& module = *by_path.at(path);
     const std::string key = chain_name(by_path, path, config);
     const auto [place, is_new] = places.emplace(key, chains.size());
@@ -382,6 +384,8 @@ std::vector<ChainRecord> find_chains(const std::vector<ModuleInfo>& modules,
 
 std::string warning_without_links(const std::vector<const Chain*>& chains) {
   if (chains.empty()) return "";
+  for (const Chain* chain : chains)
+    RESLORA_CHECK(chain != nullptr, "[inject] chains must be given; got a null pointer");
   const ResLoraConfig& config = chains.front()->config();
   if (config.res_mode() == "none" || config.pre_num() == 0) return "";
   for (const Chain* chain : chains)

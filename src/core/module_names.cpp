@@ -9,6 +9,15 @@
 #include "core/check.h"
 
 namespace reslora {
+namespace {
+
+const ExpressionMatch& checked(const ExpressionMatch& match) {
+  RESLORA_CHECK(match, "[config] regular expressions need a function that matches them; got none");
+  return match;
+}
+
+}  // namespace
+
 bool matches_ecma_script(const std::string& expression, const std::string& text) {
   thread_local std::map<std::string, std::regex> compiled;
   auto found = compiled.find(expression);
@@ -35,7 +44,7 @@ bool ModuleNames::matches(const std::string& path, const ExpressionMatch& match)
   if (is_list_)
     return std::any_of(names_.begin(), names_.end(),
                        [&](const std::string& name) { return is_or_ends_with(path, name); });
-  return is_given() && !is_all_linear() && match(expression_, path);
+  return is_given() && !is_all_linear() && checked(match)(expression_, path);
 }
 
 std::string ModuleNames::shown() const {
@@ -52,7 +61,7 @@ bool is_or_ends_with(const std::string& path, const std::string& name) {
 bool matches_pattern(const std::string& path, const std::string& pattern,
                      const ExpressionMatch& match) {
   for (size_t start = 0;; ++start) {
-    if (match(pattern, path.substr(start))) return true;
+    if (checked(match)(pattern, path.substr(start))) return true;
     start = path.find('.', start);
     if (start == std::string::npos) return false;
   }

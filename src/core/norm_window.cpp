@@ -7,8 +7,16 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/tensor_checks.h"
 
 namespace reslora {
+namespace {
+
+void check_count(int64_t count) {
+  RESLORA_CHECK(count >= 0, "[norm_window] count must not be negative; got {}", count);
+}
+
+}  // namespace
 
 NormWindow::NormWindow(int64_t size, c10::Device device) {
   RESLORA_CHECK(size >= 1, "[norm_window] size must be at least 1; got {}", size);
@@ -20,24 +28,30 @@ NormWindow::NormWindow(at::Tensor norms, at::Tensor count)
     : norms_(std::move(norms)), count_(std::move(count)) {
   RESLORA_CHECK(norms_.defined() && count_.defined(),
                 "[norm_window] norms and count must both be given; one of them is missing");
-  RESLORA_CHECK(norms_.dim() == 2 && norms_.size(0) == 2 && norms_.size(1) >= 1 &&
-                    norms_.scalar_type() == at::kFloat,
-                "[norm_window] norms must be float32 [2, N] with N >= 1; got {} [{}]",
-                c10::toString(norms_.scalar_type()), fmt::join(norms_.sizes(), ", "));
-  RESLORA_CHECK(count_.dim() == 1 && count_.size(0) == 1 && count_.scalar_type() == at::kLong,
-                "[norm_window] count must be int64 [1]; got {} [{}]",
-                c10::toString(count_.scalar_type()), fmt::join(count_.sizes(), ", "));
+  RESLORA_CHECK(detail::is_dense(norms_) && norms_.dim() == 2 && norms_.size(0) == 2 &&
+                    norms_.size(1) >= 1 && norms_.scalar_type() == at::kFloat,
+                "[norm_window] norms must be float32 [2, N] with N >= 1; got {}",
+                detail::described(norms_));
+  RESLORA_CHECK(detail::is_dense(count_) && count_.dim() == 1 && count_.size(0) == 1 &&
+                    count_.scalar_type() == at::kLong && count_.device() == norms_.device(),
+                "[norm_window] count must be int64 [1] on the device of norms; got {}",
+                detail::described(count_));
+  if (count_.is_cpu()) check_count(count_.item<int64_t>());
 }
 
 int64_t NormWindow::filled() const {
   if (!is_defined()) return 0;
+  RESLORA_CHECK(!norms_.is_meta(), "[norm_window] norms must have values; got {}",
+                detail::described(norms_));
   const int64_t count = count_.item<int64_t>();
-  RESLORA_CHECK(count >= 0, "[norm_window] count must not be negative; got {}", count);
+  check_count(count);
   return std::min(count, norms_.size(1));
 }
 
 at::Tensor NormWindow::in_order() const {
-  const int64_t entries = filled(), size = norms_.size(1);
+  const int64_t entries = filled();
+  if (entries == 0) return at::zeros({2, 0}, at::kFloat);
+  const int64_t size = norms_.size(1);
   const at::Tensor norms = norms_.cpu();
   // In a full ring the next column to be written holds the oldest entry.
   return entries < size ? norms.narrow(1, 0, entries).clone()
@@ -45,14 +59,19 @@ at::Tensor NormWindow::in_order() const {
 }
 
 void set_to_mean_of_ranks(const at::Tensor& norms, const at::Tensor& squares, int64_t ranks) {
-  RESLORA_CHECK(ranks >= 1 && norms.sizes() == squares.sizes(),
+  detail::check_floating(norms, {2, detail::kAny}, "norm_window", "norms");
+  RESLORA_CHECK(ranks >= 1 && detail::is_dense(squares) && !squares.is_meta() &&
+                    at::isFloatingType(squares.scalar_type()) && norms.sizes() == squares.sizes(),
                 "[norm_window] squares of at least one rank must have the shape of norms, [{}]; "
-                "got [{}] of {}",
-                fmt::join(norms.sizes(), ", "), fmt::join(squares.sizes(), ", "), ranks);
+                "got {} of {}",
+                fmt::join(norms.sizes(), ", "), detail::described(squares), ranks);
   norms.copy_((squares / ranks).sqrt());
 }
 
 std::optional<double> NormWindow::mean(Norm which) const {
+  RESLORA_CHECK(which == Norm::kInput || which == Norm::kOwnProduct,
+                "[norm_window] which must be one of those of `Norm`; got {}",
+                static_cast<int64_t>(which));
   const int64_t entries = filled();
   if (entries == 0) return std::nullopt;
   // The ring is full or was filled from its start, so the valid entries are the first ones.

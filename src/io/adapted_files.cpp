@@ -129,6 +129,13 @@ void refuse_tied(const ModelFiles& files, const std::string& name, const std::st
       name, tied);
 }
 
+const Tensor& factor_of(const AdapterFile& adapter, const std::string& key) {
+  const auto found = adapter.tensors.find(key);
+  RESLORA_CHECK(found != adapter.tensors.end(),
+                "[merge] an adapter must hold A and B of every layer; got no {}", key);
+  return found->second;
+}
+
 /// The plan of an adapter; `add_base`, where there is one, gives a layer's view the base's tensors.
 MergePlan plan_of(const AdapterFile& adapter, const ResLoraConfig& config,
                   const Statistics& statistics, const std::string& merge_method,
@@ -139,8 +146,8 @@ MergePlan plan_of(const AdapterFile& adapter, const ResLoraConfig& config,
     ChainView& view = views.emplace_back(ChainView{Chain(config, record.layers), {}});
     for (const LayerShape& layer : record.layers) {
       LayerView& own = view.layers.emplace_back();
-      own.A = adapter.tensors.at(key_of_a(layer.name));
-      own.B = adapter.tensors.at(key_of_b(layer.name));
+      own.A = factor_of(adapter, key_of_a(layer.name));
+      own.B = factor_of(adapter, key_of_b(layer.name));
       if (add_base) add_base(layer, own);
       const auto known = statistics.find(layer.name);
       if (known == statistics.end()) continue;
@@ -268,7 +275,9 @@ std::map<std::string, TensorEdit> AdaptedFiles::edits(const MergePlan& plan, boo
     bias.is_bias = true;
   }
   for (const auto& [name, head] : adapter_.tensors) {
-    if (is_factor(name) || is_base_of_layer(name, head)) continue;
+    if (is_factor(name)) continue;
+    RESLORA_CHECK(head.defined(), "[merge] a trained head must be a tensor; got none for {}", name);
+    if (is_base_of_layer(name, head)) continue;
     const std::string found = find_name(files_, name);
     const std::string twin = twin_of(adapter_, name, head);
     // The base holds one tensor for both.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/tensor_checks.h"
 #include "io/factor_names.h"
 #include "io/folders.h"
 
@@ -82,9 +83,10 @@ void check_tensors(const std::map<std::string, at::Tensor>& model,
                 counted(missing), counted(unexpected),
                 missing.empty() ? " (PeftModel.from_pretrained reads what PEFT has added)" : "");
   for (const auto& [key, tensor] : model)
-    RESLORA_CHECK(file.at(key).sizes() == tensor.sizes(),
-                  "[load] shapes must fit the model; got [{}] for {}, which is [{}]",
-                  fmt::join(file.at(key).sizes(), ", "), key, fmt::join(tensor.sizes(), ", "));
+    RESLORA_CHECK(
+        tensor.defined() && file.at(key).defined() && file.at(key).sizes() == tensor.sizes(),
+        "[load] shapes must fit the model; got {} for {}, which is {}",
+        detail::described(file.at(key)), key, detail::described(tensor));
 }
 
 }  // namespace reslora

@@ -10,10 +10,24 @@
 #include <cerrno>
 #include <cstring>
 
+#include "io/factor_names.h"
 #include "io/tensor_types.h"
 #include "safetensors/safetensors.h"
 
 namespace reslora::detail {
+
+std::string final_path(const std::string& path) {
+  const size_t end = path.rfind('/');
+  if (end == std::string::npos) return path;
+  const size_t slash = end == 0 ? std::string::npos : path.rfind('/', end - 1);
+  const size_t start = slash == std::string::npos ? 0 : slash + 1;
+  const std::string folder = path.substr(start, end - start);
+  if (folder.compare(0, std::strlen(kHidden), kHidden) == 0)
+    return path.substr(0, start) + path.substr(end + 1);
+  const size_t marks = std::strlen(kUnfinished) + 1;  // with the dot before the name
+  if (folder.size() <= marks || folder[0] != '.' || !ends_with(folder, kUnfinished)) return path;
+  return path.substr(0, start) + folder.substr(1, folder.size() - marks) + path.substr(end);
+}
 
 void make_folder(const std::string& path) {
   for (size_t end = path.find('/', 1);; end = path.find('/', end + 1)) {

@@ -7,6 +7,14 @@
 
 namespace reslora::detail {
 
+/// What the hidden folders of a stage are called: `.reslora-XXXXXX` in the folder whose files are
+/// written, `.NAME.unfinished` beside the folder NAME that will appear.
+constexpr const char* kHidden = ".reslora-";
+constexpr const char* kUnfinished = ".unfinished";
+
+/// The path that a file of a stage will have; any other path is returned as it is.
+std::string final_path(const std::string& path);
+
 /// Makes a folder and those above it, where they are not there. Throws c10::ValueError where a file
 /// lies in the way, c10::Error where the system refuses.
 void make_folder(const std::string& path);

@@ -235,6 +235,7 @@ Change change_of(const TensorEdit& edit, at::ScalarType wide) {
 void check_edit(const std::string& name, const Tensor& source, const TensorEdit& edit) {
   if (!edit.layer) return;
   const LayerMerge& layer = *edit.layer;
+  detail::check_pair(layer, "merge_files");
   std::vector<int64_t> wanted = {layer.B.size(0), layer.A.size(1)};
   if (edit.is_transposed) std::swap(wanted[0], wanted[1]);
   if (edit.is_bias) wanted = {layer.B.size(0)};

@@ -8,11 +8,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 #include <vector>
 
 #include "core/check.h"
 #include "core/precision.h"
 #include "io/folders.h"
+#include "merge/merged_weight.h"
 #include "safetensors/json.h"
 
 namespace reslora {
@@ -61,18 +63,9 @@ std::string peft_config(const PlainLora& lora, int64_t R) try {
   C10_THROW_ERROR(ValueError, fmt::format("[export] {}: {}", kConfigName, error.what()));
 }
 
-/// Demands a planned pair, which a LayerMerge that nobody filled is not.
-void check_pair(const LayerMerge& layer) {
-  RESLORA_CHECK(
-      layer.A.defined() && layer.B.defined() && layer.A.dim() == 2 && layer.B.dim() == 2 &&
-          layer.A.size(0) == layer.B.size(1),
-      "[export] a layer must have factors A [r, in] and B [out, r]; got others (layer {})",
-      layer.name);
-}
-
 /// Demands a pair that is all of the layer's merge, since files of plain LoRA hold no bias.
 void check_plain(const LayerMerge& layer) {
-  check_pair(layer);
+  detail::check_pair(layer, "export");
   RESLORA_CHECK(!layer.bias.defined(),
                 "[export] plain LoRA holds no bias; got that of an affine fit (layer {}): plan "
                 "without use_affine, and unmerge a merged model (the linear fit is exported then)",
@@ -91,7 +84,7 @@ std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_
 }
 
 ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double tolerance) {
-  check_pair(layer);
+  detail::check_pair(layer, "export");
   RESLORA_CHECK(max_rank >= 1, "[export] rank must be at least 1; got {} (layer {})", max_rank,
                 layer.name);
   RESLORA_CHECK(std::isfinite(tolerance) && tolerance >= 0 && tolerance < 1,
@@ -143,8 +136,11 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
       detail::file_text(config).find("\"RESLORA\"") == std::string::npos,
       "[export] the folder must not hold an unmerged adapter, which would be lost; got {}", folder);
   int64_t R = 0;
+  std::set<std::string> names;
   for (const LayerMerge& layer : lora.layers) {
     check_plain(layer);
+    RESLORA_CHECK(names.insert(layer.name).second,
+                  "[export] layers must have names of their own; got {} twice", layer.name);
     R = std::max(R, layer.A.size(0));
   }
   const std::string prefix(kModelPrefix);

@@ -41,6 +41,21 @@ bool is_at(int descriptor, const std::string& path) {
          own.st_dev == there.st_dev && own.st_ino == there.st_ino;
 }
 
+/// Demands the name of a file in the folder itself.
+void check_name(const std::string& name) {
+  TORCH_CHECK_VALUE(
+      !name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos,
+      fmt::format("[save] a file must have a name of its own; got '{}'", name));
+}
+
+/// Gives a file the mode of the one that it will replace, where there is one.
+void keep_mode(const std::string& replaced, const std::string& written) {
+  struct stat found;
+  if (::stat(replaced.c_str(), &found) != 0) return;
+  if (::chmod(written.c_str(), found.st_mode & 07777) != 0)
+    refuse(replaced, "its mode could not be kept", errno);
+}
+
 std::string parent_of(const std::string& path) {
   const size_t slash = path.rfind('/');
   return slash == std::string::npos ? "./" : path.substr(0, slash + 1);
@@ -57,14 +72,15 @@ Stage::Stage(const std::string& folder, Kind kind)
   }
   is_new_ = !detail::exists(folder_);
   detail::make_folder(folder_);
-  std::string hidden = folder_ + "/.reslora-XXXXXX";
+  std::string hidden = folder_ + "/" + detail::kHidden + "XXXXXX";
   if (::mkdtemp(hidden.data()) == nullptr) refuse(folder_, "no file can be made there", errno);
   hidden_ = hidden;
 }
 
 void Stage::open_folder() {
   const std::string parent = parent_of(folder_);
-  const std::string hidden = parent + "." + folder_.substr(folder_.rfind('/') + 1) + ".unfinished";
+  const std::string hidden =
+      parent + "." + folder_.substr(folder_.rfind('/') + 1) + detail::kUnfinished;
   if (::mkdir(hidden.c_str(), 0777) != 0 && errno != EEXIST)
     refuse(hidden, "the folder could not be made", errno);
   lock_ = ::open(hidden.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
@@ -88,14 +104,24 @@ void Stage::open_folder() {
 Stage::~Stage() { discard(); }
 
 std::string Stage::path(const std::string& name) {
+  check_open();
+  check_name(name);
   names_.push_back(name);
   return hidden_ + "/" + name;
 }
 
-void Stage::remove(const std::string& name) { removed_.push_back(name); }
+void Stage::remove(const std::string& name) {
+  check_open();
+  check_name(name);
+  removed_.push_back(name);
+}
+
+void Stage::check_open() const {
+  TORCH_CHECK_VALUE(!hidden_.empty(), "[save] a stage is committed once; got one that is over");
+}
 
 void Stage::commit() {
-  TORCH_CHECK_VALUE(!hidden_.empty(), "[save] a stage is committed once; got one that is over");
+  check_open();
   if (kind_ == Kind::kFiles) {
     commit_files();
     discard();
@@ -117,8 +143,9 @@ void Stage::commit_files() {
           fmt::format("[save] {}/{} must be a file to write; got something else there",
                       shown(folder_, 4096), name));
   for (const std::string& name : names_) {
-    const std::string target = folder_ + "/" + name;
-    if (::rename((hidden_ + "/" + name).c_str(), target.c_str()) != 0)
+    const std::string target = folder_ + "/" + name, written = hidden_ + "/" + name;
+    keep_mode(target, written);
+    if (::rename(written.c_str(), target.c_str()) != 0)
       refuse(target, "the file could not be written", errno);
   }
   for (const std::string& name : removed_) detail::remove_file(folder_ + "/" + name);

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/tensor_checks.h"
 #include "io/folders.h"
 #include "io/tensor_types.h"
 #include "safetensors/json.h"
@@ -33,6 +34,21 @@ Tensor numbers(const std::vector<double>& values) { return at::tensor(values, at
 void put(std::map<std::string, Tensor>& tensors, const std::string& key, const Tensor& tensor,
          at::ScalarType dtype) {
   if (tensor.defined()) tensors[key] = tensor.to(dtype);
+}
+
+void put_fit(std::map<std::string, Tensor>& tensors, const std::string& name, const Fit& fit) {
+  if (!fit.A.defined()) return;
+  // One dtype for all, as it is read.
+  const auto dtype = fit.A.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  put(tensors, name + ".fit_A", fit.A, dtype);
+  put(tensors, name + ".fit_B", fit.B, dtype);
+  if (fit.affine_A.defined() && fit.offset.defined()) {
+    put(tensors, name + ".affine_A", fit.affine_A, dtype);
+    put(tensors, name + ".offset", fit.offset, dtype);
+  }
+  tensors[name + ".fit"] =
+      numbers({fit.alpha_star, fit.residual, fit.affine_residual, static_cast<double>(fit.rows),
+               static_cast<double>(fit.refine_steps)});
 }
 
 std::string owners_json(const std::map<std::string, std::string>& owners) {
@@ -136,10 +152,10 @@ std::map<std::string, LayerStatistics> read(TensorFile file) {
   for (const std::string& name : layers) {
     LayerStatistics& own = statistics[name];
     if (contents.has(name + ".norms")) {
-      own.norms = NormWindow(contents.take(name + ".norms", at::kFloat, {2, -1}),
-                             contents.take(name + ".norm_count", at::kLong, {1}));
-      require(own.norms.count().item<int64_t>() >= 0, "tensor {} must not be negative",
+      const Tensor count = contents.take(name + ".norm_count", at::kLong, {1});
+      require(count.item<int64_t>() >= 0, "tensor {} must not be negative",
               shown(name + ".norm_count"));
+      own.norms = NormWindow(contents.take(name + ".norms", at::kFloat, {2, -1}), count);
     }
     own.fit = take_fit(contents, name);
     const auto owner = owners.find(name);
@@ -174,25 +190,16 @@ void save_statistics(const std::string& path, const std::string& adapter_sum,
       file.tensors[name + ".norms"] = own.norms.norms();
       file.tensors[name + ".norm_count"] = own.norms.count();
     }
-    const Fit& fit = own.fit;
-    if (fit.A.defined()) {
-      // One dtype for all, as it is read.
-      const auto dtype = fit.A.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-      put(file.tensors, name + ".fit_A", fit.A, dtype);
-      put(file.tensors, name + ".fit_B", fit.B, dtype);
-      if (fit.affine_A.defined() && fit.offset.defined()) {
-        put(file.tensors, name + ".affine_A", fit.affine_A, dtype);
-        put(file.tensors, name + ".offset", fit.offset, dtype);
-      }
-      file.tensors[name + ".fit"] =
-          numbers({fit.alpha_star, fit.residual, fit.affine_residual, static_cast<double>(fit.rows),
-                   static_cast<double>(fit.refine_steps)});
-    }
+    put_fit(file.tensors, name, own.fit);
     if (!own.sums) continue;
     const FitSums& sums = *own.sums;
     RESLORA_CHECK(
-        sums.xx.defined() && sums.vx.defined() && sums.x_sum.defined() && sums.v_sum.defined(),
-        "[save_statistics] sums must hold xx, vx, x_sum and v_sum; got less (layer {})", name);
+        detail::is_dense(sums.xx) && detail::is_dense(sums.vx) && detail::is_dense(sums.x_sum) &&
+            detail::is_dense(sums.v_sum),
+        "[save_statistics] sums must hold xx, vx, x_sum and v_sum, dense tensors; got {}, "
+        "{}, {} and {} (layer {})",
+        detail::described(sums.xx), detail::described(sums.vx), detail::described(sums.x_sum),
+        detail::described(sums.v_sum), name);
     const auto [owner, is_new] = owner_of.emplace(sums.xx.const_data_ptr(), name);
     owners[name] = owner->second;
     if (is_new) file.tensors[name + ".xx"] = sums.xx;
@@ -206,6 +213,8 @@ void save_statistics(const std::string& path, const std::string& adapter_sum,
                    {kSumKey, adapter_sum},
                    {kOwnersKey, owners_json(owners)},
                    {kContentKey, tensors_sum(file.tensors)}};
+  // What `load_statistics` would refuse is not written.
+  detail::on_file("save_statistics", path, [&] { read(file); });
   save_tensors(path, file);
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "io/folders.h"
 #include "safetensors/safetensors.h"
 
 namespace reslora::detail {
@@ -27,16 +28,18 @@ void require(bool condition, fmt::format_string<Args...> rule, Args&&... args) {
   if (!condition) throw ContentError(fmt::format(rule, std::forward<Args>(args)...));
 }
 
-/// Runs `body` and puts operation and path before the sentences of what it throws: ValueError for
-/// content, Error for what the system refused.
+/// Runs `body` and puts operation and path (that of a staged file: where it will be) before the
+/// sentences of what it throws: ValueError for content, Error for what the system refused.
 template <typename Body>
 auto on_file(const char* op, const std::string& path, Body body) {
   try {
     return body();
   } catch (const ContentError& error) {
-    C10_THROW_ERROR(ValueError, fmt::format("[{}] {}: {}", op, shown(path, 4096), error.what()));
+    C10_THROW_ERROR(ValueError,
+                    fmt::format("[{}] {}: {}", op, shown(final_path(path), 4096), error.what()));
   } catch (const FileError& error) {
-    C10_THROW_ERROR(Error, fmt::format("[{}] {}: {}", op, shown(path, 4096), error.what()));
+    C10_THROW_ERROR(Error,
+                    fmt::format("[{}] {}: {}", op, shown(final_path(path), 4096), error.what()));
   }
 }
 

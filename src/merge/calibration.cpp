@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/tensor_checks.h"
 #include "merge/merge_rules.h"
 
 namespace reslora {
@@ -41,6 +42,9 @@ std::vector<Tensor> padding_masks(const std::vector<Tensor>& masks, const std::s
   std::vector<Tensor> checked;
   for (const Tensor& mask : masks) {
     if (!mask.defined()) continue;
+    RESLORA_CHECK(detail::is_dense(mask) && !mask.is_meta(),
+                  "[{}] a mask must be a dense tensor in memory; got {}", op,
+                  detail::described(mask));
     RESLORA_CHECK(
         mask.scalar_type() == at::kBool || mask.eq(0).logical_or(mask.eq(1)).all().item<bool>(),
         "[{}] a mask [batch, tokens] must hold 1 for tokens and 0 for padding; got values "
@@ -60,20 +64,27 @@ std::vector<Tensor> padding_masks(const std::vector<Tensor>& masks, const std::s
 
 std::optional<Tensor> row_mask(const std::vector<Tensor>& masks, at::IntArrayRef leading) {
   for (const Tensor& mask : masks)
+    RESLORA_CHECK(detail::is_dense(mask), "[row_mask] masks must be dense tensors; got {}",
+                  detail::described(mask));
+  for (const Tensor& mask : masks)
     if (mask.sizes() == leading || (leading.size() == 1 && leading[0] == mask.numel()))
       return mask.reshape({-1});
   return std::nullopt;
 }
 
 at::Tensor error_sum(const at::Tensor& reference, const at::Tensor& other) {
+  detail::check_rows(reference, detail::kAny, "error_sum", "reference");
+  detail::check_floating(other, reference.sizes(), "error_sum", "other");
   const at::Tensor scale = reference.square().mean().clamp_min(std::numeric_limits<float>::min());
   return (other - reference).square().mean(-1).sum() / scale;
 }
 
 MovedTaps choose_moves(const std::vector<ChainView>& chains, const MoveMeasure& measure) {
+  RESLORA_CHECK(measure, "[calibrate] moved taps need a measure; got none");
   MovedTaps found;
   std::vector<Moved> tried;
   for (size_t i = 0; i < chains.size(); ++i) {
+    detail::check_view(chains[i], "calibrate");
     auto& fits = found.fits.emplace_back();
     for (const LayerView& layer : chains[i].layers) fits.push_back(layer.fit);
     if (!detail::merges_exactly(chains[i].chain)) tried.emplace_back(i, move_taps(chains[i]));
@@ -102,8 +113,10 @@ MovedTaps choose_moves(const std::vector<ChainView>& chains, const MoveMeasure& 
 }
 
 bool has_moved_taps(const ChainView& view) {
+  detail::check_size(view, "calibrate");
   for (int64_t n = 0; n < view.chain.size(); ++n) {
-    const Tensor& A = view.layers.at(n).fit.A;
+    detail::check_fit(view, n, "calibrate");
+    const Tensor& A = view.layers[n].fit.A;
     if (A.defined() && A.size(0) != view.chain.layer(n).r) return true;
   }
   return false;
@@ -121,9 +134,10 @@ std::string few_rows_warning(const std::vector<ChainView>& chains) {
   int64_t count = 0;
   std::string first;
   for (const ChainView& view : chains) {
+    detail::check_size(view, "calibrate");
     for (int64_t n = 0; n < view.chain.size(); ++n) {
       const LayerShape& layer = view.chain.layer(n);
-      const int64_t rows = view.layers.at(n).fit.rows;
+      const int64_t rows = view.layers[n].fit.rows;
       if (rows == 0 || rows >= layer.in_features || ++count > 1) continue;
       first = fmt::format("{} of {} in {}", rows, layer.in_features, layer.name);
     }

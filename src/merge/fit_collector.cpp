@@ -13,6 +13,8 @@
 
 #include "core/check.h"
 #include "core/precision.h"
+#include "core/tensor_checks.h"
+#include "merge/merge_rules.h"
 #include "merge/regression.h"
 #include "merge/rows.h"
 
@@ -65,6 +67,10 @@ void add_columns_(const Tensor& sum, const Tensor& rows) {
   sum.add_(rows.sum(at::IntArrayRef{0}, /*keepdim=*/false, at::kDouble).to(sum.device()));
 }
 
+int64_t rows_of(const Tensor& tensor) {
+  return c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
+}
+
 /// Rows in fp32, of fp64 in fp64.
 Tensor wide_rows(const Tensor& tensor, const std::optional<Tensor>& mask) {
   const auto dtype = tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -75,6 +81,13 @@ Tensor wide_rows(const Tensor& tensor, const std::optional<Tensor>& mask) {
 
 struct FitCollector::State {
   const LayerShape& shape(int64_t c, int64_t n) const { return views[c].chain.layer(n); }
+  Slot& slot(int64_t c, int64_t n) {
+    RESLORA_CHECK(c >= 0 && c < static_cast<int64_t>(views.size()),
+                  "[calibrate] chain must be the index of one of the collector; got {} of {}", c,
+                  views.size());
+    shape(c, n);  // refuses a position that is none
+    return slots[c][n];
+  }
   bool has_seen(const Tensor& x) const {
     return last_x.defined() && last_x.is_same(x) && last_version == version_of(x);
   }
@@ -161,10 +174,11 @@ FitCollector::FitCollector(std::vector<ChainView> chains, FitOptions options)
                 "[calibrate] max_cov_bytes must not be negative; got {}", options.max_cov_bytes);
   bool has_bias = false;
   for (const ChainView& view : chains) {
+    detail::check_view(view, "calibrate");
     auto& slots = state_->slots.emplace_back(view.chain.size());
     for (int64_t n = 0; n < view.chain.size(); ++n) {
       slots[n].is_done = view.chain.merges_exactly(n);
-      has_bias |= view.layers.at(n).bias.defined();
+      has_bias |= view.layers[n].bias.defined();
     }
   }
   RESLORA_CHECK(!options.affine || has_bias,
@@ -189,15 +203,15 @@ void FitCollector::begin_batch(const std::vector<Tensor>& masks) {
 void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const Tensor& v) {
   const detail::FullPrecision guard;
   State& state = *state_;
-  Slot& slot = state.slots.at(chain).at(position);
+  Slot& slot = state.slot(chain, position);
   if (slot.is_done || slot.is_deferred) return;
   const LayerShape& layer = state.shape(chain, position);
-  RESLORA_CHECK(x.size(-1) == layer.in_features && v.size(-1) == layer.r &&
-                    x.numel() / layer.in_features == v.numel() / layer.r,
-                "[calibrate] x must be [..., {}] and v [..., {}] with the same rows; got [{}] and "
-                "[{}] (layer {})",
-                layer.in_features, layer.r, fmt::join(x.sizes(), ", "), fmt::join(v.sizes(), ", "),
-                layer.name);
+  detail::check_rows(x, layer.in_features, "calibrate", "x", layer.name);
+  detail::check_rows(v, layer.r, "calibrate", "v", layer.name);
+  RESLORA_CHECK(rows_of(x) == rows_of(v),
+                "[calibrate] x must be [..., {}] and v [..., {}] with the same rows; got {} and "
+                "{} (layer {})",
+                layer.in_features, layer.r, detail::described(x), detail::described(v), layer.name);
   const bool is_shared = state.has_seen(x);
   if (!slot.input && !state.join(slot, layer, is_shared ? state.last_input : nullptr, x)) {
     slot.is_deferred = true;
@@ -275,7 +289,7 @@ bool FitCollector::finish_pass() {
 const std::vector<ChainView>& FitCollector::views() const { return state_->views; }
 
 const std::optional<FitSums>& FitCollector::sums(int64_t chain, int64_t position) const {
-  return state_->slots.at(chain).at(position).kept;
+  return state_->slot(chain, position).kept;
 }
 
 const FitCost& FitCollector::cost() const { return state_->cost; }

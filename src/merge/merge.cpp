@@ -9,6 +9,7 @@
 
 #include "core/check.h"
 #include "core/precision.h"
+#include "core/tensor_checks.h"
 #include "merge/merge_rules.h"
 #include "merge/merged_weight.h"
 
@@ -34,6 +35,7 @@ void check_untied(const std::vector<Tensor>& weights, const std::vector<LayerMer
 
 at::Tensor singular_values(const LayerMerge& layer) {
   const detail::FullPrecision guard;
+  detail::check_pair(layer, "merge");
   // B A = Qb (Rb Ra^T) Qa^T: the singular values are those of the small core.
   const Tensor r_b = std::get<1>(at::linalg_qr(layer.B.to(at::kDouble)));
   const Tensor r_a = std::get<1>(at::linalg_qr(layer.A.to(at::kDouble).t()));
@@ -69,11 +71,14 @@ void MergePlan::apply(bool keep_originals, bool safe_merge,
   check_untied(weights_, layers_);
   if (safe_merge) check_finite();
   try {
+    is_running_ = true;
     for (size_t i = 0; i < layers_.size(); ++i) {
       write(i, keep_originals);
       if (progress) progress(static_cast<int64_t>(i) + 1);
     }
+    is_running_ = false;
   } catch (...) {
+    is_running_ = false;
     if (keep_originals) restore();
     throw;
   }
@@ -120,6 +125,9 @@ void MergePlan::revert(const std::vector<Tensor>& weights, const std::vector<Ten
   RESLORA_CHECK(is_applied_,
                 "[merge] only an applied plan can be reverted; got one that is not: "
                 "call apply first");
+  RESLORA_CHECK(!is_running_,
+                "[merge] a plan is reverted once it is applied; got a call from its progress, "
+                "while weights are written");
   RESLORA_CHECK(originals_.size() == layers_.size(),
                 "[merge] reverting needs the originals, which were not kept: apply with "
                 "keep_originals, or load the base model again");
@@ -131,12 +139,11 @@ void MergePlan::revert(const std::vector<Tensor>& weights, const std::vector<Ten
                 live.size(), live_biases.size(), layers_.size());
   const auto check = [&](const Tensor& now, const Tensor& then, size_t i) {
     if (!then.defined()) return;
-    RESLORA_CHECK(
-        now.defined() && now.scalar_type() == then.scalar_type() && now.sizes() == then.sizes(),
-        "[merge] a merged weight must keep its dtype and shape until it is reverted; got "
-        "{} for {} (layer {}): cast the model back first, or load the base model again",
-        now.defined() ? c10::toString(now.scalar_type()) : "none",
-        c10::toString(then.scalar_type()), layers_[i].name);
+    RESLORA_CHECK(detail::is_dense(now) && !now.is_meta() &&
+                      now.scalar_type() == then.scalar_type() && now.sizes() == then.sizes(),
+                  "[merge] a merged weight must keep its dtype and shape until it is reverted; got "
+                  "{} for {} (layer {}): cast the model back first, or load the base model again",
+                  detail::described(now), detail::described(then), layers_[i].name);
   };
   for (size_t i = 0; i < originals_.size(); ++i) {
     check(live[i], originals_[i].first, i);

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/tensor_checks.h"
 #include "merge/merged_weight.h"
 
 namespace reslora::detail {
@@ -37,16 +38,6 @@ bool has_all_fits(const ChainView& view) {
     if (!view.chain.merges_exactly(n) && !view.layers[n].fit.A.defined()) return false;
   }
   return true;
-}
-
-void check_adapter(const Tensor& tensor, const char* role, int64_t rows, int64_t columns,
-                   const std::string& name) {
-  RESLORA_CHECK(tensor.defined() && !tensor.is_meta() && at::isFloatingType(tensor.scalar_type()),
-                "[merge] {} must be a floating-point tensor in memory; got another one (layer {})",
-                role, name);
-  RESLORA_CHECK(tensor.sizes() == at::IntArrayRef({rows, columns}),
-                "[merge] {} must be [{}, {}]; got [{}] (layer {})", role, rows, columns,
-                fmt::join(tensor.sizes(), ", "), name);
 }
 
 /// Device of the layer's A, fp32, or fp64 where an adapter among `positions` is fp64.
@@ -117,10 +108,8 @@ LayerMerge fitted_merge(const ChainView& view, int64_t n, bool use_affine) {
   const bool is_affine = use_affine && fit.offset.defined() && layer.bias.defined();
   const Tensor& A = is_affine ? fit.affine_A : fit.A;
   const Tensor& B = fit.B.defined() ? fit.B : layer.B;
-  // A fit that brings its own B may have more rows than the adapter.
-  const int64_t r = fit.B.defined() && A.dim() == 2 ? A.size(0) : shape.r;
-  check_adapter(A, "A of the fit", r, shape.in_features, shape.name);
-  check_adapter(B, "B of the fit", shape.out_features, r, shape.name);
+  check_fit(view, n);
+  if (is_affine) check_floating(layer.bias, {shape.out_features}, "merge", "bias", shape.name);
   const at::TensorOptions options = factor_options(view, n, {n});
   LayerMerge merged{shape.name,
                     fit.refine_steps > 0 ? MergeRule::kRefined : MergeRule::kLsq,
@@ -221,15 +210,33 @@ bool merges_exactly(const Chain& chain) {
   return true;
 }
 
-void check_view(const ChainView& view) {
+void check_size(const ChainView& view, const char* op) {
   RESLORA_CHECK(static_cast<int64_t>(view.layers.size()) == view.chain.size(),
-                "[merge] a chain needs the tensors of each of its layers; got {} for {} layers",
+                "[{}] a chain needs the tensors of each of its layers; got {} for {} layers", op,
                 view.layers.size(), view.chain.size());
+}
+
+void check_view(const ChainView& view, const char* op) {
+  check_size(view, op);
   for (int64_t n = 0; n < view.chain.size(); ++n) {
     const LayerShape& shape = view.chain.layer(n);
-    check_adapter(view.layers[n].A, "A", shape.r, shape.in_features, shape.name);
-    check_adapter(view.layers[n].B, "B", shape.out_features, shape.r, shape.name);
+    check_floating(view.layers[n].A, {shape.r, shape.in_features}, op, "A", shape.name);
+    check_floating(view.layers[n].B, {shape.out_features, shape.r}, op, "B", shape.name);
   }
+}
+
+void check_fit(const ChainView& view, int64_t n, const char* op) {
+  const LayerShape& shape = view.chain.layer(n);
+  const Fit& fit = view.layers[n].fit;
+  if (!fit.A.defined()) return;
+  // A fit that brings its own B may have more rows than the adapter.
+  const int64_t r = fit.B.defined() && fit.A.dim() == 2 ? fit.A.size(0) : shape.r;
+  check_floating(fit.A, {r, shape.in_features}, op, "A of the fit", shape.name);
+  if (fit.B.defined())
+    check_floating(fit.B, {shape.out_features, r}, op, "B of the fit", shape.name);
+  if (!fit.offset.defined()) return;
+  check_floating(fit.affine_A, {r, shape.in_features}, op, "affine_A of the fit", shape.name);
+  check_floating(fit.offset, {r}, op, "offset of the fit", shape.name);
 }
 
 MergeRule choose_rule(const std::vector<ChainView>& chains, const std::string& merge_method) {

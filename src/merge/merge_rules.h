@@ -9,8 +9,14 @@
 
 namespace reslora::detail {
 
-/// Throws c10::ValueError where the tensors of a view do not fit its chain.
-void check_view(const ChainView& view);
+/// Throws c10::ValueError, in the name of `op`, unless a view has the tensors of every layer.
+void check_size(const ChainView& view, const char* op);
+
+/// The same, and where A and B do not fit the chain.
+void check_view(const ChainView& view, const char* op = "merge");
+
+/// Throws c10::ValueError where a layer has a fit that does not fit it.
+void check_fit(const ChainView& view, int64_t n, const char* op = "merge");
 
 /// The one place that decides which rule serves chains when the user names none (empty
 /// `merge_method`): `lsq` where every layer that needs it has a fit, else `input` where every norm

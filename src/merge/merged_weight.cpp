@@ -6,13 +6,29 @@
 #include <cmath>
 
 #include "core/check.h"
+#include "core/tensor_checks.h"
 #include "cpu/thin_products.h"
 
 namespace reslora::detail {
 
 using at::Tensor;
 
+void check_pair(const LayerMerge& layer, const char* op) {
+  const auto is_matrix = [](const Tensor& tensor) {
+    return is_dense(tensor) && !tensor.is_meta() && tensor.dim() == 2 &&
+           at::isFloatingType(tensor.scalar_type());
+  };
+  RESLORA_CHECK(is_matrix(layer.A) && is_matrix(layer.B) && layer.A.size(0) == layer.B.size(1) &&
+                    layer.A.device() == layer.B.device(),
+                "[{}] a layer must have factors A [r, in] and B [out, r], floating point and in "
+                "memory; got {} and {} (layer {})",
+                op, described(layer.A), described(layer.B), layer.name);
+  if (layer.bias.defined())
+    check_floating(layer.bias, {layer.B.size(0)}, op, "the bias that is added", layer.name);
+}
+
 void check_weight(const Tensor& weight, const LayerMerge& layer, const char* purpose) {
+  check_pair(layer, "merge");
   RESLORA_CHECK(weight.defined(),
                 "[merge] {} needs the base weight, and layer {} has none: give it (reslora merge "
                 "does), or take another rule (for norms save with statistics)",

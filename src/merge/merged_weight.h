@@ -6,8 +6,12 @@
 
 namespace reslora::detail {
 
-/// Throws c10::ValueError for a weight that cannot take a sum: absent, quantised, sharded, of
-/// another shape. `purpose` says who asks.
+/// Throws c10::ValueError, in the name of `op`, unless a layer has a pair A [R, in] and B [out, R],
+/// dense and on one device, and a bias [out] or none. One that nobody filled has none.
+void check_pair(const LayerMerge& layer, const char* op);
+
+/// Throws c10::ValueError for a pair that `check_pair` refuses, and for a weight that cannot take a
+/// sum: absent, quantised, sharded, of another shape. `purpose` says who asks.
 void check_weight(const at::Tensor& weight, const LayerMerge& layer, const char* purpose);
 
 /// c [T, n] += a [T, r] b [r, n], all of c's dtype and device. On the CPU in fp32 an element's bits

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "core/check.h"
+#include "merge/merge_rules.h"
 
 namespace reslora {
 namespace {
@@ -58,6 +59,8 @@ std::vector<Fit> move_taps(const ChainView& view, double share) {
   const Chain& chain = view.chain;
   RESLORA_CHECK(share >= 0 && share <= 1, "[move_taps] share must be within 0 and 1; got {}",
                 share);
+  detail::check_view(view, "move_taps");
+  for (int64_t n = 0; n < chain.size(); ++n) detail::check_fit(view, n, "move_taps");
   std::vector<Fit> fits;
   for (int64_t n = 0; n < chain.size(); ++n) {
     fits.push_back(start_of(view, n));

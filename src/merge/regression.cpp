@@ -10,6 +10,7 @@
 
 #include "core/check.h"
 #include "core/precision.h"
+#include "core/tensor_checks.h"
 
 namespace reslora {
 namespace {
@@ -17,6 +18,11 @@ namespace {
 using at::Tensor;
 
 double sum_of(const Tensor& tensor) { return tensor.sum().item<double>(); }
+
+bool is_sum(const Tensor& sum, at::IntArrayRef sizes) {
+  return detail::is_dense(sum) && !sum.is_meta() && sum.scalar_type() == at::kDouble &&
+         sum.sizes() == sizes;
+}
 
 void check_sums(const FitSums& sums, const Tensor& A, const FitOptions& options,
                 const std::string& name) {
@@ -26,11 +32,15 @@ void check_sums(const FitSums& sums, const Tensor& A, const FitOptions& options,
                 "[calibrate] a layer is fitted on the rows that it saw; got none for layer {}: "
                 "give batches that reach it, or merge by 'input' or 'weight'",
                 name);
-  RESLORA_CHECK(sums.vx.defined() && sums.vx.sizes() == A.sizes(),
-                "[calibrate] sums must be of a layer with A of the same shape; got [{}] for A [{}] "
-                "(layer {})",
-                sums.vx.defined() ? fmt::format("{}", fmt::join(sums.vx.sizes(), ", ")) : "none",
-                fmt::join(A.sizes(), ", "), name);
+  detail::check_floating(A, {detail::kAny, detail::kAny}, "calibrate", "A", name);
+  RESLORA_CHECK(
+      is_sum(sums.vx, A.sizes()),
+      "[calibrate] sums must be fp64 of a layer with A of the same shape; got {} for A {} "
+      "(layer {})",
+      detail::described(sums.vx), detail::described(A), name);
+  RESLORA_CHECK(!(sums.vv < 0),
+                "[calibrate] the sum of squares must not be negative; got {} (layer {})", sums.vv,
+                name);
   RESLORA_CHECK(std::isfinite(sums.vv) && std::isfinite(sum_of(sums.vx)),
                 "[calibrate] activations must be finite; got NaN or infinity (layer {}): check "
                 "the batches and the adapter",
@@ -83,15 +93,20 @@ Fit solve_fit(const FitSums& sums, const Tensor& A, const FitOptions& options,
   const detail::FullPrecision guard;
   check_sums(sums, A, options, name);
   const auto check = [&](const char* role, const Tensor& sum, std::vector<int64_t> sizes) {
-    RESLORA_CHECK(sum.defined() && sum.sizes() == at::IntArrayRef(sizes),
-                  "[calibrate] {} must be [{}]; got [{}] (layer {})", role, fmt::join(sizes, ", "),
-                  fmt::join(sum.defined() ? sum.sizes() : at::IntArrayRef(), ", "), name);
+    RESLORA_CHECK(is_sum(sum, sizes) && sum.device() == sums.vx.device(),
+                  "[calibrate] {} must be fp64 [{}] on the device of vx; got {} (layer {})", role,
+                  fmt::join(sizes, ", "), detail::described(sum), name);
     RESLORA_CHECK(std::isfinite(sum_of(sum)),
                   "[calibrate] activations must be finite; got NaN or infinity (layer {}): check "
                   "the batches and the adapter",
                   name);
   };
   check("xx", sums.xx, {A.size(1), A.size(1)});
+  RESLORA_CHECK(
+      sums.xx.numel() == 0 || sums.xx.diagonal().min().item<double>() >= 0,
+      "[calibrate] the diagonal of xx, sums of squares, must not be negative; got {} (layer "
+      "{})",
+      sums.xx.diagonal().min().item<double>(), name);
   if (options.affine) {
     check("x_sum", sums.x_sum, {A.size(1)});
     check("v_sum", sums.v_sum, {A.size(0)});

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/tensor_checks.h"
 #include "io/folders.h"
 #include "io/saved_adapter.h"
 #include "nn/adapter_tensors.h"
@@ -107,6 +108,7 @@ void Adapters::save(const std::string& folder, bool statistics) const {
 }
 
 void Adapters::load(const std::string& folder) const {
+  state_->check_idle("load");
   RESLORA_CHECK(!is_merged(), "[load] the adapters must not be merged; got merged ones (unmerge)");
   const detail::SavedAdapter saved = detail::read_folder(folder);
   check_formula(state_->config, saved.config);
@@ -174,13 +176,23 @@ std::map<std::string, at::Tensor> base_tensors(const torch::nn::Module& model) {
 }
 
 void load_base_tensors(torch::nn::Module& model, const std::map<std::string, at::Tensor>& tensors) {
+  using detail::described;
+  const auto is_given = [](const at::Tensor& tensor) {
+    return detail::is_dense(tensor) && !tensor.is_meta() && !tensor.is_quantized();
+  };
   std::map<std::string, at::Tensor> own = base_tensors(model);
   for (const auto& [name, tensor] : own) {
     const auto found = tensors.find(name);
     RESLORA_CHECK(found != tensors.end(), "[load_base_tensors] the tensor {} is missing", name);
-    RESLORA_CHECK(found->second.sizes() == tensor.sizes(),
-                  "[load_base_tensors] {} must be [{}]; got [{}]", name,
-                  fmt::join(tensor.sizes(), ", "), fmt::join(found->second.sizes(), ", "));
+    // All that a copy may refuse is refused before the first one.
+    RESLORA_CHECK(is_given(found->second) && found->second.sizes() == tensor.sizes() &&
+                      c10::canCast(found->second.scalar_type(), tensor.scalar_type()),
+                  "[load_base_tensors] {} must be a dense tensor in memory like {}; got {}", name,
+                  described(tensor), described(found->second));
+    RESLORA_CHECK(is_given(tensor) && tensor.is_non_overlapping_and_dense(),
+                  "[load_base_tensors] the model must hold tensors that can be written; got {} for "
+                  "{}",
+                  described(tensor), name);
   }
   for (const auto& item : tensors)
     RESLORA_CHECK(own.count(item.first) > 0, "[load_base_tensors] the model has no tensor {}",

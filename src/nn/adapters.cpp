@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <map>
 #include <ostream>
+#include <set>
 #include <utility>
 
 #include "nn/adapter_tensors.h"
@@ -102,8 +103,11 @@ std::vector<at::Tensor> Adapters::parameters() const {
   std::vector<at::Tensor> all;
   for (const LinkedChain& chain : state_->chains)
     for (at::Tensor& parameter : chain.parameters()) all.push_back(std::move(parameter));
+  // A head that stands at two places is one: an optimizer would move it twice.
+  std::set<const void*> seen;
   for (const auto& [name, tensor] : state_->heads)
-    if (tensor.requires_grad()) all.push_back(tensor);
+    if (tensor.requires_grad() && seen.insert(tensor.unsafeGetTensorImpl()).second)
+      all.push_back(tensor);
   return all;
 }
 
@@ -139,6 +143,7 @@ std::string Adapters::links() const {
 void Adapters::print_links(std::ostream& stream) const { stream << links(); }
 
 void Adapters::set_enabled(bool is_enabled) const {
+  state_->check_idle("set_enabled");
   RESLORA_CHECK(!is_merged(),
                 "[set_enabled] the adapters must not be merged; got merged ones (unmerge first)");
   for (const LinkedChain& chain : state_->chains) chain.set_enabled(is_enabled);
@@ -165,13 +170,16 @@ MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const
 
 const MergePlan& Adapters::merge(const std::string& merge_method,
                                  const std::function<void(int64_t)>& progress) const {
+  state_->check_idle("merge");
   auto made = std::make_unique<Merge>(Merge{plan(merge_method)});
+  const Busy busy(*state_, "merge");
   made->enter(state_->chains, progress);
   state_->merge = std::move(made);
   return state_->merge->plan;
 }
 
 void Adapters::unmerge() const {
+  state_->check_idle("unmerge");
   RESLORA_CHECK(is_merged(), "[unmerge] adapters must be merged; got a model that is not");
   state_->merge->leave(state_->chains);
   state_->merge.reset();

@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "core/check.h"
+
 namespace reslora {
 
 /// A plan, and what it is put in place of.
@@ -33,6 +35,26 @@ struct Adapters::State {
   Fits fits;                                // empty where there are none
   std::string fits_sum;                     // checksum of the adapter that they were made for
   std::unique_ptr<Merge> merge;             // while merged
+  const char* running = nullptr;            // what calls back into the user's program: see Busy
+
+  /// Throws c10::ValueError where `op` is called from such a callback, in the middle of a change.
+  void check_idle(const char* op) const {
+    RESLORA_CHECK(running == nullptr,
+                  "[{}] the adapters must not be at work; got a call from a callback of {}", op,
+                  running);
+  }
+};
+
+/// Says that an operation which calls the user's program back is under way, while it lives.
+class Busy {
+ public:
+  Busy(Adapters::State& state, const char* op) : state_(state) { state_.running = op; }
+  ~Busy() { state_.running = nullptr; }
+  Busy(const Busy&) = delete;
+  Busy& operator=(const Busy&) = delete;
+
+ private:
+  Adapters::State& state_;
 };
 
 }  // namespace reslora

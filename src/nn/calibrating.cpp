@@ -94,6 +94,7 @@ std::vector<double> distances(const Pass& pass, const std::vector<LinkedChain>& 
 }  // namespace
 
 void Adapters::calibrate_with(const Pass& pass, const FitOptions& options) const {
+  state_->check_idle("calibrate");
   RESLORA_CHECK(!is_merged(),
                 "[calibrate] the adapters must not be merged; got merged ones (unmerge first)");
   const std::vector<LinkedChain>& chains = state_->chains;
@@ -108,6 +109,7 @@ void Adapters::calibrate_with(const Pass& pass, const FitOptions& options) const
                     "got {} in training: call model->eval() first",
                     name);
     }
+  const Busy busy(*state_, "calibrate");
   const torch::NoGradGuard no_grad;
   FitCollector collector(std::move(plain), options);
   collect(pass, chains, collector);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -87,11 +88,17 @@ LinkedChain join_copies(const Copies& copies) {
 LinkedChain link(const std::vector<ResLoraLinear>& layers, const ResLoraConfig& config,
                  std::vector<std::string> names) {
   RESLORA_CHECK(!layers.empty(), "[link] a chain needs at least one layer; got none");
+  for (size_t n = 0; n < layers.size(); ++n)
+    RESLORA_CHECK(!layers[n].is_empty(), "[link] a chain needs layers; got an empty holder at {}",
+                  n);
   if (names.empty())
     for (size_t n = 0; n < layers.size(); ++n) names.push_back(std::to_string(n));
   RESLORA_CHECK(names.size() == layers.size(),
                 "[link] needs one name per layer; got {} names for {}", names.size(),
                 layers.size());
+  const std::set<std::string> unique(names.begin(), names.end());
+  RESLORA_CHECK(unique.size() == names.size(),
+                "[link] layers must have names of their own; got [{}]", fmt::join(names, ", "));
   const double scaling = scaling_of(config.lora_alpha(), config.r(), config.use_rslora());
   std::vector<LayerShape> shapes;
   for (size_t n = 0; n < layers.size(); ++n)

@@ -15,7 +15,8 @@
 
 namespace reslora {
 
-/// What the layers of a chain share. Layers hold it; it holds them weakly.
+/// What the layers of a chain share. Layers hold it; it holds them weakly. Several threads may run
+/// them at once: `mutex` guards `missed` and the layers' norm windows, and passes guard themselves.
 struct ChainState {
   ChainState(Chain links, std::vector<std::weak_ptr<ResLoraLinearImpl>> members)
       : chain(std::move(links)),
@@ -23,13 +24,15 @@ struct ChainState {
         missed(layers.size(), 0),
         passes(layers.size()) {}
 
+  /// The layer at a position; throws c10::ValueError where there is none.
   std::shared_ptr<ResLoraLinearImpl> layer(int64_t position) const {
-    auto strong = layers.at(position).lock();
+    const std::string& name = chain.layer(position).name;
+    auto strong = layers[position].lock();
     RESLORA_CHECK(
         strong && strong->state_.get() == this,
         "[linear] a layer of the chain is gone; got position {} ({}): keep the model alive, "
         "and call reslora::relink on a cloned model",
-        position, chain.layer(position).name);
+        position, name);
     return strong;
   }
 
@@ -83,7 +86,7 @@ struct ChainState {
   bool is_enabled = true;
   FitCollector* collector = nullptr;
   int64_t collector_index = 0;
-  std::mutex mutex;
+  mutable std::mutex mutex;
   Passes passes;
 };
 

@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "core/check.h"
+#include "core/tensor_checks.h"
 #include "nn/chain_state.h"
 
 namespace reslora {
@@ -29,7 +30,10 @@ auto naming(const std::string& layer, const Body& body) {
   }
 }
 
-constexpr const char* kMergedKey = "reslora_merged";  // in the archives of torch::save
+// In the archives of torch::save, beside the parameters.
+constexpr const char* kMergedKey = "reslora_merged";
+constexpr const char* kNormsKey = "reslora_norms";
+constexpr const char* kCountKey = "reslora_norm_count";
 
 bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
   return tap.defined() && tap.dim() == x.dim() &&
@@ -46,6 +50,9 @@ ResLoraLinearImpl::ResLoraLinearImpl(const torch::nn::LinearOptions& options_) :
 }
 
 void ResLoraLinearImpl::reset() {
+  RESLORA_CHECK(options.in_features() >= 0 && options.out_features() >= 0,
+                "[linear] in_features and out_features must not be negative; got {} and {}",
+                options.in_features(), options.out_features());
   weight =
       register_parameter("weight", torch::empty({options.out_features(), options.in_features()}));
   bias = options.bias() ? register_parameter("bias", torch::empty({options.out_features()}))
@@ -85,7 +92,12 @@ bool ResLoraLinearImpl::is_linked() const {
   return is_adapted() && state_->layers[position_].lock().get() == this;
 }
 
-const std::string& ResLoraLinearImpl::name() const { return state_->chain.layer(position_).name; }
+const std::string& ResLoraLinearImpl::name() const {
+  RESLORA_CHECK(is_adapted(),
+                "[linear] a layer has a name once it is linked; got a plain one ({} -> {})",
+                options.in_features(), options.out_features());
+  return state_->chain.layer(position_).name;
+}
 
 void ResLoraLinearImpl::pretty_print(std::ostream& stream) const {
   stream << std::boolalpha << "reslora::ResLoraLinear(in_features=" << options.in_features()
@@ -101,8 +113,10 @@ std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
     const std::optional<torch::Device>& device) const {
   auto copy = torch::nn::Cloneable<ResLoraLinearImpl>::clone(device);
   auto& layer = static_cast<ResLoraLinearImpl&>(*copy);
-  if (norms.is_defined()) layer.norms = NormWindow(norms.norms().clone(), norms.count().clone());
   if (is_adapted()) {
+    const NormWindow window = norms_now();
+    if (window.is_defined())
+      layer.norms = NormWindow(window.norms().clone(), window.count().clone());
     layer.weight.set_requires_grad(weight.requires_grad());
     if (bias.defined()) layer.bias.set_requires_grad(bias.requires_grad());
   }
@@ -112,6 +126,11 @@ std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
 void ResLoraLinearImpl::save(torch::serialize::OutputArchive& archive) const {
   torch::nn::Cloneable<ResLoraLinearImpl>::save(archive);
   if (is_merged_) archive.write(kMergedKey, at::ones({1}));
+  if (!is_adapted()) return;
+  const NormWindow window = norms_now();
+  if (!window.is_defined()) return;
+  archive.write(kNormsKey, window.norms(), /*is_buffer=*/true);
+  archive.write(kCountKey, window.count(), /*is_buffer=*/true);
 }
 
 void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
@@ -122,7 +141,39 @@ void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
                 "or into a plain one; got the layer {}, which is {}",
                 is_stored_merged ? "a merged" : "an unmerged", name(),
                 is_merged_ ? "merged" : "not merged");
+  check_archived(archive);
+  at::Tensor ring, count;
+  const bool has_norms = is_adapted() && archive.try_read(kNormsKey, ring, /*is_buffer=*/true) &&
+                         archive.try_read(kCountKey, count, /*is_buffer=*/true);
+  const NormWindow window = has_norms ? NormWindow(ring, count) : NormWindow();
   torch::nn::Cloneable<ResLoraLinearImpl>::load(archive);
+  if (is_adapted()) set_norms(window);
+}
+
+/// torch::load would take tensors of any shape.
+void ResLoraLinearImpl::check_archived(torch::serialize::InputArchive& archive) const {
+  for (const auto& item : named_parameters(/*recurse=*/false)) {
+    at::Tensor stored;
+    if (!item.value().defined() || !archive.try_read(item.key(), stored)) continue;
+    RESLORA_CHECK(stored.sizes() == item.value().sizes(),
+                  "[load] an archive must be of the same layer; got {} for {}, which is {}{}",
+                  detail::described(stored), item.key(), detail::described(item.value()),
+                  is_adapted() ? " (layer " + name() + ")" : "");
+  }
+}
+
+NormWindow ResLoraLinearImpl::norms_now() const {
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  return norms;
+}
+
+/// Replaces the norm window; it comes to the device of A.
+void ResLoraLinearImpl::set_norms(const NormWindow& window) {
+  NormWindow own;
+  if (window.is_defined())
+    own = NormWindow(window.norms().to(reslora_A.device()), window.count().to(reslora_A.device()));
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  norms = own;
 }
 
 bool ResLoraLinearImpl::is_plain() const { return !is_adapted() || !state_->is_enabled; }
@@ -224,14 +275,21 @@ AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
   return in;
 }
 
+/// The norm window, made by the first of the threads that need it.
+NormWindow ResLoraLinearImpl::window_on(c10::Device device) {
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  if (!norms.is_defined() || norms.norms().device() != device)
+    norms = NormWindow(state_->chain.config().norm_window(), device);
+  return norms;
+}
+
 /// Takes what belongs to this layer from the op's output; returns y.
 at::Tensor ResLoraLinearImpl::take(const AdaptInput& in, AdaptOutput out,
                                    std::vector<at::Tensor>& taps) {
   if (state_->collector) state_->collector->add(state_->collector_index, position_, in.x, out.s);
   if (in.want_norms) {
-    if (!norms.is_defined() || norms.norms().device() != in.x.device())
-      norms = NormWindow(state_->chain.config().norm_window(), in.x.device());
-    record_norms(out.norms, norms.norms(), norms.count());
+    const NormWindow window = window_on(in.x.device());
+    record_norms(out.norms, window.norms(), window.count());
   }
   const Handed handed = state_->chain.wiring(position_).handed;
   if (handed != Handed::kNothing) taps[position_] = handed == Handed::kS ? out.s : out.tap;
@@ -256,7 +314,7 @@ ChainView LinkedChain::view() const {
   for (int64_t n = 0; n < state_->chain.size(); ++n) {
     const auto layer = state_->layer(n);
     view.layers.push_back(
-        {layer->weight, layer->reslora_A, layer->reslora_B, layer->norms, layer->bias, {}});
+        {layer->weight, layer->reslora_A, layer->reslora_B, layer->norms_now(), layer->bias, {}});
   }
   return view;
 }
@@ -273,16 +331,17 @@ void LinkedChain::collect(FitCollector* collector, int64_t index) const {
 }
 
 void LinkedChain::set_norms(int64_t position, const NormWindow& norms) const {
-  const auto layer = state_->layer(position);
-  layer->norms = norms.is_defined() ? NormWindow(norms.norms().to(layer->reslora_A.device()),
-                                                 norms.count().to(layer->reslora_A.device()))
-                                    : NormWindow();
+  state_->layer(position)->set_norms(norms);
 }
 
 bool LinkedChain::is_training(int64_t position) const {
   return state_->layer(position)->is_training();
 }
 
-int64_t LinkedChain::missed_links(int64_t position) const { return state_->missed.at(position); }
+int64_t LinkedChain::missed_links(int64_t position) const {
+  state_->chain.layer(position);  // refuses a position that is none
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  return state_->missed[position];
+}
 
 }  // namespace reslora

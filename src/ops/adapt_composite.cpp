@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "ops/adapt_kernels.h"
+#include "ops/norm_ring.h"
 
 namespace reslora::ops {
 namespace {
@@ -135,9 +136,10 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorL
 
 void record_norms_aten(const Tensor& norms, const Tensor& ring, const Tensor& count) {
   check_record_norms(norms, ring, count);
+  const std::lock_guard<std::mutex> lock(ring_mutex());
   const Tensor column = count.remainder(ring.size(1));  // a tensor: the host need not know it
   Tensor target = ring;
-  target.index_copy_(1, column, norms.unsqueeze(1));
+  target.index_copy_(1, column, norms.reshape({2, 1}));
   Tensor written = count;
   written.add_(1);
 }

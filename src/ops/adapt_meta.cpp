@@ -24,6 +24,8 @@ bool has_leading_dims_of(const Tensor& t, const Tensor& x) {
 
 const char* type_name(const Tensor& t) { return c10::toString(t.scalar_type()); }
 
+bool is_dense(const Tensor& t) { return t.layout() == at::kStrided; }
+
 void check_base(const Tensor& x, const Member& member) {
   const Tensor& out = member.base();
   const char* what = member.weight ? "weight" : "base_out";
@@ -33,6 +35,8 @@ void check_base(const Tensor& x, const Member& member) {
   RESLORA_CHECK(out.device() == x.device(),
                 "[adapt] x and the base must be on one device; got x on {}, {} on {}",
                 x.device().str(), what, out.device().str());
+  RESLORA_CHECK(is_dense(out), "[adapt] {} must be a dense tensor; got one of another layout",
+                what);
   if (member.weight) {
     RESLORA_CHECK(out.dim() == 2 && out.sym_size(1) == x.sym_size(-1),
                   "[adapt] x and weight must agree on in_features; got x {}, weight {}", shape(x),
@@ -43,16 +47,22 @@ void check_base(const Tensor& x, const Member& member) {
                   shape(out), shape(x));
   }
   if (!member.bias) return;
-  RESLORA_CHECK(member.bias->dim() == 1 && member.bias->sym_size(0) == out.sym_size(0) &&
-                    member.bias->scalar_type() == x.scalar_type(),
-                "[adapt] bias must be [out] in x's dtype; got bias {} {}, weight {} {}",
-                shape(*member.bias), type_name(*member.bias), shape(out), type_name(x));
+  RESLORA_CHECK(
+      member.bias->dim() == 1 && member.bias->sym_size(0) == out.sym_size(0) &&
+          member.bias->scalar_type() == x.scalar_type() && member.bias->device() == x.device() &&
+          is_dense(*member.bias),
+      "[adapt] bias must be dense [out] in x's dtype on its device; got bias {} {} on {}, "
+      "weight {} {} on {}",
+      shape(*member.bias), type_name(*member.bias), member.bias->device().str(), shape(out),
+      type_name(x), x.device().str());
 }
 
 void check_has_values(const Tensor& block, const char* name, size_t k, const Tensor& x) {
   RESLORA_CHECK(!block.is_meta() || x.is_meta(),
                 "[adapt] {} must have values; got {}[{}] on meta: keep the adapters of a chain on "
                 "a real device when offloading",
+                name, name, k);
+  RESLORA_CHECK(is_dense(block), "[adapt] {} must be dense tensors; got {}[{}] of another layout",
                 name, name, k);
 }
 
@@ -83,11 +93,14 @@ void check_blocks(const Tensor& x, const Member& member) {
   }
   c10::SymInt R = 0;
   for (const Tensor& B : member.B) R = R + B.sym_size(1);
-  for (const Tensor& tap : member.taps)
+  for (size_t k = 0; k < member.taps.size(); ++k) {
+    const Tensor& tap = member.taps[k];
     RESLORA_CHECK(has_leading_dims_of(tap, x) && tap.sym_size(-1) == R &&
                       at::isFloatingType(tap.scalar_type()),
                   "[adapt] a tap must have x's leading dimensions and {} columns; got tap {}, x {}",
                   R.is_symbolic() ? "R" : std::to_string(R.expect_int()), shape(tap), shape(x));
+    check_has_values(tap, "taps", k, x);
+  }
 }
 
 void check_dropout(const AdaptArgs& args) {
@@ -98,8 +111,8 @@ void check_dropout(const AdaptArgs& args) {
     RESLORA_CHECK(
         args.dropout > 0 && args.bits->scalar_type() == at::kByte && args.bits->dim() == 2 &&
             args.bits->sym_size(0) == T &&
-            args.bits->sym_size(1) == (args.x.sym_size(-1) + 7) / 8 && args.bits->is_contiguous() &&
-            args.bits->device() == args.x.device(),
+            args.bits->sym_size(1) == (args.x.sym_size(-1) + 7) / 8 && is_dense(*args.bits) &&
+            args.bits->is_contiguous() && args.bits->device() == args.x.device(),
         "[adapt] bits must be contiguous uint8 [T, ceil(in/8)] on x's device, with dropout "
         "> 0; got bits {} {}, dropout {}, x {}",
         shape(*args.bits), type_name(*args.bits), args.dropout, shape(args.x));
@@ -161,9 +174,10 @@ void record_norms_meta(const Tensor& norms, const Tensor& ring, const Tensor& co
 
 void check_record_norms(const Tensor& norms, const Tensor& ring, const Tensor& count) {
   RESLORA_CHECK(
-      norms.sym_numel() == 2 && norms.scalar_type() == at::kFloat && ring.dim() == 2 &&
-          ring.sym_size(0) == 2 && ring.sym_size(1) >= 1 && ring.scalar_type() == at::kFloat &&
-          ring.is_contiguous() && count.sym_numel() == 1 && count.scalar_type() == at::kLong &&
+      is_dense(norms) && is_dense(ring) && is_dense(count) && norms.sym_numel() == 2 &&
+          norms.scalar_type() == at::kFloat && ring.dim() == 2 && ring.sym_size(0) == 2 &&
+          ring.sym_size(1) >= 1 && ring.scalar_type() == at::kFloat && ring.is_contiguous() &&
+          count.sym_numel() == 1 && count.scalar_type() == at::kLong &&
           ring.device() == norms.device() && count.device() == norms.device(),
       "[record_norms] norms must be float32 [2], ring contiguous float32 [2, N] and count "
       "int64 [1], on one device; got {} {}, {} {} and {} {}",
@@ -172,9 +186,10 @@ void check_record_norms(const Tensor& norms, const Tensor& ring, const Tensor& c
 
 void check_adapt(const AdaptArgs& args) {
   RESLORA_CHECK(
-      args.x.dim() >= 1 && at::isFloatingType(args.x.scalar_type()) && args.x.sym_size(-1) >= 1,
-      "[adapt] x must be floating point with at least one feature; got x {} {}", shape(args.x),
-      type_name(args.x));
+      is_dense(args.x) && args.x.dim() >= 1 && at::isFloatingType(args.x.scalar_type()) &&
+          args.x.sym_size(-1) >= 1,
+      "[adapt] x must be dense and floating point with at least one feature; got x {} {}{}",
+      shape(args.x), type_name(args.x), is_dense(args.x) ? "" : " of another layout");
   for (const Member& member : args.members) {
     check_base(args.x, member);
     check_blocks(args.x, member);

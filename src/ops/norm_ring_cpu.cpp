@@ -2,7 +2,11 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <limits>
+
+#include "core/check.h"
 #include "ops/adapt_kernels.h"
+#include "ops/norm_ring.h"
 
 namespace reslora::ops {
 namespace {
@@ -12,7 +16,12 @@ void record_norms_cpu(const Tensor& norms, const Tensor& ring, const Tensor& cou
   const int64_t size = ring.size(1);
   auto* written = count.mutable_data_ptr<int64_t>();
   auto* columns = ring.mutable_data_ptr<float>();
-  const auto* values = norms.const_data_ptr<float>();
+  const Tensor dense = norms.contiguous();
+  const auto* values = dense.const_data_ptr<float>();
+  const std::lock_guard<std::mutex> lock(ring_mutex());
+  RESLORA_CHECK(*written >= 0 && *written < std::numeric_limits<int64_t>::max(),
+                "[record_norms] count must be a number of forwards, and one more must fit; got {}",
+                *written);
   const int64_t column = *written % size;
   columns[column] = values[0];
   columns[size + column] = values[1];

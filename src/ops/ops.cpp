@@ -2,11 +2,34 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <reslora/ops.h>
 
+#include <cmath>
+
 #include "core/check.h"
 #include "ops/adapt_kernels.h"
 
 namespace reslora {
 namespace {
+
+/// The dispatcher chooses a device by tensors that are there, and asks nothing else of them.
+void check_given(const AdaptInput& in) {
+  const auto check = [](const at::Tensor& tensor, const char* name) {
+    RESLORA_CHECK(tensor.defined(), "[adapt] {} must be a tensor; got an undefined one", name);
+  };
+  const auto check_all = [&](const std::vector<at::Tensor>& tensors, const char* name) {
+    for (const at::Tensor& tensor : tensors) check(tensor, name);
+  };
+  check(in.x, "x");
+  if (in.weight) check(*in.weight, "weight");
+  if (in.bias) check(*in.bias, "bias");
+  if (in.base_out) check(*in.base_out, "base_out");
+  if (in.bits) check(*in.bits, "bits");
+  check_all(in.A, "A");
+  check_all(in.B, "B");
+  check_all(in.taps, "taps");
+}
+
+/// NaN is the same as NaN, so that it is refused as what it is.
+bool is_same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
 /// The op's lists for some inputs.
 struct Lists {
@@ -15,6 +38,7 @@ struct Lists {
   std::vector<double> scaling;
 
   void add(const AdaptInput& in) {
+    check_given(in);
     RESLORA_CHECK(in.weight.has_value() != in.base_out.has_value(),
                   "[adapt] pass either weight or base_out; got {}", in.weight ? "both" : "neither");
     RESLORA_CHECK(in.weight || !in.bias, "[adapt] {}", "base_out must have no bias beside it");
@@ -43,10 +67,10 @@ std::vector<AdaptOutput> call(at::ArrayRef<AdaptInput> inputs) {
   const AdaptInput& first = inputs[0];
   Lists lists;
   for (const AdaptInput& in : inputs) {
-    RESLORA_CHECK(in.x.is_same(first.x) && in.dropout == first.dropout &&
-                      in.bits.has_value() == first.bits.has_value() &&
-                      (!in.bits || in.bits->is_same(*first.bits)) &&
-                      in.want_norms == first.want_norms,
+    RESLORA_CHECK(&in == &first || (in.x.is_same(first.x) && is_same(in.dropout, first.dropout) &&
+                                    in.bits.has_value() == first.bits.has_value() &&
+                                    (!in.bits || in.bits->is_same(*first.bits)) &&
+                                    in.want_norms == first.want_norms),
                   "[adapt] layers that are evaluated together must read one x, with one dropout, "
                   "bits and want_norms; got others at position {}",
                   &in - inputs.data());
@@ -75,6 +99,11 @@ std::vector<AdaptOutput> adapt_together(const std::vector<AdaptInput>& inputs) {
 void record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Tensor& count) {
   using Schema = void(const at::Tensor&, const at::Tensor&, const at::Tensor&);
   static const auto op = find_op<Schema>("reslora::record_norms");
+  RESLORA_CHECK(norms.defined() && ring.defined() && count.defined(),
+                "[record_norms] {} must be a tensor; got an undefined one",
+                !norms.defined()  ? "norms"
+                : !ring.defined() ? "ring"
+                                  : "count");
   op.call(norms, ring, count);
 }
 

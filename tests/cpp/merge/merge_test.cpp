@@ -308,7 +308,7 @@ TEST(MergeApply, RevertNeedsTheSameDtype) {
   MergePlan plan({view}, "input");
   plan.apply();
   view.layers[1].weight.set_data(view.layers[1].weight.to(at::kHalf));
-  EXPECT_TRUE(refuses([&] { plan.revert(); }, "got Half for Float (layer layer.1)"));
+  EXPECT_TRUE(refuses([&] { plan.revert(); }, "got Half [6, 6] for Float [6, 6] (layer layer.1)"));
   EXPECT_TRUE(plan.is_applied());
 }
 
@@ -428,10 +428,11 @@ TEST(MergeRefuses, AddingAdaptersOfDifferentInFeatures) {
 TEST(MergeRefuses, TensorsThatDoNotFitTheChain) {
   ChainView view = view_of(random_blocks({}), "is", 1);
   view.layers[1].A = random({3, 7}, 1);
-  EXPECT_TRUE(
-      refuses([&] { MergePlan({view}, ""); }, "A must be [3, 6]; got [3, 7] (layer layer.1)"));
+  EXPECT_TRUE(refuses([&] { MergePlan({view}, ""); },
+                      "A must be a dense floating-point tensor [3, 6] in memory; got Double [3, 7] "
+                      "(layer layer.1)"));
   view.layers[1].A = at::zeros({3, 6}, at::kInt);
-  EXPECT_TRUE(refuses([&] { MergePlan({view}, ""); }, "A must be a floating-point tensor"));
+  EXPECT_TRUE(refuses([&] { MergePlan({view}, ""); }, "A must be a dense floating-point tensor"));
   view.layers.pop_back();
   EXPECT_TRUE(refuses([&] { MergePlan({view}, ""); }, "got 4 for 5 layers"));
 }
@@ -525,7 +526,7 @@ TEST(MergeLsq, ARefinedFitBringsItsOwnBAndNoBiasMeansNoOffset) {
 TEST(MergeLsq, RefusesMissingAndMalformedFits) {
   ChainView view = fitted_view();
   view.layers[1].fit.affine_A = random({3, 7}, 1);
-  EXPECT_TRUE(refuses([&] { MergePlan({view}, "lsq"); }, "got [3, 7] (layer layer.1)"));
+  EXPECT_TRUE(refuses([&] { MergePlan({view}, "lsq"); }, "got Double [3, 7] (layer layer.1)"));
   view.layers[1].fit = {};
   EXPECT_TRUE(refuses([&] { MergePlan({view}, "lsq"); }, "got none for layer layer.1"));
   EXPECT_EQ(MergePlan({view}, "").layers()[2].rule, MergeRule::kInput);
@@ -541,7 +542,7 @@ TEST(MergeApply, RevertsIntoTensorsThatHaveReplacedThoseOfThePlan) {
   for (const LayerView& layer : view.layers) biases.push_back(layer.bias.clone());
   const at::Tensor good = weights[1];
   weights[1] = good.to(at::kHalf);
-  EXPECT_TRUE(refuses([&] { plan.revert(weights, biases); }, "got Half for Float"));
+  EXPECT_TRUE(refuses([&] { plan.revert(weights, biases); }, "got Half [4, 6] for Float [4, 6]"));
   EXPECT_TRUE(refuses([&] { plan.revert({good}, biases); }, "got 1 and 3 for 3 layers"));
   weights[1] = good;
   plan.revert(weights, biases);

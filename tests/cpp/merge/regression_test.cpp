@@ -211,8 +211,8 @@ TEST(SolveFitRefuses, SumsThatDoNotFitA) {
       [](FitSums& it) {
         it.vx = random({3, 5}, 1);
       },
-      "got [3, 5] for A [3, 6] (layer layers.3.q)"));
-  EXPECT_TRUE(refuses_sums([](FitSums& it) { it.vx = Tensor(); }, "got [none] for A"));
+      "got Double [3, 5] for A Double [3, 6] (layer layers.3.q)"));
+  EXPECT_TRUE(refuses_sums([](FitSums& it) { it.vx = Tensor(); }, "got none for A"));
   EXPECT_TRUE(refuses_sums([](FitSums& it) { it.xx = random({5, 5}, 1); }, part));
   EXPECT_TRUE(refuses_sums([](FitSums& it) { it.xx = Tensor(); }, part));
   EXPECT_TRUE(refuses_sums([](FitSums& it) { it.x_sum = random({5}, 1); }, part));
@@ -526,8 +526,9 @@ TEST(FitCollectorRefuses, ShapesThatDoNotFit) {
   };
   const Tensor x = random({4, 6}, 1);
   const Tensor v = random({4, 3}, 2);
-  EXPECT_TRUE(refuses(add(random({4, 5}, 1), v), "x must be [..., 6]"));
-  EXPECT_TRUE(refuses(add(x, random({4, 4}, 2)), "and [4, 4] (layer layer.1)"));
+  EXPECT_TRUE(refuses(add(random({4, 5}, 1), v), "rows [..., 6] in memory; got Double [4, 5]"));
+  EXPECT_TRUE(
+      refuses(add(x, random({4, 4}, 2)), "[..., 3] in memory; got Double [4, 4] (layer la"));
   EXPECT_TRUE(refuses(add(x, random({5, 3}, 2)), "the same rows"));
   FitOptions options;
   options.max_cov_bytes = -1;
