@@ -37,7 +37,8 @@ def load() -> None:
     """
     if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_interrupt)
-    problem, cause = "", None
+    problem = ""
+    cause: Exception | None = None
     try:
         problem = _refusal()
         if not problem:
