@@ -33,7 +33,7 @@ struct ModuleInfo {
   bool is_head = false;      ///< the model names it as its output head
   bool is_bypassed = false;  ///< its weight is read by its parent, which never calls it
   bool is_uniform = false;   ///< a list or sequence whose children are all of one class
-  std::string rows;          ///< which rows it sees, where layers of one kind see several: "even"
+  std::string rows = {};     ///< which rows it sees, where layers of one kind see several: "even"
 };
 
 /// What a config means in a model.
