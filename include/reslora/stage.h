@@ -44,9 +44,9 @@ class RESLORA_API Stage {
   const std::string& place() const { return hidden_; }
   // What follows throws c10::ValueError once the stage is over.
 
-  /// Where to write the file that will have this name, which has no slash. Files are put in place
-  /// in the order in which their paths were asked for, so that the last one may tell that all are
-  /// there.
+  /// Where to write the file that will have this name, or this path below the folder (without "."
+  /// and ".."). Files are put in place in the order in which their paths were asked for, so that
+  /// the last one may tell that all are there.
   std::string path(const std::string& name);
   /// Lets `commit` remove the file of this name, where there is one (kFiles).
   void remove(const std::string& name);

@@ -41,11 +41,15 @@ bool is_at(int descriptor, const std::string& path) {
          own.st_dev == there.st_dev && own.st_ino == there.st_ino;
 }
 
-/// Demands the name of a file in the folder itself.
+/// Demands a path that stays below the folder.
 void check_name(const std::string& name) {
-  TORCH_CHECK_VALUE(
-      !name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos,
-      fmt::format("[save] a file must have a name of its own; got '{}'", name));
+  for (size_t begin = 0, end = 0; end != std::string::npos; begin = end + 1) {
+    end = name.find('/', begin);
+    const std::string part = name.substr(begin, end - begin);
+    TORCH_CHECK_VALUE(
+        !part.empty() && part != "." && part != "..",
+        fmt::format("[save] a file must have a name of its own in the folder; got '{}'", name));
+  }
 }
 
 /// Gives a file the mode of the one that it will replace, where there is one.
