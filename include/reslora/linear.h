@@ -29,7 +29,9 @@
 /// another forward after one that an exception left: the rest of that pass runs without taps. So a
 /// model that runs a layer several times, or enters a chain behind its first layer, calls
 /// `begin_forward()` before each forward, or hands the taps on itself with `forward_with_taps`.
-/// Passes do not nest: a forward within a forward of one chain and thread ends the outer pass.
+/// Passes do not nest: a forward within a forward of one chain and thread begins with
+/// `begin_forward()`, which ends the outer pass; without it, its calls are taken for chunks of the
+/// outer one.
 ///
 /// Several threads may run and train one adapted model at once: each has passes of its own, and no
 /// norm record is lost. Linking, merging, loading and moving a model are for one thread while no

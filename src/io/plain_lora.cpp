@@ -85,6 +85,9 @@ std::pair<at::Tensor, at::Tensor> padded_factors(const LayerMerge& layer, int64_
 
 ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double tolerance) {
   detail::check_pair(layer, "export");
+  RESLORA_CHECK(layer.A.numel() > 0 && layer.B.numel() > 0,
+                "[export] factors must not be empty; got A [{}] and B [{}] (layer {})",
+                fmt::join(layer.A.sizes(), ", "), fmt::join(layer.B.sizes(), ", "), layer.name);
   RESLORA_CHECK(max_rank >= 1, "[export] rank must be at least 1; got {} (layer {})", max_rank,
                 layer.name);
   RESLORA_CHECK(std::isfinite(tolerance) && tolerance >= 0 && tolerance < 1,

@@ -74,10 +74,11 @@ LinkedChain join_copies(const Copies& copies) {
   const auto state = std::make_shared<ChainState>(
       copies.original->chain,
       std::vector<std::weak_ptr<ResLoraLinearImpl>>(copies.layers.begin(), copies.layers.end()));
-  // A merge that came after the copy was made has switched the original off, not the copy.
-  const auto first = copies.original->layers[0].lock();
-  const bool was_merged = first && first->is_merged() && !copies.layers[0]->is_merged();
-  state->is_enabled = copies.original->is_enabled || was_merged;
+  // What is merged runs without its adapters. The original may have been merged, or unmerged,
+  // since.
+  state->is_merged = copies.layers[0]->is_merged();
+  state->is_enabled =
+      !state->is_merged && (copies.original->is_enabled || copies.original->is_merged);
   for (size_t n = 0; n < copies.layers.size(); ++n)
     ChainState::join(state, *copies.layers[n], static_cast<int64_t>(n));
   return LinkedChain(state);

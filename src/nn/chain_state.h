@@ -60,8 +60,9 @@ struct ChainState {
   }
 
   /// Marks the layers of a chain as merged, or not.
-  static void mark_merged(const ChainState& state, bool is_merged) {
+  static void mark_merged(ChainState& state, bool is_merged) {
     for (int64_t n = 0; n < state.chain.size(); ++n) state.layer(n)->is_merged_ = is_merged;
+    state.is_merged = is_merged;
   }
 
   static const std::shared_ptr<ChainState>& of(const ResLoraLinearImpl& layer) {
@@ -84,6 +85,7 @@ struct ChainState {
   std::vector<std::weak_ptr<ResLoraLinearImpl>> layers;
   std::vector<int64_t> missed;
   bool is_enabled = true;
+  bool is_merged = false;  // which is why it may not be enabled
   FitCollector* collector = nullptr;
   int64_t collector_index = 0;
   mutable std::mutex mutex;

@@ -170,8 +170,13 @@ NormWindow ResLoraLinearImpl::norms_now() const {
 /// Replaces the norm window; it comes to the device of A.
 void ResLoraLinearImpl::set_norms(const NormWindow& window) {
   NormWindow own;
-  if (window.is_defined())
-    own = NormWindow(window.norms().to(reslora_A.device()), window.count().to(reslora_A.device()));
+  if (window.is_defined()) {
+    RESLORA_CHECK(!window.norms().is_meta(),
+                  "[linear] a norm window must hold values; got one on the meta device (layer {})",
+                  name());
+    const at::Device device = reslora_A.device();
+    own = NormWindow(window.norms().clone().to(device), window.count().clone().to(device));
+  }
   const std::lock_guard<std::mutex> lock(state_->mutex);
   norms = own;
 }

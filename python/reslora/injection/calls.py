@@ -50,14 +50,18 @@ class _Watch:
 
     def look(self, injection: Injection, optimizer: Optimizer) -> list[str]:
         """Return the layers to report after a step of `optimizer`; whole chains by their names."""
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        moved = {id(p) for p in held if p.grad is not None}
-        pairs = {x.name: {id(x.reslora_A), id(x.reslora_B)} for x in injection.layers}
-        pairs = {name: pair for name, pair in pairs.items() if pair <= set(map(id, held))}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        held, moved = set(map(id, parameters)), {id(p) for p in parameters if p.grad is not None}
+        # An A alone tells nothing: another layer may have read it.
+        pairs = {
+            x.name: held & {id(x.reslora_A), id(x.reslora_B)}
+            for x in injection.layers
+            if id(x.reslora_B) in held
+        }
         if not pairs or not moved:
             return []  # the optimizer of another model, or no training step
         self.steps += 1
-        self.silent -= {name for name, pair in pairs.items() if pair <= moved}
+        self.silent -= {name for name, own in pairs.items() if own <= moved}
         found = []
         for chain in injection.chains:
             names = [name for name in chain.names if name in self.silent & pairs.keys()]

@@ -54,6 +54,8 @@ BYPASSED = {
     "LongcatFlashTopkRouter": ("classifier",),
     "LayoutLMv2Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
     "LayoutLMv3Encoder": ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "TDNNLayer": ("kernel",),
     "MambaMixer": ("x_proj",),
     "FalconMambaMixer": ("x_proj",),
 }

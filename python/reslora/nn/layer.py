@@ -231,7 +231,9 @@ class ResLoraLinear(nn.Module):
     def plain_base(self) -> tuple[Tensor, Tensor | None] | None:
         """Return (weight, bias) of a base layer that the op can evaluate, else None."""
         # Attributes of modules are slow to look up; PEFT's layers hold the base elsewhere.
-        base: Any = self._modules.get("base_layer") or self.base_layer
+        base: Any = self._modules.get("base_layer")
+        if base is None:
+            base = self.base_layer
         if type(base) is not self.plain_type or _has_hooks(base):
             return None
         weight, bias = base_weight(base), getattr(base, "bias", None)

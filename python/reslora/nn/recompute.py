@@ -16,6 +16,7 @@ Neither holds a graph, and both die with theirs.
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -96,6 +97,10 @@ class Record:
 
     def __init__(self, thread: object) -> None:
         self.thread = thread
+        # A forward inside of a region begins anew where the region is recomputed: its calls are not
+        # the region's. (A graph holds the record, and the frame holds tensors of the graph.)
+        around, _ = _frame("frame")
+        self.around = None if around is None else weakref.ref(around)
         self.begin: int = _next_sequence_nr()
         self.end: int | None = None
         self.calls: dict[Place, list[Recorded]] = {}
@@ -113,7 +118,7 @@ class Record:
         recorded = Recorded()
         self.calls.setdefault(place, []).append(recorded)
         frame, _ = _frame("frame")
-        if frame is not None:
+        if frame is not None and (self.around is None or frame is not self.around()):
             regions = frame.__dict__.setdefault(ATTRIBUTE, {})
             if session not in regions:
                 regions[session] = Region()

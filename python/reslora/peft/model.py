@@ -195,6 +195,15 @@ class ResLoraModel(BaseTuner):
                 stacklevel=2,
             )
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put a layer of ours in its place, as PEFT does; what an unload puts back is whole."""
+        if isinstance(new_module, PeftLinear):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,

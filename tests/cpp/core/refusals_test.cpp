@@ -110,6 +110,15 @@ TEST(CoreRefusals, Matching) {
       "match_layers", "no match",
       [&] { match_layers(modules, ResLoraConfig().target_modules("q.*"), nullptr); }, "got none");
   refuses_call(
+      "match_saved", "no modules", [&] { match_saved({}, config, {}, {}); }, "of this model");
+  refuses_call(
+      "match_saved", "another layer",
+      [&] {
+        match_saved(modules, config, {{"k", {{"layers.1.k", 4, 4, 2, 1}}}}, {});
+      },
+      "got layers.1.k");
+  refuse_nothing({"plain_name", "saved_part"});
+  refuses_call(
       "find_chains", "another layer", [&] { find_chains(modules, {"layers.1.q"}, config); },
       "got 'layers.1.q'");
   refuses_call(

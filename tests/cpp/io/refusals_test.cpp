@@ -215,6 +215,13 @@ TEST_F(IoRefusals, PlainLora) {
       "padded_factors", "R", [] { padded_factors(good_pair(), 1); }, "at least the layer's");
   refuses_call(
       "reduced_factors", "rank", [] { reduced_factors(good_pair(), 0); }, "rank must be");
+  for (const auto& [r, in] : {std::pair<int64_t, int64_t>{0, 4}, {2, 0}}) {
+    LayerMerge empty = good_pair();
+    empty.A = torch::zeros({r, in});
+    empty.B = torch::zeros({3, r});
+    refuses_call(
+        "reduced_factors", "empty", [&, empty] { reduced_factors(empty, 1); }, "must not be empty");
+  }
   refuses_call(
       "reduced_factors", "tolerance", [] { reduced_factors(good_pair(), 1, NAN); }, "got nan");
   refuses_call(

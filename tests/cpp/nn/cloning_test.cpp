@@ -137,6 +137,30 @@ TEST(Relink, AMergeAfterTheCloneWasMadeSwitchesNothingOffInIt) {
   EXPECT_TRUE(torch::equal(cloned.copy->forward(cloned.x), wanted));
 }
 
+TEST(Relink, ACloneOfAMergedModelStaysMergedOnce) {
+  Cloned cloned(config_of("is"));
+  cloned.adapters.merge();
+  const at::Tensor wanted = cloned.output();
+  const auto copy = clone_of(cloned.net);
+  cloned.adapters.unmerge();
+  relink(*copy);
+  EXPECT_TRUE(torch::equal(copy->forward(cloned.x), wanted));
+}
+
+TEST(Relink, ACloneOutlivesTheModelThatWasMergedLater) {
+  at::Tensor x, wanted;
+  std::shared_ptr<NetImpl> copy;
+  {
+    Cloned cloned(config_of("is"));
+    x = cloned.x;
+    wanted = cloned.output();
+    copy = cloned.copy;
+    cloned.adapters.merge();
+  }
+  relink(*copy);
+  EXPECT_TRUE(torch::equal(copy->forward(x), wanted));
+}
+
 TEST(Relink, LinksNothingWhereALaterChainLacksALayer) {
   Cloned cloned(config_of("is"));
   struct Part : torch::nn::Module {

@@ -101,6 +101,9 @@ TEST(NnRefusals, Chains) {
       "link", "a linked layer", [&] { link(layers, config_of(), {}); }, "linked already");
   refuses_positions("LinkedChain::set_norms", "position", 2,
                     [&](int64_t n) { chain.set_norms(n, NormWindow(3, at::kCPU)); });
+  refuses_call(
+      "LinkedChain::set_norms", "meta", [&] { chain.set_norms(0, NormWindow(3, at::kMeta)); },
+      "must hold values");
   refuses_positions("LinkedChain::is_training", "position", 2,
                     [&](int64_t n) { chain.is_training(n); });
   refuses_positions("LinkedChain::missed_links", "position", 2,

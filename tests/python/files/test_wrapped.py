@@ -33,6 +33,7 @@ WRAPS = {
     "layers": partial(layers_in, compiled),
     "checkpoints": partial(layers_in, checkpoint_wrapper),
     "targets": partial(targets_in, checkpoint_wrapper),
+    "compiled targets": partial(targets_in, compiled),
 }
 
 

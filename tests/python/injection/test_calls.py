@@ -128,6 +128,15 @@ def test_a_chain_that_is_never_called_is_told_after_the_first_step(how, res_mode
     assert "must be called; got no gradient in the first step for *.read (3 layers):" in first[0]
 
 
+def test_optimizers_of_single_factors_tell_too():
+    model = nn.Sequential(*(ByHand(skips=True) for _ in range(3)))
+    model = adapt(model, "inject", target_modules=["called", "read"], res_mode="is")
+    for factor, count in (("reslora_A", 0), ("reslora_B", 1)):
+        own = [p for name, p in model.named_parameters() if factor in name]
+        (sentences,) = warnings_of_steps(model, 1, torch.optim.SGD(own, lr=0.1))
+        assert len(sentences) == count and all("*.read (3 layers)" in text for text in sentences)
+
+
 def test_a_single_layer_that_is_never_called_is_told_after_some_steps():
     model = nn.Sequential(*(ByHand(skips=n == 2) for n in range(3)))
     inject(model, ResLoraConfig(r=2, target_modules=["called", "read"], res_mode="is"))

@@ -442,3 +442,32 @@ def test_the_literal_formulas_hold_in_a_nested_forward():
     model.layers[3].register_forward_pre_hook(evaluate)
     torch.testing.assert_close(model(x_of()), literal(model, x_of(), "is", 1))
     torch.testing.assert_close(seen[0], literal(model, x_of(2), "is", 1))
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (1, 6)])
+@pytest.mark.parametrize(("res_mode", "pre_num"), LINKED)
+def test_a_checkpoint_around_a_forward_within_a_forward(res_mode, pre_num, shape):
+    """The inner forward begins anew in the recompute; the outer layers find their own calls."""
+
+    class Within(Net):
+        depth = 0
+
+        def block(self, layer, x):
+            if layer is self.layers[1] and self.depth == 0:
+                self.depth = 1
+                x = x + 0.1 * self(0.5 * x[: shape[0]]).sum(0, keepdim=True)
+                self.depth = 0
+            return layer(x)
+
+        def forward(self, x):
+            for layer in self.layers:
+                if self.checkpointing is None or self.depth:
+                    x = self.block(layer, x)
+                else:
+                    x = checkpoint(self.block, layer, x, **self.checkpointing)
+            return x
+
+    model = adapted(Within().double(), res_mode=res_mode, pre_num=pre_num)
+    want = gradients(model, x_of())
+    model.checkpointing = NON_REENTRANT
+    assert_equal(gradients(model, x_of()), want)

@@ -65,6 +65,21 @@ def test_a_head_named_by_its_end_is_trained_saved_and_loaded(base, ids, tmp_path
         torch.testing.assert_close(logits(plain, ids), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_head_of_several_layers_is_put_back(merge):
+    model = torch.nn.Sequential()
+    model.body = torch.nn.Linear(4, 4)
+    model.head = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    own = options(target_modules=["body"], modules_to_save=["head"], res_mode="none")
+    adapted = randomize(wrapped(model, **own), 0.3)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        wanted = adapted(x) if merge else adapted.base_model.model.head(model.body.base_layer(x))
+        plain = adapted.merge_and_unload() if merge else adapted.unload()
+        torch.testing.assert_close(plain(x), wanted)
+    assert type(plain.head) is torch.nn.Sequential and type(plain.body) is torch.nn.Linear
+
+
 def test_targets_in_modules_to_save_are_trained_whole_in_both(base):
     own = options(target_modules=["q_proj", "lm_head"], modules_to_save=["head"], res_mode="none")
     model = wrapped(copy.deepcopy(base), **own)
