@@ -217,8 +217,8 @@ TEST_F(IoRefusals, PlainLora) {
       "reduced_factors", "rank", [] { reduced_factors(good_pair(), 0); }, "rank must be");
   for (const auto& [r, in] : {std::pair<int64_t, int64_t>{0, 4}, {2, 0}}) {
     LayerMerge empty = good_pair();
-    empty.A = torch::zeros({r, in});
-    empty.B = torch::zeros({3, r});
+    empty.A = at::zeros({r, in});
+    empty.B = at::zeros({3, r});
     refuses_call(
         "reduced_factors", "empty", [&, empty] { reduced_factors(empty, 1); }, "must not be empty");
   }
