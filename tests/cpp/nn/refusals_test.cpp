@@ -99,15 +99,6 @@ TEST(NnRefusals, Chains) {
   const LinkedChain chain = link(layers, config_of());
   refuses_call(
       "link", "a linked layer", [&] { link(layers, config_of(), {}); }, "linked already");
-  refuses_positions("LinkedChain::set_norms", "position", 2,
-                    [&](int64_t n) { chain.set_norms(n, NormWindow(3, at::kCPU)); });
-  refuses_call(
-      "LinkedChain::set_norms", "meta", [&] { chain.set_norms(0, NormWindow(3, at::kMeta)); },
-      "must hold values");
-  refuses_positions("LinkedChain::is_training", "position", 2,
-                    [&](int64_t n) { chain.is_training(n); });
-  refuses_positions("LinkedChain::missed_links", "position", 2,
-                    [&](int64_t n) { chain.missed_links(n); });
   FitCollector other({chain.view()});
   chain.collect(&other, 7);
   refuses_call(
@@ -121,6 +112,20 @@ TEST(NnRefusals, Chains) {
   refuse_nothing({"LinkedChain::LinkedChain", "LinkedChain::chain", "LinkedChain::begin_forward",
                   "LinkedChain::parameters", "LinkedChain::view", "LinkedChain::set_enabled",
                   "LinkedChain::is_enabled", "LinkedChain::mark_merged"});
+}
+
+TEST(NnRefusals, Positions) {
+  const std::vector<ResLoraLinear> layers = two_layers();
+  const LinkedChain chain = link(layers, config_of());
+  refuses_positions("LinkedChain::set_norms", "position", 2,
+                    [&](int64_t n) { chain.set_norms(n, NormWindow(3, at::kCPU)); });
+  refuses_call(
+      "LinkedChain::set_norms", "meta", [&] { chain.set_norms(0, NormWindow(3, at::kMeta)); },
+      "must hold values");
+  refuses_positions("LinkedChain::is_training", "position", 2,
+                    [&](int64_t n) { chain.is_training(n); });
+  refuses_positions("LinkedChain::missed_links", "position", 2,
+                    [&](int64_t n) { chain.missed_links(n); });
 }
 
 TEST(NnRefusals, Archives) {
