@@ -67,6 +67,20 @@ def randomize(model: nn.Module, deviation: float = 0.5) -> nn.Module:
     return model
 
 
+DOUBLE = {"dtype": torch.float64}
+
+
+def x_of(seed: int = 0, rows: int = 3) -> torch.Tensor:
+    """Return an input of a `Net`, the same for a seed."""
+    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed), **DOUBLE)
+
+
+def assert_equal(got, want) -> None:
+    """Demand fp64 tensors that are equal but for the order of sums."""
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
 def adapted(model: nn.Module | None = None, deviation: float = 0.5, **options) -> nn.Module:
     """Inject a model (a fp64 Net by default) and randomize its adapters."""
     model = Net().double() if model is None else model

@@ -5,33 +5,25 @@ import copy
 import pytest
 import torch
 from models import (
+    DOUBLE,
     LINKED,
     NON_REENTRANT,
     SPECIAL,
     Net,
     adapted,
+    assert_equal,
     gradients,
     literal,
     tiny_bert,
     tokens,
     trained,
+    x_of,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from reslora import print_links
 from reslora.injection.adapted import find_layers, injection_of
-
-DOUBLE = {"dtype": torch.float64}
-
-
-def x_of(seed=0, rows=3):
-    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed), **DOUBLE)
-
-
-def assert_equal(got, want):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def like(net: nn.Module, model: nn.Module, **options) -> nn.Module:

@@ -8,16 +8,19 @@ import threading
 import pytest
 import torch
 from models import (
+    DOUBLE,
     LINKED,
     NON_REENTRANT,
     Net,
     adapted,
+    assert_equal,
     gradients,
     tiny_llama,
     tiny_t5,
     tiny_vit,
     tokens,
     trained,
+    x_of,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -27,20 +30,9 @@ from reslora.injection.adapted import find_layers, injection_of
 from reslora.injection.links import mixed_links
 from reslora.nn import recompute, session
 
-DOUBLE = {"dtype": torch.float64}
-
-
-def x_of(seed=0, rows=3):
-    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed), **DOUBLE)
-
 
 def the_session(model):
     return injection_of(model, "test").sessions[0]
-
-
-def assert_equal(got, want):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 # ---- One forward
