@@ -48,10 +48,11 @@ class _Watch:
     silent: set[str]
     steps: int = 0
 
-    def look(self, injection: Injection, optimizer: Optimizer) -> list[str]:
-        """Return the layers to report after a step of `optimizer`; whole chains by their names."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        held, moved = set(map(id, parameters)), {id(p) for p in parameters if p.grad is not None}
+    def look(self, injection: Injection, held: set[int], moved: set[int]) -> list[str]:
+        """Return the layers to report after a step; whole chains by their names.
+
+        `held` are the ids of the optimizer's parameters, `moved` of those that have a gradient.
+        """
         # An A alone tells nothing: another layer may have read it.
         pairs = {
             x.name: held & {id(x.reslora_A), id(x.reslora_B)}
@@ -89,8 +90,12 @@ def watch_first_step(injection: Injection) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _watched:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held, moved = set(map(id, parameters)), {id(p) for p in parameters if p.grad is not None}
     for injection, watch in list(_watched.items()):
-        names = watch.look(injection, optimizer)
+        names = watch.look(injection, held, moved)
         if not watch.silent or watch.steps >= PATIENCE:
             _watched.pop(injection, None)
         if names:

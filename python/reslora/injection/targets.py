@@ -62,8 +62,8 @@ def _is_uniform(path: str, modules: dict[str, nn.Module]) -> bool:
     container = modules[path]
     if not isinstance(container, nn.ModuleList | nn.Sequential):
         return False
-    names = {name: f"{path}.{name}" if path else name for name in container._modules}
-    children = [modules.get(names[name], child) for name, child in container._modules.items()]
+    prefix = f"{path}." if path else ""
+    children = [modules.get(prefix + name, child) for name, child in container._modules.items()]
     return len({type(getattr(child, "base_layer", child)) for child in children}) == 1
 
 

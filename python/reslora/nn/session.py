@@ -148,7 +148,7 @@ class Session:
             return Call(current, current.enter(place), recorded, current.ahead)
         recorded = None
         if not is_compiling and graph_task() != NO_GRAPH_TASK:
-            recorded = self._enter_recompute(layer)
+            recorded = self._upcoming(layer, advance=True)
         return Call(None, 0, recorded, self.open.ahead)
 
     def read(self, layer: Linked, x: Tensor, call: Call) -> list[Tensor]:
@@ -244,13 +244,10 @@ class Session:
             source.advance(place)
         return recorded
 
-    def _enter_recompute(self, layer: Linked) -> Recorded | None:
-        return self._upcoming(layer, advance=True)
-
     def _read_outside(self, layer: Linked, recorded: Recorded | None) -> list[Tensor | None] | None:
         """Serve a layer that was called while no pass is open here."""
         if graph_task() != NO_GRAPH_TASK:
-            recorded = recorded or self._enter_recompute(layer)
+            recorded = recorded or self._upcoming(layer, advance=True)
             if recorded is None:
                 raise RuntimeError(
                     f"[session] {layer.name} is recomputed, but its forward left no record of "
