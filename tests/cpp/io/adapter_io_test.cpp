@@ -1,6 +1,5 @@
 // Files with tensors: round trips, refusals, mutations, the adapter format.
 #include <ATen/ATen.h>
-#include <dirent.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <reslora/adapter_io.h>
@@ -15,6 +14,7 @@
 #include <iterator>
 #include <random>
 
+#include "io/in_folder.h"
 #include "testing.h"
 
 namespace {
@@ -22,26 +22,11 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-class AdapterIo : public ::testing::Test {
+class AdapterIo : public reslora::testing::InFolder {
  protected:
   void SetUp() override {
-    std::string name = ::testing::TempDir() + "reslora_XXXXXX";
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder_ = name;
+    InFolder::SetUp();
     path_ = folder_ + "/adapter.safetensors";
-  }
-  void TearDown() override {
-    for (const std::string& name : names()) ::unlink((folder_ + "/" + name).c_str());
-    ::rmdir(folder_.c_str());
-  }
-  std::vector<std::string> names() const {
-    std::vector<std::string> found;
-    DIR* folder = ::opendir(folder_.c_str());
-    while (const dirent* item = ::readdir(folder)) {
-      if (item->d_name[0] != '.' || std::strlen(item->d_name) > 2) found.emplace_back(item->d_name);
-    }
-    ::closedir(folder);
-    return found;
   }
   std::string content() const {
     std::ifstream in(path_, std::ios::binary);
@@ -49,7 +34,6 @@ class AdapterIo : public ::testing::Test {
   }
   void put(const std::string& bytes) const { std::ofstream(path_, std::ios::binary) << bytes; }
 
-  std::string folder_;
   std::string path_;
 };
 

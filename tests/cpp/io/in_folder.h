@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 namespace reslora::testing {
 
@@ -19,6 +20,13 @@ class InFolder : public ::testing::Test {
   }
   void TearDown() override { std::filesystem::remove_all(folder_); }
 
+  /// What lies in the folder, hidden files too.
+  std::vector<std::string> names() const {
+    std::vector<std::string> found;
+    for (const auto& item : std::filesystem::directory_iterator(folder_))
+      found.push_back(item.path().filename());
+    return found;
+  }
   std::string path(const std::string& name) const { return folder_ + "/" + name; }
 
   std::string folder_;

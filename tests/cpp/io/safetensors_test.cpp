@@ -1,7 +1,6 @@
 // The container without torch: JSON, header rules, SHA-256, and atomic writing under faults.
 #include "safetensors/safetensors.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -19,6 +18,7 @@
 #include <limits>
 #include <random>
 
+#include "io/in_folder.h"
 #include "safetensors/json.h"
 #include "safetensors/sha256.h"
 
@@ -394,27 +394,11 @@ TEST(Header, SurvivesMutations) {
   EXPECT_GT(refused, 10'000);
 }
 
-class AtomicFiles : public ::testing::Test {
+class AtomicFiles : public reslora::testing::InFolder {
  protected:
   void SetUp() override {
-    std::string name = ::testing::TempDir() + "reslora_XXXXXX";
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder_ = name;
+    InFolder::SetUp();
     path_ = folder_ + "/adapter.safetensors";
-  }
-  void TearDown() override {
-    for (const std::string& name : names()) ::unlink((folder_ + "/" + name).c_str());
-    ::rmdir(folder_.c_str());
-  }
-  std::vector<std::string> names() const {
-    std::vector<std::string> found;
-    DIR* folder = ::opendir(folder_.c_str());
-    while (const dirent* item = ::readdir(folder)) {
-      const std::string name = item->d_name;
-      if (name != "." && name != "..") found.push_back(name);
-    }
-    ::closedir(folder);
-    return found;
   }
   std::string content() const {
     std::ifstream in(path_, std::ios::binary);
@@ -435,7 +419,6 @@ class AtomicFiles : public ::testing::Test {
     for (int i = 1;; ++i) save(std::string(200'000, static_cast<char>('a' + i % 26)));
   }
 
-  std::string folder_;
   std::string path_;
 };
 
