@@ -1,5 +1,5 @@
-// What the kernels share: 16-byte access with scalar tails, dropout bits, fixed-order sums,
-// launches.
+// What the kernels share on the device: 16-byte access with scalar tails, tensor-core tiles, sums
+// in a fixed order.
 //
 // All global memory is read and written through the functions here, which a test build counts
 // (RESLORA_READS, RESLORA_WRITES); shared memory comes from RESLORA_SHARED alone.
@@ -12,6 +12,7 @@
 #include <mma.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "launch.h"
 
@@ -38,9 +39,6 @@ __host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b 
 
 // ---- Elements
 
-__device__ inline float to_float(bfloat16 v) { return __bfloat162float(v); }
-__device__ inline float to_float(half v) { return __half2float(v); }
-
 template <typename T>
 __device__ T from_float(float v);
 template <>
@@ -64,11 +62,73 @@ __device__ void store(T* address, T value) {
   *address = value;
 }
 
-/// Eight elements at a 16-byte boundary.
-template <typename T>
+/// Eight elements, or the mask of eight: two to a word, the first in its low half.
 struct alignas(16) Chunk {
-  T values[kChunk];
+  uint32_t pairs[kChunk / 2];
 };
+
+__device__ inline Chunk chunk_at(const void* address) {
+  const uint4 v = *static_cast<const uint4*>(address);
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+__device__ inline uint4 words_of(const Chunk& chunk) {
+  return {chunk.pairs[0], chunk.pairs[1], chunk.pairs[2], chunk.pairs[3]};
+}
+
+__device__ inline void put_chunk(void* address, const Chunk& chunk) {
+  *static_cast<uint4*>(address) = words_of(chunk);
+}
+
+/// One store of 16 bytes to global memory; an assignment may be taken apart.
+__device__ inline void store_vector(void* address, const uint4& v) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(address)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(address) = v;
+#endif
+}
+
+__device__ inline Chunk masked(Chunk chunk, const Chunk& mask) {
+  for (int k = 0; k < kChunk / 2; ++k) chunk.pairs[k] &= mask.pairs[k];
+  return chunk;
+}
+
+template <typename T>
+__device__ float2 unpacked(uint32_t pair);
+template <>
+__device__ inline float2 unpacked<bfloat16>(uint32_t pair) {  // the upper halves of two floats
+  const uint32_t low = pair << 16, high = pair & 0xffff0000u;
+  return {reinterpret_cast<const float&>(low), reinterpret_cast<const float&>(high)};
+}
+template <>
+__device__ inline float2 unpacked<half>(uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+template <typename T>
+__device__ uint32_t packed(float low, float high);
+template <>
+__device__ inline uint32_t packed<bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+template <>
+__device__ inline uint32_t packed<half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+/// Eight values, rounded.
+template <typename T>
+__device__ Chunk packed(const float* values) {
+  Chunk chunk;
+  for (int k = 0; k < kChunk / 2; ++k) chunk.pairs[k] = packed<T>(values[2 * k], values[2 * k + 1]);
+  return chunk;
+}
 
 // ---- Matrices
 
@@ -101,100 +161,102 @@ View<T> view_of(const Matrix& m) {
   return {static_cast<T*>(m.data), m.rows, m.columns, m.stride, is_aligned(m.data, m.stride)};
 }
 
-/// Copies eight elements to shared memory; what lies outside of the matrix becomes 0. The copy is
-/// complete for this thread after __pipeline_wait_prior, for others after a barrier as well.
+/// Eight elements one by one, of a row inside of the matrix; what lies beside it is 0.
 template <typename T>
-__device__ void fetch_chunk(T* to, const View<const T>& from, int64_t row, int64_t column) {
-  if (row < from.rows && from.holds_chunk(column)) {
-    RESLORA_READS(from.at(row, column), 16);
-    __pipeline_memcpy_async(to, from.at(row, column), 16);
-    return;
-  }
-  Chunk<T> chunk;
+__device__ Chunk load_tail(const View<const T>& from, int64_t row, int64_t column) {
+  alignas(16) T values[kChunk];
   for (int j = 0; j < kChunk; ++j) {
-    const bool is_inside = row < from.rows && column + j < from.columns;
-    chunk.values[j] = is_inside ? load(from.at(row, column + j)) : from_float<T>(0.0f);
+    const bool is_inside = column + j < from.columns;
+    values[j] = is_inside ? load(from.at(row, column + j)) : from_float<T>(0.0f);
   }
-  *reinterpret_cast<Chunk<T>*>(to) = chunk;
+  return chunk_at(values);
 }
 
-/// Copies a kRows x kColumns window to shared memory with rows of kColumns + kPad elements.
-template <int kRows, int kColumns, int kThreads, typename T>
-__device__ void fetch_tile(T* to, const View<const T>& from, int64_t row, int64_t column) {
-  constexpr int kPerRow = kColumns / kChunk;
-  for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
-    const int r = i / kPerRow, c = i % kPerRow * kChunk;
-    fetch_chunk(to + r * (kColumns + kPad) + c, from, row + r, column + c);
-  }
-}
-
-/// Writes eight values, those inside of the matrix; `row` is inside.
+/// Copies 16 bytes to shared memory; writes zeros there, and reads nothing, where `is_inside` is
+/// false. Complete for this thread after __pipeline_wait_prior, for others after a barrier as well.
 template <typename T>
-__device__ void store_chunk(const View<T>& to, int64_t row, int64_t column, const float* values) {
-  Chunk<T> chunk;
-  for (int j = 0; j < kChunk; ++j) chunk.values[j] = from_float<T>(values[j]);
-  if (to.holds_chunk(column)) {
-    RESLORA_WRITES(to.at(row, column), 16);
-    *reinterpret_cast<Chunk<T>*>(to.at(row, column)) = chunk;
-    return;
+__device__ void copy_chunk(T* to, const T* from, bool is_inside = true) {
+  if (is_inside) RESLORA_READS(from, 16);
+  __pipeline_memcpy_async(to, from, 16, is_inside ? 0 : 16);
+}
+
+/// The chunks of a kRows x kColumns tile that belong to a thread: it fetches them, and may change
+/// them before a barrier shows them to others.
+template <int kHeight, int kColumns, int kThreads>
+struct OwnChunks {
+  static constexpr int kRows = kHeight;
+  static constexpr int kPerRow = kColumns / kChunk;
+  static constexpr int kRowStep = kThreads / kPerRow;  // from one chunk to the next
+  static constexpr int kAll = kRows * kPerRow;
+  static constexpr int kCount = (kAll + kThreads - 1) / kThreads;
+  static_assert(kThreads % kPerRow == 0, "a thread's chunks lie below one another");
+
+  __device__ static int row(int i) { return i * kRowStep + threadIdx.x / kPerRow; }
+  __device__ static int column() { return threadIdx.x % kPerRow * kChunk; }
+  __device__ static bool has(int i) {
+    return (i + 1) * kThreads <= kAll || i * kThreads + static_cast<int>(threadIdx.x) < kAll;
   }
-  for (int j = 0; j < kChunk && column + j < to.columns; ++j)
-    store(to.at(row, column + j), chunk.values[j]);
-}
-
-// ---- Dropout
-
-/// Sets to 0 what `kept`, a byte of bits, does not keep. `chunk` lies at a 16-byte boundary.
-template <typename T>
-__device__ void apply_bits(T* chunk, uint32_t kept) {
-  auto* pairs = reinterpret_cast<uint4*>(chunk);
-  const auto pair = [kept](int first) {
-    return (kept >> first & 1u ? 0x0000ffffu : 0u) | (kept >> first & 2u ? 0xffff0000u : 0u);
-  };
-  uint4 v = *pairs;
-  v.x &= pair(0);
-  v.y &= pair(2);
-  v.z &= pair(4);
-  v.w &= pair(6);
-  *pairs = v;
-}
-
-struct PhiloxStart {
-  uint64_t seed;
-  uint64_t offset;
+  /// Where chunk i lies in a tile with rows of kColumns + kPad elements.
+  __device__ static int place(int i) {
+    constexpr int kPitch = kColumns + kPad;
+    return row(0) * kPitch + column() + i * kRowStep * kPitch;
+  }
 };
 
-__device__ inline PhiloxStart start_of(const Philox& philox) {
-  if (philox.seed_at == nullptr) return {philox.seed, philox.offset};
-  return {static_cast<uint64_t>(load(philox.seed_at)),
-          static_cast<uint64_t>(load(philox.offset_at)) + philox.offset};
-}
-
-/// Philox4x32-10: 128 random bits of a counter and a key.
-__host__ __device__ inline uint4 philox4x32(uint4 counter, uint2 key) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53u} * counter.x;
-    const uint64_t b = uint64_t{0xCD9E8D57u} * counter.z;
-    counter = {static_cast<uint32_t>(b >> 32) ^ counter.y ^ key.x, static_cast<uint32_t>(b),
-               static_cast<uint32_t>(a >> 32) ^ counter.w ^ key.y, static_cast<uint32_t>(a)};
-    key.x += 0x9E3779B9u;
-    key.y += 0xBB67AE85u;
+/// Copies a kRows x kColumns window to shared memory with rows of kColumns + kPad elements; what
+/// lies outside of the matrix becomes 0.
+template <typename Own, typename T>
+__device__ void fetch_tile(T* to, const View<const T>& from, int64_t row, int64_t column) {
+#pragma unroll 1
+  for (int i = 0; i < Own::kCount; ++i) {
+    if (!Own::has(i)) return;
+    const int64_t r = row + Own::row(i), c = column + Own::column();
+    if (r >= from.rows || c >= from.columns)
+      put_chunk(to + Own::place(i), {});
+    else if (from.holds_chunk(c))
+      copy_chunk(to + Own::place(i), from.at(r, c));
+    else
+      put_chunk(to + Own::place(i), load_tail(from, r, c));
   }
-  return counter;
 }
 
-/// A byte of bits: 16 random bits for each of eight elements. `place` is the byte's index in the
-/// whole mask; offset and place stand in the counter as in torch's own kernels.
-__host__ __device__ inline uint32_t draw_byte(PhiloxStart start, uint64_t place, uint32_t level) {
-  const uint64_t step = start.offset / 4;
-  const uint4 random =
-      philox4x32({static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32),
-                  static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32)},
-                 {static_cast<uint32_t>(start.seed), static_cast<uint32_t>(start.seed >> 32)});
-  const auto pair = [level](uint32_t word) {
-    return ((word & 0xffffu) < level ? 1u : 0u) | ((word >> 16) < level ? 2u : 0u);
-  };
-  return pair(random.x) | pair(random.y) << 2 | pair(random.z) << 4 | pair(random.w) << 6;
+/// Fetches a thread's chunks of one tile after the other, where these lie inside of the matrix and
+/// are aligned: without bounds. With kIsThin the tile has `rows` rows, and zeros below.
+template <typename Own, bool kIsThin, typename T>
+struct Reader {
+  /// The first tile lies at (row, column); from there each is `tile_step` elements further on.
+  __device__ Reader(const View<const T>& from, int64_t row, int64_t column, int64_t tile_step,
+                    int64_t rows)
+      : next(from.at(row + Own::row(0), column + Own::column())),
+        row_step(Own::kRowStep * from.stride),
+        tile_step(tile_step),
+        rows(static_cast<int>(rows)) {}
+
+  __device__ void fetch(T* to) {
+#pragma unroll
+    for (int i = 0; i < Own::kCount; ++i)
+      if (Own::has(i))
+        copy_chunk(to + Own::place(i), next + i * row_step, !kIsThin || Own::row(i) < rows);
+    next += tile_step;
+  }
+
+  const T* next;  // the thread's first chunk of the next tile
+  int64_t row_step;
+  int64_t tile_step;
+  int rows;
+};
+
+/// Writes eight elements, those inside of the matrix; `row` is inside.
+template <typename T>
+__device__ void store_chunk(const View<T>& to, int64_t row, int64_t column, const Chunk& chunk) {
+  if (to.holds_chunk(column)) {
+    RESLORA_WRITES(to.at(row, column), 16);
+    store_vector(to.at(row, column), words_of(chunk));
+    return;
+  }
+  const T* values = reinterpret_cast<const T*>(chunk.pairs);
+  for (int j = 0; j < kChunk && column + j < to.columns; ++j)
+    store(to.at(row, column + j), values[j]);
 }
 
 // ---- Tensor-core tiles: 16 x 16 x 16
@@ -206,6 +268,51 @@ template <typename T, typename Layout>
 using RightTile = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, kTile, kTile, kTile, T, Layout>;
 using RowMajor = nvcuda::wmma::row_major;
 using ColumnMajor = nvcuda::wmma::col_major;
+
+/// Loads the tile `kOffset` elements beyond an address of shared memory; rows lie `pitch` elements
+/// apart.
+template <int kOffset = 0, typename Tile, typename T>
+__device__ void load_tile(Tile& to, const T* from, int pitch) {
+  nvcuda::wmma::load_matrix_sync(to, from + kOffset, pitch);
+}
+
+#ifdef __CUDACC__
+// In bf16 nvcc does not see that the address is one of shared memory, and emits four generic loads
+// for what one ldmatrix does; the instruction itself says so, and takes the offset in.
+#define RESLORA_LOAD_TILE(Tile, Layout, operand, layout)                                   \
+  template <int kOffset = 0>                                                               \
+  __device__ void load_tile(Tile<bfloat16, Layout>& to, const bfloat16* from, int pitch) { \
+    static_assert(sizeof(to.x) == 16, "four registers");                                   \
+    auto* words = reinterpret_cast<uint32_t*>(to.x);                                       \
+    asm volatile("wmma.load." operand ".sync.aligned." layout                              \
+                 ".m16n16k16.shared.bf16 {%0, %1, %2, %3}, [%4 + %6], %5;"                 \
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])          \
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from))), "r"(pitch), \
+                   "n"(kOffset * 2)                                                        \
+                 : "memory");                                                              \
+  }
+RESLORA_LOAD_TILE(LeftTile, RowMajor, "a", "row")
+RESLORA_LOAD_TILE(LeftTile, ColumnMajor, "a", "col")
+RESLORA_LOAD_TILE(RightTile, RowMajor, "b", "row")
+RESLORA_LOAD_TILE(RightTile, ColumnMajor, "b", "col")
+#undef RESLORA_LOAD_TILE
+#endif
+
+/// A constant, for offsets that an instruction takes in.
+template <int kValue>
+struct Constant {
+  __host__ __device__ constexpr operator int() const { return kValue; }
+};
+
+/// Calls f with the constants 0 to kCount - 1.
+template <typename F, int... kIndices>
+__device__ void each_of(std::integer_sequence<int, kIndices...>, F f) {
+  (f(Constant<kIndices>{}), ...);
+}
+template <int kCount, typename F>
+__device__ void each(F f) {
+  each_of(std::make_integer_sequence<int, kCount>{}, f);
+}
 
 // ---- Sums over blocks
 
@@ -230,6 +337,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(Partials from, View<T>
   const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
   if (i >= size) return;
   float sum = 0.0f;
+#pragma unroll 8
   for (int64_t part = 0; part < from.parts; ++part) sum += load(from.data + part * size + i);
   store(out.at(i / from.columns, i % from.columns), from_float<T>(alpha * sum));
 }
@@ -239,70 +347,6 @@ __device__ inline float warp_sum(float value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
     value += __shfl_down_sync(0xffffffffu, value, distance);
   return value;
-}
-
-// ---- Launches
-
-/// Starts a kernel with `shared_bytes` of dynamic shared memory.
-template <typename Kernel, typename... Args>
-cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
-                  const Args&... args) {
-  if (shared_bytes > 48 * 1024) {  // beyond what a kernel may have unasked
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, args...);
-}
-
-template <typename T>
-cudaError_t start_sum(const Partials& from, const View<T>& out, float alpha, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(from.rows * from.columns, kSumThreads);
-  if (blocks == 0) return cudaSuccess;
-  return start(sum_kernel<T>, dim3(static_cast<unsigned>(blocks)), kSumThreads, 0, stream, from,
-               out, alpha);
-}
-
-/// Calls f with a value of the element type and the rank padded to 16, 32, 64 or 128.
-template <typename T, template <typename, int> class Launcher, typename Args>
-cudaError_t for_rank(int64_t rank, const Args& args, cudaStream_t stream) {
-  if (rank <= 16) return Launcher<T, 16>::run(args, stream);
-  if (rank <= 32) return Launcher<T, 32>::run(args, stream);
-  if (rank <= 64) return Launcher<T, 64>::run(args, stream);
-  if (rank <= kMaxRank) return Launcher<T, 128>::run(args, stream);
-  return cudaErrorInvalidValue;
-}
-
-/// Runs the launcher for the type and rank.
-template <template <typename, int> class Launcher, typename Args>
-cudaError_t dispatch(int64_t rank, const Args& args, cudaStream_t stream) {
-  if (args.type == Type::kBFloat16) return for_rank<bfloat16, Launcher>(rank, args, stream);
-  return for_rank<half, Launcher>(rank, args, stream);
-}
-
-/// How the work is cut: tiles of one dimension times ranges of the other.
-struct Cut {
-  int64_t tiles;
-  int64_t range;  // steps of one block
-  int64_t ranges;
-};
-
-inline Cut cut_into(int64_t tiles, int64_t steps, int64_t ranges) {
-  const int64_t least = steps < 1 ? 1 : steps;
-  const int64_t range = ceil_div(least, ranges);
-  return {tiles, range, ceil_div(least, range)};
-}
-
-/// Into how many ranges to cut `steps` so that `tiles` times that many blocks fill the device
-/// twice.
-inline int64_t ranges_for(int64_t tiles, int64_t steps, int multiprocessors) {
-  const int64_t wanted = ceil_div(int64_t{2} * multiprocessors, tiles < 1 ? 1 : tiles);
-  return smaller(wanted < 1 ? 1 : wanted, steps < 1 ? 1 : steps);
 }
 
 }  // namespace reslora::cuda

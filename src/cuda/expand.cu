@@ -2,7 +2,8 @@
 //
 // A block owns 64 rows and 128 columns of out. The product is staged in fp32, so that scale, base,
 // mask and rounding happen once, in 16-byte pieces.
-#include "device.cuh"
+#include "dropout.cuh"
+#include "start.cuh"
 
 namespace reslora::cuda {
 namespace {
@@ -21,6 +22,7 @@ struct Layout {
   static constexpr size_t kTileBytes = size_t{2} * (kUTile + kRank * kPitch);
   static constexpr size_t kOutBytes = size_t{4} * kRows * kOutPitch;
   static constexpr size_t kBytes = kTileBytes > kOutBytes ? kTileBytes : kOutBytes;
+  static_assert(kBytes <= kLeastBytes, "every device can start it");
 };
 
 template <typename T>
@@ -38,24 +40,25 @@ template <typename T>
 __device__ void write_chunk(const Job<T>& job, int64_t row, int64_t column, float* values) {
   for (int j = 0; j < kChunk; ++j) values[j] *= job.alpha;
   if (job.base.data != nullptr) {
-    Chunk<T> base;
+    Chunk base;
     if (job.base.holds_chunk(column)) {
       RESLORA_READS(job.base.at(row, column), 16);
-      base = *reinterpret_cast<const Chunk<T>*>(job.base.at(row, column));
+      base = chunk_at(job.base.at(row, column));
     } else {
-      for (int j = 0; j < kChunk; ++j) {
-        const bool is_inside = column + j < job.base.columns;
-        base.values[j] = is_inside ? load(job.base.at(row, column + j)) : from_float<T>(0.0f);
-      }
+      base = load_tail(job.base, row, column);
     }
-    for (int j = 0; j < kChunk; ++j) values[j] += to_float(base.values[j]);
+    for (int k = 0; k < kChunk / 2; ++k) {
+      const float2 pair = unpacked<T>(base.pairs[k]);
+      values[2 * k] += pair.x;
+      values[2 * k + 1] += pair.y;
+    }
   }
+  Chunk chunk = packed<T>(values);
   if (job.bits != nullptr) {
     const int64_t row_bytes = ceil_div(job.out.columns, kChunk);
-    const uint32_t kept = load(job.bits + row * row_bytes + column / kChunk);
-    for (int j = 0; j < kChunk; ++j) values[j] = kept >> j & 1u ? values[j] : 0.0f;
+    chunk = masked(chunk, mask_of(load(job.bits + row * row_bytes + column / kChunk)));
   }
-  store_chunk(job.out, row, column, values);
+  store_chunk(job.out, row, column, chunk);
 }
 
 template <typename T, int kRank>
@@ -66,8 +69,8 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(Job<T> job) {
   T* P = u + L::kUTile;
   const int64_t row = int64_t{blockIdx.x} * kRows, column = int64_t{blockIdx.y} * kColumns;
   const int warp = threadIdx.x / kWarp;
-  fetch_tile<kRows, kRank, kThreads>(u, job.u, row, 0);
-  fetch_tile<kRank, kColumns, kThreads>(P, job.P, 0, column);
+  fetch_tile<OwnChunks<kRows, kRank, kThreads>>(u, job.u, row, 0);
+  fetch_tile<OwnChunks<kRank, kColumns, kThreads>>(P, job.P, 0, column);
   __pipeline_commit();
   __pipeline_wait_prior(0);
   __syncthreads();
@@ -75,17 +78,16 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(Job<T> job) {
   Accumulator acc[kColumns / kTile];
 #pragma unroll
   for (int n = 0; n < kColumns / kTile; ++n) nvcuda::wmma::fill_fragment(acc[n], 0.0f);
-#pragma unroll
-  for (int k = 0; k < kRank; k += kTile) {
+  const T* own = u + warp * kTile * L::kUPitch;
+  each<kRank / kTile>([&](auto k) {
     LeftTile<T, RowMajor> left;
-    nvcuda::wmma::load_matrix_sync(left, u + warp * kTile * L::kUPitch + k, L::kUPitch);
-#pragma unroll
-    for (int n = 0; n < kColumns / kTile; ++n) {
+    load_tile<k * kTile>(left, own, L::kUPitch);
+    each<kColumns / kTile>([&](auto n) {
       RightTile<T, RowMajor> right;
-      nvcuda::wmma::load_matrix_sync(right, P + k * kPitch + n * kTile, kPitch);
+      load_tile<k * kTile * kPitch + n * kTile>(right, P, kPitch);
       nvcuda::wmma::mma_sync(acc[n], left, right, acc[n]);
-    }
-  }
+    });
+  });
   __syncthreads();  // the tiles become room for the product
 
   float* rows = reinterpret_cast<float*>(memory) + warp * kTile * kOutPitch;

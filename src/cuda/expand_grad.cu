@@ -3,22 +3,21 @@
 // A block owns a span of columns of gy and a range of its rows, through which it walks 16 at a
 // time. Its part of dB stays in registers; each step's part of ds is added up over the warps and
 // written. Two kernels then add up ds over the spans and dB over the ranges, in order.
-#include "device.cuh"
+#include "start.cuh"
 
 namespace reslora::cuda {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kRows = kTile;  // of gy and s per step
-constexpr int kStages = 3;
+constexpr int kRows = kTile;             // of gy and s per step
+constexpr int kColumns = 512;            // of gy, per block
+constexpr int kOwn = kColumns / kWarps;  // of them, per warp
 
 /// Shared memory: the block's rows of B, a ring of tiles of gy and s, and each warp's part of ds;
 /// afterwards a tile of dB for each warp.
 template <int kRank>
 struct Layout {
-  static constexpr int kColumns = kRank <= 32 ? 512 : 128 * 128 / kRank;  // of gy, per block
-  static constexpr int kOwn = kColumns / kWarps;                          // of them, per warp
   static constexpr int kGyPitch = kColumns + kPad;
   static constexpr int kGyTile = kRows * kGyPitch;
   static constexpr int kPitch = kRank + kPad;  // of B and s
@@ -26,8 +25,11 @@ struct Layout {
   static constexpr int kSTile = kRows * kPitch;
   static constexpr int kDsPitch = kRank + 4;
   static constexpr int kDsTile = kRows * kDsPitch;
-  static constexpr size_t kBytes =
-      size_t{2} * (kBTile + kStages * (kGyTile + kSTile)) + size_t{4} * kWarps * kDsTile;
+
+  static constexpr size_t bytes(int stages) {
+    return size_t{2} * (kBTile + stages * (kGyTile + kSTile)) + size_t{4} * kWarps * kDsTile;
+  }
+  static_assert(bytes(2) <= kLeastBytes, "every device can start it");
 };
 
 template <typename T>
@@ -45,27 +47,27 @@ template <int kRank, typename T>
 __device__ void multiply(const T* gy, const T* B, const T* s, Accumulator (*dB)[kRank / kTile],
                          float* memory) {
   using L = Layout<kRank>;
-  const int own = threadIdx.x / kWarp * L::kOwn;
+  const int own = threadIdx.x / kWarp * kOwn;
+  gy += own;
+  B += own * L::kPitch;
   Accumulator ds[kRank / kTile];
-#pragma unroll
-  for (int n = 0; n < kRank / kTile; ++n) nvcuda::wmma::fill_fragment(ds[n], 0.0f);
-#pragma unroll
-  for (int k = 0; k < L::kOwn / kTile; ++k) {
-    const T* tile = gy + own + k * kTile;
+  RightTile<T, RowMajor> entered[kRank / kTile];
+  each<kRank / kTile>([&](auto n) {
+    nvcuda::wmma::fill_fragment(ds[n], 0.0f);
+    load_tile<n * kTile>(entered[n], s, L::kPitch);
+  });
+  each<kOwn / kTile>([&](auto k) {
     LeftTile<T, RowMajor> rows;
     LeftTile<T, ColumnMajor> columns;
-    nvcuda::wmma::load_matrix_sync(rows, tile, L::kGyPitch);
-    nvcuda::wmma::load_matrix_sync(columns, tile, L::kGyPitch);
-#pragma unroll
-    for (int n = 0; n < kRank / kTile; ++n) {
+    load_tile<k * kTile>(rows, gy, L::kGyPitch);
+    load_tile<k * kTile>(columns, gy, L::kGyPitch);
+    each<kRank / kTile>([&](auto n) {
       RightTile<T, RowMajor> right;
-      nvcuda::wmma::load_matrix_sync(right, B + (own + k * kTile) * L::kPitch + n * kTile,
-                                     L::kPitch);
+      load_tile<k * kTile * L::kPitch + n * kTile>(right, B, L::kPitch);
       nvcuda::wmma::mma_sync(ds[n], rows, right, ds[n]);
-      nvcuda::wmma::load_matrix_sync(right, s + n * kTile, L::kPitch);
-      nvcuda::wmma::mma_sync(dB[k][n], columns, right, dB[k][n]);
-    }
-  }
+      nvcuda::wmma::mma_sync(dB[k][n], columns, entered[n], dB[k][n]);
+    });
+  });
   float* to = memory + threadIdx.x / kWarp * L::kDsTile;
 #pragma unroll
   for (int n = 0; n < kRank / kTile; ++n)
@@ -77,8 +79,9 @@ __device__ void multiply(const T* gy, const T* B, const T* s, Accumulator (*dB)[
 template <int kRank, typename T>
 __device__ void write_ds(const Job<T>& job, int64_t first_row, const float* memory) {
   using L = Layout<kRank>;
-  for (int i = threadIdx.x; i < kRows * kRank; i += kThreads) {
-    const int r = i / kRank, c = i % kRank;
+#pragma unroll
+  for (int first = 0; first < kRows * kRank; first += kThreads) {
+    const int i = first + threadIdx.x, r = i / kRank, c = i % kRank;
     if (first_row + r >= job.ds.rows || c >= job.ds.columns) continue;
     float sum = 0.0f;
 #pragma unroll
@@ -96,7 +99,7 @@ __device__ void write_dB(const Job<T>& job, int64_t first_row,
   const int warp = threadIdx.x / kWarp;
   float* tile = memory + warp * L::kDsTile;
 #pragma unroll
-  for (int k = 0; k < L::kOwn / kTile; ++k) {
+  for (int k = 0; k < kOwn / kTile; ++k) {
 #pragma unroll
     for (int n = 0; n < kRank / kTile; ++n)
       nvcuda::wmma::store_matrix_sync(tile + n * kTile, dB[k][n], L::kDsPitch,
@@ -104,7 +107,7 @@ __device__ void write_dB(const Job<T>& job, int64_t first_row,
     __syncwarp();
     for (int i = threadIdx.x % kWarp; i < kTile * kRank; i += kWarp) {
       const int r = i / kRank, c = i % kRank;
-      const int64_t row = first_row + warp * L::kOwn + k * kTile + r;
+      const int64_t row = first_row + warp * kOwn + k * kTile + r;
       if (row < job.dB.rows && c < job.dB.columns)
         store(job.dB.at(blockIdx.y, row) + c, tile[r * L::kDsPitch + c]);
     }
@@ -112,38 +115,54 @@ __device__ void write_dB(const Job<T>& job, int64_t first_row,
   }
 }
 
-template <typename T, int kRank>
-__global__ void __launch_bounds__(kThreads) expand_grad_kernel(Job<T> job) {
+template <typename T, int kRank, int kStages>
+__global__ void __launch_bounds__(kThreads, blocks_beside(Layout<kRank>::bytes(kStages)))
+    expand_grad_kernel(Job<T> job) {
   using L = Layout<kRank>;
   RESLORA_SHARED(memory);
+  using OwnGy = OwnChunks<kRows, kColumns, kThreads>;
+  using OwnS = OwnChunks<kRows, kRank, kThreads>;
   T* B = reinterpret_cast<T*>(memory);
   T* gy_tiles = B + L::kBTile;
   T* s_tiles = gy_tiles + kStages * L::kGyTile;
   float* ds = reinterpret_cast<float*>(s_tiles + kStages * L::kSTile);
-  const int64_t column = int64_t{blockIdx.x} * L::kColumns;
+  const int64_t column = int64_t{blockIdx.x} * kColumns;
   const int64_t first = int64_t{blockIdx.y} * job.range;
-  const int64_t steps = smaller(job.range, ceil_div(job.gy.rows, kRows) - first);
+  const int steps = static_cast<int>(smaller(job.range, ceil_div(job.gy.rows, kRows) - first));
 
-  const auto fetch = [&](int64_t step) {
-    const int slot = static_cast<int>(step % kStages);
-    const int64_t row = (first + step) * kRows;
-    fetch_tile<kRows, L::kColumns, kThreads>(gy_tiles + slot * L::kGyTile, job.gy, row, column);
-    fetch_tile<kRows, kRank, kThreads>(s_tiles + slot * L::kSTile, job.s, row, 0);
+  const bool is_whole = column + kColumns <= job.gy.columns && job.gy.is_aligned &&
+                        job.s.is_aligned && job.s.columns % kChunk == 0;
+  const int whole = is_whole ? static_cast<int>(smaller(job.gy.rows / kRows - first, steps)) : 0;
+  const bool has_s = OwnS::column() < job.s.columns;
+  Reader<OwnGy, false, T> gy_reader(job.gy, first * kRows, column, kRows * job.gy.stride, kRows);
+  Reader<OwnS, true, T> s_reader(job.s, first * kRows, 0, kRows * job.s.stride, has_s ? kRows : 0);
+
+  const auto fetch = [&](int step) {
+    T* gy = gy_tiles + step % kStages * L::kGyTile;
+    T* s = s_tiles + step % kStages * L::kSTile;
+    if (step < whole) {
+      gy_reader.fetch(gy);
+      s_reader.fetch(s);
+    } else {
+      fetch_tile<OwnGy>(gy, job.gy, (first + step) * kRows, column);
+      fetch_tile<OwnS>(s, job.s, (first + step) * kRows, 0);
+    }
   };
-  Accumulator dB[L::kOwn / kTile][kRank / kTile];
+  Accumulator dB[kOwn / kTile][kRank / kTile];
 #pragma unroll
-  for (int k = 0; k < L::kOwn / kTile; ++k) {
+  for (int k = 0; k < kOwn / kTile; ++k) {
 #pragma unroll
     for (int n = 0; n < kRank / kTile; ++n) nvcuda::wmma::fill_fragment(dB[k][n], 0.0f);
   }
 
-  fetch_tile<L::kColumns, kRank, kThreads>(B, job.B, column, 0);  // complete with the first step
-  for (int64_t step = 0; step < kStages - 1; ++step) {
+  // Complete with the first step.
+  fetch_tile<OwnChunks<kColumns, kRank, kThreads>>(B, job.B, column, 0);
+  for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps) fetch(step);
     __pipeline_commit();
   }
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t slot = step % kStages;
+  for (int step = 0; step < steps; ++step) {
+    const int slot = step % kStages;
     __pipeline_wait_prior(kStages - 2);
     __syncthreads();  // the tiles are whole; the slot of the step before and its ds are free
     if (step + kStages - 1 < steps) fetch(step + kStages - 1);
@@ -157,22 +176,6 @@ __global__ void __launch_bounds__(kThreads) expand_grad_kernel(Job<T> job) {
   write_dB<kRank>(job, column, dB, ds);
 }
 
-/// Spans of columns times ranges of rows.
-template <int kRank>
-Cut cut_for(const ExpandGradArgs& args) {
-  const int64_t spans = ceil_div(args.gy.columns, Layout<kRank>::kColumns);
-  const int64_t steps = ceil_div(args.gy.rows, kRows);
-  // At least eight steps for a block: each range costs a write and a read of dB in fp32.
-  return cut_into(spans, steps, ranges_for(2 * spans, steps / 8, args.multiprocessors));
-}
-
-Cut cut_of(const ExpandGradArgs& args) {
-  const int64_t rank = args.s.columns;
-  if (rank <= 16) return cut_for<16>(args);
-  if (rank <= 32) return cut_for<32>(args);
-  return rank <= 64 ? cut_for<64>(args) : cut_for<128>(args);
-}
-
 template <typename T, int kRank>
 struct ExpandGradLauncher {
   static cudaError_t run(const ExpandGradArgs& args, cudaStream_t stream) {
@@ -183,17 +186,36 @@ struct ExpandGradLauncher {
     if (cut.tiles > 0) {
       const Job<T> job = {
           view_of<T>(args.gy), view_of<T>(args.B), view_of<T>(args.s), ds, dB, cut.range};
-      const dim3 grid(static_cast<unsigned>(cut.tiles), static_cast<unsigned>(cut.ranges));
-      const cudaError_t error =
-          start(expand_grad_kernel<T, kRank>, grid, kThreads, Layout<kRank>::kBytes, stream, job);
+      const cudaError_t error = start_blocks(job, cut, stream);
       if (error != cudaSuccess) return error;
     }
     const cudaError_t error = start_sum(ds, view_of<T>(args.ds), args.alpha, stream);
     return error == cudaSuccess ? start_sum(dB, view_of<T>(args.dB), args.alpha, stream) : error;
   }
+
+  /// Three stages, where the device has the shared memory for them; else two.
+  static cudaError_t start_blocks(const Job<T>& job, const Cut& cut, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(cut.tiles), static_cast<unsigned>(cut.ranges));
+    constexpr size_t kBytes = Layout<kRank>::bytes(3);
+    if constexpr (kBytes > kLeastBytes) {
+      size_t most = 0;
+      const cudaError_t error = most_shared_bytes(&most);
+      if (error != cudaSuccess) return error;
+      if (kBytes > most)
+        return start(expand_grad_kernel<T, kRank, 2>, grid, kThreads, Layout<kRank>::bytes(2),
+                     stream, job);
+    }
+    return start(expand_grad_kernel<T, kRank, 3>, grid, kThreads, kBytes, stream, job);
+  }
 };
 
 }  // namespace
+
+/// Spans of columns times ranges of rows.
+Cut cut_of(const ExpandGradArgs& args) {
+  return cut_into(ceil_div(args.gy.columns, kColumns), ceil_div(args.gy.rows, kRows),
+                  args.multiprocessors);
+}
 
 size_t workspace_bytes(const ExpandGradArgs& args) {
   const Cut cut = cut_of(args);
@@ -202,7 +224,7 @@ size_t workspace_bytes(const ExpandGradArgs& args) {
 }
 
 cudaError_t launch_expand_grad(const ExpandGradArgs& args, cudaStream_t stream) {
-  return dispatch<ExpandGradLauncher>(args.s.columns, args, stream);
+  return dispatch<ExpandGradLauncher, kMaxExpandGradRank>(args.s.columns, args, stream);
 }
 
 }  // namespace reslora::cuda

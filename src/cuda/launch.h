@@ -15,6 +15,8 @@
 namespace reslora::cuda {
 
 constexpr int64_t kMaxRank = 128;
+/// That of launch_expand_grad: beyond it partial sums of ds cost what one read of gy saves.
+constexpr int64_t kMaxExpandGradRank = 32;
 
 enum class Type { kBFloat16, kHalf };
 
@@ -77,7 +79,7 @@ struct ProjectArgs {
   int multiprocessors;  // of the device
 };
 
-/// ds = alpha * gy B and dB = alpha * gy^T s. Reads gy once.
+/// ds = alpha * gy B and dB = alpha * gy^T s. Reads gy once. R <= kMaxExpandGradRank.
 struct ExpandGradArgs {
   Type type;
   ConstMatrix gy;  // [T, out]
@@ -112,6 +114,17 @@ struct ExpandArgs {
   float alpha;
   const uint8_t* bits;  // null keeps all
 };
+
+/// How a launch is divided: into `ranges` blocks for each tile of the dimension that blocks own.
+struct Cut {
+  int64_t tiles;
+  int64_t range;  // steps along the other dimension that a block takes
+  int64_t ranges;
+};
+
+Cut cut_of(const ProjectArgs& args);
+Cut cut_of(const ExpandGradArgs& args);
+Cut cut_of(const ProjectGradArgs& args);
 
 size_t workspace_bytes(const ProjectArgs& args);
 size_t workspace_bytes(const ExpandGradArgs& args);

@@ -3,7 +3,8 @@
 // A block owns 64 rows of x and walks along a range of columns, 64 at a time, through a ring of
 // tiles in shared memory. Where few rows leave the device idle the columns are cut into ranges
 // whose partial sums are added in order by a second kernel.
-#include "device.cuh"
+#include "dropout.cuh"
+#include "start.cuh"
 
 namespace reslora::cuda {
 namespace {
@@ -12,8 +13,8 @@ constexpr int kThreads = 128;
 constexpr int kRows = 64;   // of x, per block
 constexpr int kDepth = 64;  // columns of x per step
 constexpr int kPitch = kDepth + kPad;
-constexpr int kChunksPerThread = kRows * kDepth / kChunk / kThreads;
 constexpr int kSquaresThreads = 256;
+using Own = OwnChunks<kRows, kDepth, kThreads>;  // of x
 
 /// Shared memory: kStages pairs of tiles; afterwards the block's part of u, in fp32.
 template <int kRank>
@@ -25,6 +26,8 @@ struct Layout {
   static constexpr size_t kRingBytes = size_t{2} * kStages * (kXTile + kATile);
   static constexpr size_t kUBytes = size_t{4} * kRows * kUPitch;
   static constexpr size_t kBytes = kRingBytes > kUBytes ? kRingBytes : kUBytes;
+  static_assert(kBytes <= kLeastBytes, "every device can start it");
+  static constexpr int kBlocks = blocks_beside(kBytes);
 };
 
 template <typename T>
@@ -37,63 +40,45 @@ struct Job {
   float* squares;     // a partial sum for each block, or null
   Partials partials;  // data null: u is written here
   int64_t range;      // steps of one block
+
+  __device__ BitMatrix bits() const { return {mask.bits, x.rows, ceil_div(x.columns, kChunk)}; }
 };
 
-/// The bytes of bits that belong to this thread's chunks of one step.
-struct Bytes {
-  uint32_t values[kChunksPerThread];
-};
-
-/// Where chunk i of this thread lies in a tile.
-__device__ inline int row_of(int i) { return (i * kThreads + threadIdx.x) / (kDepth / kChunk); }
-__device__ inline int column_of() { return threadIdx.x % (kDepth / kChunk) * kChunk; }
-
 template <typename T>
-__device__ Bytes read_bytes(const Job<T>& job, int64_t row, int64_t column) {
-  Bytes bytes = {};
-  const int64_t place = column + column_of(), row_bytes = ceil_div(job.x.columns, kChunk);
+__device__ void add_squares(const Chunk& chunk, float* sum) {
 #pragma unroll
-  for (int i = 0; i < kChunksPerThread; ++i) {
-    const int64_t r = row + row_of(i);
-    if (r < job.x.rows && place < job.x.columns)
-      bytes.values[i] = load(job.mask.bits + r * row_bytes + place / kChunk);
+  for (int k = 0; k < kChunk / 2; ++k) {
+    const float2 pair = unpacked<T>(chunk.pairs[k]);
+    *sum += pair.x * pair.x;
+    *sum += pair.y * pair.y;
   }
-  return bytes;
 }
 
-template <typename T>
-__device__ Bytes draw_bytes(const Job<T>& job, PhiloxStart start, int64_t row, int64_t column) {
-  Bytes bytes = {};
-  const int64_t place = column + column_of(), row_bytes = ceil_div(job.x.columns, kChunk);
+/// Drops elements of this thread's chunks of a tile of x, by bits that are given or drawn and
+/// written. Adds their squares before that to `squares`, a sum for each, where these are asked for.
+template <Dropout kDropout, typename T>
+__device__ void prepare(const Job<T>& job, T* x, const OwnBytes<Own>& own, const Bytes<Own>& given,
+                        PhiloxStart start, float* squares) {
 #pragma unroll
-  for (int i = 0; i < kChunksPerThread; ++i) {
-    const int64_t r = row + row_of(i);
-    if (r >= job.x.rows || place >= job.x.columns) continue;
-    const int64_t index = r * row_bytes + place / kChunk;
-    bytes.values[i] = draw_byte(start, static_cast<uint64_t>(index), job.mask.level);
-    store(job.mask.bits + index, static_cast<uint8_t>(bytes.values[i]));
-  }
-  return bytes;
-}
-
-/// The sum of squares of this thread's chunks of a tile.
-template <typename T>
-__device__ float squares_of(const T* tile) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kChunksPerThread; ++i) {
-    const auto chunk = *reinterpret_cast<const Chunk<T>*>(tile + row_of(i) * kPitch + column_of());
-    for (int j = 0; j < kChunk; ++j) {
-      const float value = to_float(chunk.values[j]);
-      sum += value * value;
+  for (int i = 0; i < Own::kCount; ++i) {
+    T* place = x + Own::place(i);
+    const Chunk chunk = chunk_at(place);
+    if (job.squares != nullptr) add_squares<T>(chunk, squares + i);
+    if constexpr (kDropout == Dropout::kGiven)
+      put_chunk(place, masked(chunk, mask_of(given.values[i])));
+    if constexpr (kDropout == Dropout::kDrawn) {
+      const Chunk mask = drawn_mask(start, static_cast<uint64_t>(own.at(i)), job.mask.level);
+      put_chunk(place, masked(chunk, mask));
+      if (own.has(i)) store(job.mask.bits + own.at(i), static_cast<uint8_t>(bits_of(mask)));
     }
   }
-  return sum;
 }
 
-/// Adds the block's sum of squares up and writes it. `memory` holds a float for each warp.
-__device__ inline void write_squares(float* to, float own, float* memory) {
-  const float sum = warp_sum(own);
+/// Adds the block's sums of squares up and writes the total. `memory` holds a float for each warp.
+__device__ inline void write_squares(float* to, const float* own, float* memory) {
+  float all = 0.0f;
+  for (int i = 0; i < Own::kCount; ++i) all += own[i];
+  const float sum = warp_sum(all);
   if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -107,17 +92,16 @@ __device__ inline void write_squares(float* to, float own, float* memory) {
 /// acc += the warp's 16 rows of the tile of x times the tile of A, transposed.
 template <int kRank, typename T>
 __device__ void multiply(const T* x, const T* A, Accumulator* acc) {
-#pragma unroll
-  for (int k = 0; k < kDepth; k += kTile) {
+  x += threadIdx.x / kWarp * kTile * kPitch;
+  each<kDepth / kTile>([&](auto k) {
     LeftTile<T, RowMajor> left;
-    nvcuda::wmma::load_matrix_sync(left, x + threadIdx.x / kWarp * kTile * kPitch + k, kPitch);
-#pragma unroll
-    for (int n = 0; n < kRank / kTile; ++n) {
+    load_tile<k * kTile>(left, x, kPitch);
+    each<kRank / kTile>([&](auto n) {
       RightTile<T, ColumnMajor> right;
-      nvcuda::wmma::load_matrix_sync(right, A + n * kTile * kPitch + k, kPitch);
+      load_tile<n * kTile * kPitch + k * kTile>(right, A, kPitch);
       nvcuda::wmma::mma_sync(acc[n], left, right, acc[n]);
-    }
-  }
+    });
+  });
 }
 
 /// Writes the warp's 16 rows of u, or of its partial sum.
@@ -142,57 +126,63 @@ __device__ void write_u(const Job<T>& job, int64_t first_row, const Accumulator*
       continue;
     }
     for (int j = 0; j < kChunk; ++j) values[j] *= job.alpha;
-    store_chunk(job.u, row, c, values);
+    store_chunk(job.u, row, c, packed<T>(values));
   }
 }
 
 template <typename T, int kRank, Dropout kDropout>
-__global__ void __launch_bounds__(kThreads) project_kernel(Job<T> job) {
+__global__ void __launch_bounds__(kThreads, Layout<kRank>::kBlocks) project_kernel(Job<T> job) {
   using L = Layout<kRank>;
   constexpr int kStages = L::kStages;
   RESLORA_SHARED(memory);
+  using OwnA = OwnChunks<kRank, kDepth, kThreads>;
   T* x_tiles = reinterpret_cast<T*>(memory);
   T* A_tiles = x_tiles + kStages * L::kXTile;
   const int64_t row = int64_t{blockIdx.x} * kRows;
   const int64_t first = int64_t{blockIdx.y} * job.range;
-  const int64_t steps = smaller(job.range, ceil_div(job.x.columns, kDepth) - first);
+  const int steps = static_cast<int>(smaller(job.range, ceil_div(job.x.columns, kDepth) - first));
 
-  const auto fetch = [&](int64_t step) {
-    const int slot = static_cast<int>(step % kStages);
-    const int64_t column = (first + step) * kDepth;
-    fetch_tile<kRows, kDepth, kThreads>(x_tiles + slot * L::kXTile, job.x, row, column);
-    fetch_tile<kRank, kDepth, kThreads>(A_tiles + slot * L::kATile, job.A, 0, column);
+  const bool is_whole = row + kRows <= job.x.rows && job.x.is_aligned && job.A.is_aligned;
+  const int whole = is_whole ? static_cast<int>(smaller(job.x.columns / kDepth - first, steps)) : 0;
+  Reader<Own, false, T> x_reader(job.x, row, first * kDepth, kDepth, kRows);
+  Reader<OwnA, true, T> A_reader(job.A, 0, first * kDepth, kDepth, job.A.rows);
+
+  const auto fetch = [&](int step) {
+    T* x = x_tiles + step % kStages * L::kXTile;
+    T* A = A_tiles + step % kStages * L::kATile;
+    if (step < whole) {
+      x_reader.fetch(x);
+      A_reader.fetch(A);
+    } else {
+      fetch_tile<Own>(x, job.x, row, (first + step) * kDepth);
+      fetch_tile<OwnA>(A, job.A, 0, (first + step) * kDepth);
+    }
   };
   Accumulator acc[kRank / kTile];
 #pragma unroll
   for (int n = 0; n < kRank / kTile; ++n) nvcuda::wmma::fill_fragment(acc[n], 0.0f);
-  float squares = 0.0f;
+  float squares[Own::kCount] = {};
   PhiloxStart start = {};
-  Bytes bytes = {};
+  OwnBytes<Own> own(job.bits(), row, first * kDepth);
+  Bytes<Own> bytes = {};
   if constexpr (kDropout == Dropout::kDrawn) start = start_of(job.mask.philox);
-  if constexpr (kDropout == Dropout::kGiven) bytes = read_bytes(job, row, first * kDepth);
+  if constexpr (kDropout == Dropout::kGiven) bytes = read_bytes(job.mask.bits, own);
 
-  for (int64_t step = 0; step < kStages - 1; ++step) {
+  for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps) fetch(step);
     __pipeline_commit();
   }
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     T* x = x_tiles + step % kStages * L::kXTile;
     __pipeline_wait_prior(kStages - 2);
     // A thread changes the chunks that it fetched itself: no barrier before.
-    if (job.squares != nullptr) squares += squares_of(x);
-    if constexpr (kDropout == Dropout::kDrawn)
-      bytes = draw_bytes(job, start, row, (first + step) * kDepth);
-    if constexpr (kDropout != Dropout::kNone) {
-#pragma unroll
-      for (int i = 0; i < kChunksPerThread; ++i)
-        apply_bits(x + row_of(i) * kPitch + column_of(), bytes.values[i]);
-    }
+    if (kDropout != Dropout::kNone || job.squares != nullptr)
+      prepare<kDropout>(job, x, own, bytes, start, squares);
+    own.move_right();
     __syncthreads();  // the tiles are whole, and the slot of the step before is free
     if (step + kStages - 1 < steps) fetch(step + kStages - 1);
     __pipeline_commit();
-    if constexpr (kDropout == Dropout::kGiven)
-      bytes = read_bytes(job, row, (first + step + 1) * kDepth);
+    if constexpr (kDropout == Dropout::kGiven) bytes = read_bytes(job.mask.bits, own);
     multiply<kRank>(x, A_tiles + step % kStages * L::kATile, acc);
   }
   __syncthreads();  // the ring becomes room for u
@@ -215,12 +205,6 @@ __global__ void __launch_bounds__(kSquaresThreads)
   float total = 0.0f;
   for (int warp = 0; warp < kSquaresThreads / kWarp; ++warp) total += sums[warp];
   store(to, total);
-}
-
-/// Row tiles times ranges of columns.
-Cut cut_of(const ProjectArgs& args) {
-  const int64_t tiles = ceil_div(args.x.rows, kRows), steps = ceil_div(args.x.columns, kDepth);
-  return cut_into(tiles, steps, ranges_for(tiles, steps / 8, args.multiprocessors));
 }
 
 size_t partial_bytes(const ProjectArgs& args, const Cut& cut) {
@@ -259,6 +243,12 @@ struct ProjectLauncher {
 };
 
 }  // namespace
+
+/// Row tiles times ranges of columns.
+Cut cut_of(const ProjectArgs& args) {
+  return cut_into(ceil_div(args.x.rows, kRows), ceil_div(args.x.columns, kDepth),
+                  args.multiprocessors);
+}
 
 size_t workspace_bytes(const ProjectArgs& args) {
   const Cut cut = cut_of(args);

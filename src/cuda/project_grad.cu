@@ -2,7 +2,8 @@
 //
 // A block owns 64 columns of dA, which it keeps in registers, and a range of rows of x and du,
 // through which it walks 64 at a time. A second kernel adds the ranges up in order.
-#include "device.cuh"
+#include "dropout.cuh"
+#include "start.cuh"
 
 namespace reslora::cuda {
 namespace {
@@ -11,7 +12,7 @@ constexpr int kThreads = 128;
 constexpr int kColumns = 64;  // of dA, per block
 constexpr int kRows = 64;     // of x and du per step
 constexpr int kPitch = kColumns + kPad;
-constexpr int kChunksPerThread = kRows * kColumns / kChunk / kThreads;
+using Own = OwnChunks<kRows, kColumns, kThreads>;  // of x
 
 /// Shared memory: kStages pairs of tiles; afterwards the block's part of dA, in fp32.
 template <int kRank>
@@ -24,54 +25,33 @@ struct Layout {
   static constexpr size_t kRingBytes = size_t{2} * kStages * (kXTile + kDuTile);
   static constexpr size_t kSumBytes = size_t{4} * kRank * kSumPitch;
   static constexpr size_t kBytes = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
+  static_assert(kBytes <= kLeastBytes, "every device can start it");
+  static constexpr int kBlocks = blocks_beside(kBytes);
 };
 
 template <typename T>
 struct Job {
   View<const T> du;
   View<const T> x;
-  const uint8_t* bits;
+  BitMatrix bits;
   Partials partials;
   int64_t range;  // steps of one block
 };
 
-/// Where chunk i of this thread lies in a tile of x.
-__device__ inline int row_of(int i) { return (i * kThreads + threadIdx.x) / (kColumns / kChunk); }
-__device__ inline int column_of() { return threadIdx.x % (kColumns / kChunk) * kChunk; }
-
-struct Bytes {
-  uint32_t values[kChunksPerThread];
-};
-
-/// The bytes of bits that belong to this thread's chunks of one step.
-template <typename T>
-__device__ Bytes read_bytes(const Job<T>& job, int64_t row, int64_t column) {
-  Bytes bytes = {};
-  const int64_t place = column + column_of(), row_bytes = ceil_div(job.x.columns, kChunk);
-#pragma unroll
-  for (int i = 0; i < kChunksPerThread; ++i) {
-    const int64_t r = row + row_of(i);
-    if (r < job.x.rows && place < job.x.columns)
-      bytes.values[i] = load(job.bits + r * row_bytes + place / kChunk);
-  }
-  return bytes;
-}
-
 /// acc += the tile of du, transposed, times the warp's 16 columns of the tile of x.
 template <int kRank, typename T>
 __device__ void multiply(const T* du, const T* x, Accumulator* acc) {
-#pragma unroll
-  for (int k = 0; k < kRows; k += kTile) {
+  constexpr int kDuPitch = Layout<kRank>::kDuPitch;
+  x += threadIdx.x / kWarp * kTile;
+  each<kRows / kTile>([&](auto k) {
     RightTile<T, RowMajor> right;
-    nvcuda::wmma::load_matrix_sync(right, x + k * kPitch + threadIdx.x / kWarp * kTile, kPitch);
-#pragma unroll
-    for (int m = 0; m < kRank / kTile; ++m) {
+    load_tile<k * kTile * kPitch>(right, x, kPitch);
+    each<kRank / kTile>([&](auto m) {
       LeftTile<T, ColumnMajor> left;
-      const int pitch = Layout<kRank>::kDuPitch;
-      nvcuda::wmma::load_matrix_sync(left, du + k * pitch + m * kTile, pitch);
+      load_tile<k * kTile * kDuPitch + m * kTile>(left, du, kDuPitch);
       nvcuda::wmma::mma_sync(acc[m], left, right, acc[m]);
-    }
-  }
+    });
+  });
 }
 
 /// Writes the block's part of dA: fp32 rows of 64 columns.
@@ -93,54 +73,65 @@ __device__ void write_sums(const Job<T>& job, int64_t column, const Accumulator*
 }
 
 template <typename T, int kRank, bool kHasBits>
-__global__ void __launch_bounds__(kThreads) project_grad_kernel(Job<T> job) {
+__global__ void __launch_bounds__(kThreads, Layout<kRank>::kBlocks)
+    project_grad_kernel(Job<T> job) {
   using L = Layout<kRank>;
   constexpr int kStages = L::kStages;
   RESLORA_SHARED(memory);
+  using OwnDu = OwnChunks<kRows, kRank, kThreads>;
   T* x_tiles = reinterpret_cast<T*>(memory);
   T* du_tiles = x_tiles + kStages * L::kXTile;
   const int64_t column = int64_t{blockIdx.x} * kColumns;
   const int64_t first = int64_t{blockIdx.y} * job.range;
-  const int64_t steps = smaller(job.range, ceil_div(job.x.rows, kRows) - first);
+  const int steps = static_cast<int>(smaller(job.range, ceil_div(job.x.rows, kRows) - first));
 
-  const auto fetch = [&](int64_t step) {
-    const int slot = static_cast<int>(step % kStages);
-    const int64_t row = (first + step) * kRows;
-    fetch_tile<kRows, kColumns, kThreads>(x_tiles + slot * L::kXTile, job.x, row, column);
-    fetch_tile<kRows, kRank, kThreads>(du_tiles + slot * L::kDuTile, job.du, row, 0);
+  const bool is_whole = column + kColumns <= job.x.columns && job.x.is_aligned &&
+                        job.du.is_aligned && job.du.columns % kChunk == 0;
+  const int whole = is_whole ? static_cast<int>(smaller(job.x.rows / kRows - first, steps)) : 0;
+  const bool has_du = OwnDu::column() < job.du.columns;
+  Reader<Own, false, T> x_reader(job.x, first * kRows, column, kRows * job.x.stride, kRows);
+  Reader<OwnDu, true, T> du_reader(job.du, first * kRows, 0, kRows * job.du.stride,
+                                   has_du ? kRows : 0);
+
+  const auto fetch = [&](int step) {
+    T* x = x_tiles + step % kStages * L::kXTile;
+    T* du = du_tiles + step % kStages * L::kDuTile;
+    if (step < whole) {
+      x_reader.fetch(x);
+      du_reader.fetch(du);
+    } else {
+      fetch_tile<Own>(x, job.x, (first + step) * kRows, column);
+      fetch_tile<OwnDu>(du, job.du, (first + step) * kRows, 0);
+    }
   };
   Accumulator acc[kRank / kTile];
 #pragma unroll
   for (int m = 0; m < kRank / kTile; ++m) nvcuda::wmma::fill_fragment(acc[m], 0.0f);
-  Bytes bytes = {};
-  if constexpr (kHasBits) bytes = read_bytes(job, first * kRows, column);
+  OwnBytes<Own> own(job.bits, first * kRows, column);
+  Bytes<Own> bytes = {};
+  if constexpr (kHasBits) bytes = read_bytes(job.bits.data, own);
 
-  for (int64_t step = 0; step < kStages - 1; ++step) {
+  for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps) fetch(step);
     __pipeline_commit();
   }
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     T* x = x_tiles + step % kStages * L::kXTile;
     __pipeline_wait_prior(kStages - 2);
     if constexpr (kHasBits) {  // a thread changes the chunks that it fetched itself
 #pragma unroll
-      for (int i = 0; i < kChunksPerThread; ++i)
-        apply_bits(x + row_of(i) * kPitch + column_of(), bytes.values[i]);
+      for (int i = 0; i < Own::kCount; ++i)
+        put_chunk(x + Own::place(i), masked(chunk_at(x + Own::place(i)), mask_of(bytes.values[i])));
     }
+    own.move_down();
     __syncthreads();  // the tiles are whole, and the slot of the step before is free
     if (step + kStages - 1 < steps) fetch(step + kStages - 1);
     __pipeline_commit();
-    if constexpr (kHasBits) bytes = read_bytes(job, (first + step + 1) * kRows, column);
+    if constexpr (kHasBits) bytes = read_bytes(job.bits.data, own);
     multiply<kRank>(du_tiles + step % kStages * L::kDuTile, x, acc);
   }
   __syncthreads();  // the ring becomes room for the sums
   write_sums<kRank>(job, column, acc, reinterpret_cast<float*>(memory));
-}
-
-/// Column tiles times ranges of rows.
-Cut cut_of(const ProjectGradArgs& args) {
-  const int64_t tiles = ceil_div(args.x.columns, kColumns), steps = ceil_div(args.x.rows, kRows);
-  return cut_into(tiles, steps, ranges_for(tiles, steps / 2, args.multiprocessors));
 }
 
 template <typename T, int kRank>
@@ -150,7 +141,12 @@ struct ProjectGradLauncher {
     if (cut.tiles == 0) return cudaSuccess;
     const Partials partials = {static_cast<float*>(args.workspace), cut.ranges, args.dA.rows,
                                args.dA.columns};
-    const Job<T> job = {view_of<T>(args.du), view_of<T>(args.x), args.bits, partials, cut.range};
+    auto* bits = const_cast<uint8_t*>(args.bits);  // only read
+    const Job<T> job = {view_of<T>(args.du),
+                        view_of<T>(args.x),
+                        {bits, args.x.rows, ceil_div(args.x.columns, kChunk)},
+                        partials,
+                        cut.range};
     const dim3 grid(static_cast<unsigned>(cut.tiles), static_cast<unsigned>(cut.ranges));
     auto kernel = args.bits ? project_grad_kernel<T, kRank, true>  //
                             : project_grad_kernel<T, kRank, false>;
@@ -161,6 +157,12 @@ struct ProjectGradLauncher {
 };
 
 }  // namespace
+
+/// Column tiles times ranges of rows.
+Cut cut_of(const ProjectGradArgs& args) {
+  return cut_into(ceil_div(args.x.columns, kColumns), ceil_div(args.x.rows, kRows),
+                  args.multiprocessors);
+}
 
 size_t workspace_bytes(const ProjectGradArgs& args) {
   return sizeof(float) * cut_of(args).ranges * args.dA.rows * args.dA.columns;

@@ -20,7 +20,7 @@
 namespace reslora::ops {
 namespace {
 
-constexpr int64_t kExpandGradRank = 32;
+constexpr int64_t kExpandGradRank = cuda::kMaxExpandGradRank;
 
 bool has_kernels(const Tensor& x, int64_t rank) {
   const bool is_16_bit = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;

@@ -15,7 +15,7 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr size_t kUnasked = 48 * 1024, kMost = 227 * 1024;  // bytes of shared memory
+constexpr size_t kUnasked = 48 * 1024;  // bytes of shared memory
 
 /// A barrier for a fixed number of threads. All must come from the same kind of place.
 class Barrier {
@@ -72,6 +72,7 @@ struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  size_t zeros;
 };
 
 enum Kind { kInside = 1, kAround = 2 };
@@ -102,10 +103,14 @@ void check_alignment(const void* address, size_t bytes) {
   require(reinterpret_cast<uintptr_t>(address) % bytes == 0, "a global access is not aligned");
 }
 
-std::map<const void*, int>& allowed_memory() {
-  static std::map<const void*, int> allowed;
+using KernelOnDevice = std::pair<const void*, int>;
+
+std::map<KernelOnDevice, int>& allowed_memory() {
+  static std::map<KernelOnDevice, int> allowed;
   return allowed;
 }
+
+std::atomic<int> allowances{0};
 
 uint3 block_at(uint64_t index, const dim3& grid) {
   return {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
@@ -126,15 +131,18 @@ void require(bool holds, const char* sentence) {
 }
 
 cudaError_t allow_shared_memory(const void* kernel, int bytes) {
-  if (static_cast<size_t>(bytes) > kMost) return cudaErrorInvalidValue;
-  allowed_memory()[kernel] = bytes;
+  if (bytes > options().shared_bytes) return cudaErrorInvalidValue;
+  allowed_memory()[{kernel, options().device}] = bytes;
+  ++allowances;
   return cudaSuccess;
 }
+
+int times_allowed() { return allowances; }
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
                 const std::function<void(uint3 thread, uint3 block)>& body) {
   if (options().failure != cudaSuccess) return options().failure;
-  const auto allowed = allowed_memory().find(kernel);
+  const auto allowed = allowed_memory().find({kernel, options().device});
   const size_t most = allowed == allowed_memory().end() ? kUnasked : allowed->second;
   const dim3 grid = config.gridDim;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -180,11 +188,12 @@ float shuffle_down(float value, unsigned distance) {
   return result;
 }
 
-void copy_later(void* to, const void* from, size_t bytes) {
+void copy_later(void* to, const void* from, size_t bytes, size_t zeros) {
   require(bytes == 4 || bytes == 8 || bytes == 16, "an asynchronous copy has 4, 8 or 16 bytes");
+  require(zeros <= bytes, "an asynchronous copy has more zeros than bytes");
   check_alignment(to, bytes);
   check_alignment(from, bytes);
-  open_group.push_back({to, from, bytes});
+  open_group.push_back({to, from, bytes, zeros});
 }
 
 void close_group() {
@@ -194,7 +203,10 @@ void close_group() {
 
 void copy_all_but(size_t groups) {
   while (closed_groups.size() > groups) {
-    for (const Copy& copy : closed_groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const auto& [to, from, bytes, zeros] : closed_groups.front()) {
+      if (bytes > zeros) std::memcpy(to, from, bytes - zeros);
+      std::memset(static_cast<char*>(to) + bytes - zeros, 0, zeros);
+    }
     closed_groups.pop_front();
   }
 }

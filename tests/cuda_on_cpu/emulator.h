@@ -20,6 +20,8 @@ namespace cuda_on_cpu {
 struct Options {
   bool is_order_reversed = false;     // the last block runs first
   cudaError_t failure = cudaSuccess;  // what each launch returns, without running, if an error
+  int device = 0;                     // the current one
+  int shared_bytes = 227 * 1024;      // what a block may have at most: that of an H100
 };
 Options& options();
 
@@ -28,7 +30,10 @@ void require(bool holds, const char* sentence);
 
 // ---- Launches and what a kernel calls
 
+/// Lets a kernel have shared memory on the current device.
 cudaError_t allow_shared_memory(const void* kernel, int bytes);
+/// How often that was asked for since the program began.
+int times_allowed();
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
                 const std::function<void(uint3 thread, uint3 block)>& body);
 unsigned char* shared_memory();
@@ -36,7 +41,8 @@ int lane();
 void block_barrier();
 void warp_barrier();
 float shuffle_down(float value, unsigned distance);
-void copy_later(void* to, const void* from, size_t bytes);
+/// Copies all but the last `zeros` bytes, and writes zeros there.
+void copy_later(void* to, const void* from, size_t bytes, size_t zeros);
 void close_group();
 void copy_all_but(size_t groups);
 

@@ -75,56 +75,57 @@ MUTANTS = (
            "if (step + kStages < steps) fetch(step + kStages);"),
     # Bounds
     Mutant("a tail of rows is read", "device.cuh",
-           "if (row < from.rows && from.holds_chunk(column))", "if (from.holds_chunk(column))"),
+           "if (r >= from.rows || c >= from.columns)", "if (c >= from.columns)"),
     Mutant("a tail of columns is read as a vector", "device.cuh",
            "return is_aligned && column + kChunk <= columns;",
            "return is_aligned && column < columns;"),
     Mutant("unaligned rows are read as vectors", "device.cuh",
            "% 16 == 0 && stride % kChunk == 0;", "% 16 == 0;"),
     Mutant("a tail is not zeroed", "device.cuh",
-           "from_float<T>(0.0f);\n  }\n  *reinterpret_cast<Chunk<T>*>(to)",
-           "to[j];\n  }\n  *reinterpret_cast<Chunk<T>*>(to)"),
+           "load(from.at(row, column + j)) : from_float<T>(0.0f);",
+           "load(from.at(row, column + j)) : from_float<T>(1.0f);"),
+    Mutant("rows below a thin tile are read", "device.cuh",
+           "!kIsThin || Own::row(i) < rows", "true", "Shapes/*", "address"),
+    Mutant("a tile that ends beside the matrix counts as whole", "project_grad.cu",
+           "column + kColumns <= job.x.columns && ", ""),
+    Mutant("expand_grad: rows beyond T count as a whole tile", "expand_grad.cu",
+           "smaller(job.gy.rows / kRows - first, steps)", "steps", "Shapes/*", "address"),
     Mutant("project: rows beyond T are written", "project.cu",
            "if (row >= job.u.rows || c >= rank) continue;", "if (c >= rank) continue;"),
     Mutant("expand_grad: one row of ds too few", "expand_grad.cu",
            "if (first_row + r >= job.ds.rows ||", "if (first_row + r >= job.ds.rows - 1 ||"),
-    Mutant("project: bits of rows beyond T are read", "project.cu",
-           "if (r < job.x.rows && place < job.x.columns)", "if (place < job.x.columns)",
-           "Shapes/Project.*", "address"),
+    Mutant("bits of rows beyond T are read and written", "dropout.cuh",
+           "return Own::row(i) < rows && bytes > 0;", "return bytes > 0;",
+           "Shapes/Project*", "address"),
     # Masks
     Mutant("expand: the mask of the chunk beside", "expand.cu",
            "load(job.bits + row * row_bytes + column / kChunk)",
            "load(job.bits + row * row_bytes + (column / kChunk ^ (column + kChunk < "
            "job.out.columns ? 1 : 0)))"),
     Mutant("project_grad: rows of bits without their tail", "project_grad.cu",
-           "row_bytes = ceil_div(job.x.columns, kChunk);", "row_bytes = job.x.columns / kChunk;"),
+           "args.x.rows, ceil_div(args.x.columns, kChunk)", "args.x.rows, args.x.columns / kChunk"),
     Mutant("project_grad: the bits of the step before", "project_grad.cu",
-           "bytes = read_bytes(job, (first + step + 1) * kRows, column);",
-           "bytes = read_bytes(job, (first + step) * kRows, column);"),
-    Mutant("two bits of a byte are swapped", "device.cuh",
-           "(kept >> first & 1u ? 0x0000ffffu : 0u) | (kept >> first & 2u ? 0xffff0000u : 0u)",
-           "(kept >> first & 2u ? 0x0000ffffu : 0u) | (kept >> first & 1u ? 0xffff0000u : 0u)"),
+           "    own.move_down();\n", ""),
+    Mutant("two bits of a byte are swapped", "dropout.cuh",
+           "permuted<0xbbaa>(low, low)", "permuted<0xaabb>(low, low)"),
+    Mutant("two drawn elements are swapped", "dropout.cuh", "permuted<0xffbb>", "permuted<0xbbff>"),
+    Mutant("a byte of bits lacks one of its mask", "dropout.cuh", "0x20001u", "0x20000u"),
     Mutant("the squares are those of kept x", "project.cu",
-           "    if (job.squares != nullptr) squares += squares_of(x);\n"
-           "    if constexpr (kDropout == Dropout::kDrawn)\n"
-           "      bytes = draw_bytes(job, start, row, (first + step) * kDepth);\n",
-           "    if constexpr (kDropout == Dropout::kDrawn)\n"
-           "      bytes = draw_bytes(job, start, row, (first + step) * kDepth);\n"
-           "    for (int i = 0; i < kChunksPerThread && kDropout != Dropout::kNone; ++i)\n"
-           "      apply_bits(x + row_of(i) * kPitch + column_of(), bytes.values[i]);\n"
-           "    if (job.squares != nullptr) squares += squares_of(x);\n"),
-    Mutant("Philox has nine rounds", "device.cuh", "round < 10", "round < 9"),
-    Mutant("an element is kept one level too often", "device.cuh",
-           "(word & 0xffffu) < level", "(word & 0xffffu) <= level"),
+           "add_squares<T>(chunk, squares + i);",
+           "add_squares<T>(kDropout != Dropout::kDrawn ? chunk : masked(chunk, drawn_mask(start, "
+           "static_cast<uint64_t>(own.at(i)), job.mask.level)), squares + i);"),
+    Mutant("Philox has nine rounds", "dropout.cuh", "round < 10", "round < 9"),
+    Mutant("an element is kept one level too often", "dropout.cuh",
+           "(word & 0xffffu) - level", "(word & 0xffffu) - 1 - level"),
     # Sums and scales
     Mutant("a partial sum is skipped", "device.cuh",
            "for (int64_t part = 0; part <", "for (int64_t part = 1; part <"),
     Mutant("project: ranges overlap by a step", "project.cu",
-           "steps = smaller(job.range,", "steps = smaller(job.range + 1,"),
+           "(smaller(job.range,", "(smaller(job.range + 1,"),
     Mutant("project_grad: ranges overlap by a step", "project_grad.cu",
-           "steps = smaller(job.range,", "steps = smaller(job.range + 1,"),
+           "(smaller(job.range,", "(smaller(job.range + 1,"),
     Mutant("expand_grad: a range ends a step too early", "expand_grad.cu",
-           "steps = smaller(job.range,", "steps = smaller(job.range - 1,"),
+           "(smaller(job.range,", "(smaller(job.range - 1,"),
     Mutant("expand_grad: the last warp's ds is lost", "expand_grad.cu",
            "for (int warp = 0; warp < kWarps; ++warp)",
            "for (int warp = 0; warp < kWarps - 1; ++warp)"),
@@ -173,10 +174,11 @@ class Builder:
 
     def runs(self, variant: str, mutant: Mutant | None, cuda: Path, folder: Path) -> bool:
         """Build and run the tests; say whether they passed."""
-        everything = [*self.kernels, "emulator.cpp", "kernels_test.cpp", "traffic_test.cpp"]
+        tests = ["kernels_test.cpp", "launch_test.cpp", "traffic_test.cpp"]
+        everything = [*self.kernels, "emulator.cpp", *tests]
         changed: list[str] = []
         if mutant is not None:
-            of_header = [*self.kernels, "kernels_test.cpp"]
+            of_header = [*self.kernels, "kernels_test.cpp", "launch_test.cpp"]
             changed = [mutant.file] if mutant.file in self.kernels else of_header
         same = [name for name in everything if name not in changed]
         objects = self.objects(variant, same, SOURCE / "cuda", self.folder / variant)

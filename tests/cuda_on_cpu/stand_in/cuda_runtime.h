@@ -26,6 +26,17 @@ inline float __shfl_down_sync(unsigned, float value, unsigned distance) {
   return cuda_on_cpu::shuffle_down(value, distance);
 }
 
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_on_cpu::options().device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
+  *value = cuda_on_cpu::options().shared_bytes;
+  return cudaSuccess;
+}
+
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
   return cuda_on_cpu::allow_shared_memory(reinterpret_cast<const void*>(kernel), value);
