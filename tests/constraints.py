@@ -3,7 +3,7 @@
     python tests/constraints.py > tests/constraints.txt   # after RESLORA_NEWEST=1 bash tests/run.sh
     python tests/constraints.py --moved                   # one line for each package that differs
 
-Left out are packages that torch itself binds to one version (those of NVIDIA, triton), so that the
+Left out are packages that torch itself binds to one version (most of NVIDIA's, triton), so that the
 bounds serve with another torch too, and pip, which comes with the interpreter.
 """
 
@@ -15,7 +15,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 BOUNDS = Path(__file__).with_name("constraints.txt")
-LEFT_OUT = re.compile(r"(nvidia-.*|cuda-.*|triton|pip|reslora)")
+LEFT_OUT = re.compile(r"(nvidia-(?!cuda-(cuobjdump|nvdisasm)$).*|cuda-.*|triton|pip|reslora)")
 
 
 def installed() -> dict[str, str]:

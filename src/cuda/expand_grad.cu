@@ -115,8 +115,9 @@ __device__ void write_dB(const Job<T>& job, int64_t first_row,
   }
 }
 
+/// Two blocks fit a multiprocessor, or one where there is no room for three stages.
 template <typename T, int kRank, int kStages>
-__global__ void __launch_bounds__(kThreads, blocks_beside(Layout<kRank>::bytes(kStages)))
+__global__ void __launch_bounds__(kThreads, kStages - 1)
     expand_grad_kernel(Job<T> job) {
   using L = Layout<kRank>;
   RESLORA_SHARED(memory);
