@@ -103,6 +103,7 @@ def release_of(path: Path) -> str:
     return found.pop().decode()
 
 
+@cache
 def read_code(path: Path) -> dict[tuple[str, str], Code]:
     """Return the code of each function, by architecture and mangled name."""
     beside = str(Path(tool("nvdisasm")).parent)  # cuobjdump calls it
@@ -231,6 +232,7 @@ class Counts:
         return sum(number for name, number in self.names.items() if re.fullmatch(pattern, name))
 
 
+@cache
 def counts_of(path: Path) -> dict[tuple[str, str], Counts]:
     """Return the counts of each kernel in bf16 at rank 16, by architecture and name in VARIANTS."""
     found = {}

@@ -142,6 +142,14 @@ MUTANTS = (
            "{ float* to = job.partials.at(0, r) + column + c; "
            "*to = (*to == *to ? *to : 0.0f) + memory[r * kSumPitch + c]; "
            "if (blockIdx.y) *job.partials.at(blockIdx.y, r) = 0.0f; }"),
+    # Launches
+    Mutant("one range whatever the device", "start.cuh", "busiest < 0.9", "busiest < 0.0",
+           "Launches.*"),
+    Mutant("three stages without the room", "expand_grad.cu", "if (kBytes > most)", "if (!most)",
+           "Launches.*"),
+    Mutant("shared memory is allowed on one device for all", "start.cuh",
+           "allowed.count({kernel, device})", "allowed.lower_bound({kernel, 0}) != allowed.end()",
+           "Launches.*"),
 )
 # fmt: on
 
