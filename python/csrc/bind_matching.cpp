@@ -37,6 +37,8 @@ void bind_names(py::module_& m) {
         "Return a path without the parts that wrappers of torch put into it.");
   m.def("saved_part", &saved_part, py::arg("path"), py::arg("names"),
         "Return the part of a path that modules_to_save mean by one of `names`, else \"\".");
+  m.def("is_in_experts", &is_in_experts, py::arg("path"),
+        "Tell whether a part of a path names experts, which see the tokens routed to them.");
   m.def("is_or_ends_with", &is_or_ends_with, py::arg("path"), py::arg("name"),
         "Tell whether a path is `name` or ends with \".\" and `name`.");
 }

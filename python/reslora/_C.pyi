@@ -128,6 +128,9 @@ def plain_name(path: str) -> str:
 def saved_part(path: str, names: Sequence[str]) -> str:
     """Return the part of a path that modules_to_save mean by one of `names`, else ""."""
 
+def is_in_experts(path: str) -> bool:
+    """Tell whether a part of a path names experts, which see the tokens routed to them."""
+
 def is_or_ends_with(path: str, name: str) -> bool:
     """Tell whether a path is `name` or ends with "." and `name`."""
 

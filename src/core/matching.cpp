@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "core/check.h"
-#include "core/experts.h"
 
 namespace reslora {
 namespace {
@@ -90,7 +89,7 @@ Found all_linear(const Modules& modules, Names& warnings) {
     if (!module.is_linear || module.path.empty() || module.is_head ||
         last_part(module.path) == "lm_head")
       continue;
-    if (detail::is_in_experts(module.path) || module.is_bypassed) {
+    if (is_in_experts(module.path) || module.is_bypassed) {
       left_out.push_back(module.path);
     } else {
       found.push_back(&module);

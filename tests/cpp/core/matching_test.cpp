@@ -57,6 +57,15 @@ TEST(PlainName, LeavesWrappersOut) {
   EXPECT_EQ(plain_name(""), "");
 }
 
+TEST(IsInExperts, ReadsPathsAndTheKeysOfChains) {
+  for (const char* path : {"layers.0.mlp.experts.3.w1", "model.layers.*.mlp.experts.0.w1",
+                           "block.2.local_experts.7", "experts.expert_0.wi", "experts"})
+    EXPECT_TRUE(is_in_experts(path)) << path;
+  for (const char* path : {"layers.*.mlp.shared_expert.up", "mlp.shared_experts.0.up",
+                           "action_expert.layers.*.q_proj", "expertise.up", "layers.*.gate", ""})
+    EXPECT_FALSE(is_in_experts(path)) << path;
+}
+
 TEST(MatchSaved, TakesTheLayersOfTheFile) {
   const auto config = ResLoraConfig(kConfig).target_modules({"q", "nothing"});
   const auto wide = ResLoraConfig(config).layers_to_transform({0, 1, 9}).rank_pattern({{"z", 3}});
