@@ -52,8 +52,9 @@ struct ExportOptions {
 };
 
 /// The adapters of one model. A handle: copies mean the same adapters. It holds the layers weakly;
-/// keep the model alive. What changes them (merging, loading, calibrating, switching them off)
-/// throws c10::ValueError when called from a callback of `merge` or `calibrate`.
+/// keep the model alive. What changes them (merging, loading, calibrating, switching them off) or
+/// reads the weights (`plan`, `export_lora`, `of_clone`) throws c10::ValueError when called from a
+/// callback of `merge` or `calibrate`.
 class RESLORA_API Adapters {
  public:
   struct State;
@@ -126,8 +127,10 @@ class RESLORA_API Adapters {
   /// before the adapter changed.
   MergePlan plan(const std::string& merge_method = "", bool use_affine = true) const;
   /// Writes W* into the base weights and switches the adapters off; returns the plan, which keeps
-  /// the originals on the CPU. `progress(done)` is called after each layer. Throws c10::ValueError
-  /// where the adapters are merged already or a rule cannot serve; no weight is then changed.
+  /// the originals on the CPU: a reference that is valid until `unmerge`, and while a handle of
+  /// these adapters lives. `progress(done)` is called after each layer; it must not run, copy or
+  /// save the model. Throws c10::ValueError where the adapters are merged already or a rule cannot
+  /// serve; no weight is then changed.
   const MergePlan& merge(const std::string& merge_method = "",
                          const std::function<void(int64_t)>& progress = nullptr) const;
   /// Restores the exact bits that `merge` replaced. Throws c10::ValueError where nothing is merged.

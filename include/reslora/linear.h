@@ -35,7 +35,8 @@
 ///
 /// Several threads may run and train one adapted model at once: each has passes of its own, and no
 /// norm record is lost. Linking, merging, loading and moving a model are for one thread while no
-/// other runs it.
+/// other runs it. Where a callback of `Adapters::merge` calls, copies or saves a layer whose chain
+/// is being merged, that throws c10::ValueError.
 #pragma once
 
 #include <reslora/chain.h>
@@ -130,6 +131,7 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   std::pair<at::Tensor, at::Tensor> new_adapter(int64_t r, const InitLoraWeights& init) const;
   void register_adapter(const std::pair<at::Tensor, at::Tensor>& adapter);
   bool is_plain() const;
+  void check_whole(const char* op) const;
   AdaptInput input_of(const at::Tensor& x, const std::vector<at::Tensor>& taps) const;
   NormWindow window_on(c10::Device device);
   NormWindow norms_now() const;
@@ -189,6 +191,8 @@ class RESLORA_API LinkedChain {
   int64_t missed_links(int64_t position) const;
 
  private:
+  friend struct Merge;  // says while weights are written
+
   std::shared_ptr<ChainState> state_;
 };
 

@@ -135,6 +135,7 @@ Adapters load(torch::nn::Module& model, const std::string& folder) {
 }
 
 double Adapters::export_lora(const std::string& folder, const ExportOptions& options) const {
+  state_->check_idle("export_lora");
   RESLORA_CHECK(!is_merged() || options.merge_method().empty(),
                 "[export_lora] a merged model is exported as it was merged; got merge_method '{}' "
                 "(unmerge it first)",

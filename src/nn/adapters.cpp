@@ -17,7 +17,17 @@ namespace reslora {
 
 void Merge::enter(const std::vector<LinkedChain>& chains,
                   const std::function<void(int64_t)>& progress) {
-  plan.apply(/*keep_originals=*/true, /*safe_merge=*/false, progress);
+  const auto say = [&](bool is_changing) {
+    for (const LinkedChain& chain : chains) chain.state_->is_changing = is_changing;
+  };
+  say(true);
+  try {
+    plan.apply(/*keep_originals=*/true, /*safe_merge=*/false, progress);
+  } catch (...) {
+    say(false);
+    throw;
+  }
+  say(false);
   was_enabled.clear();
   for (const LinkedChain& chain : chains) {
     was_enabled.push_back(chain.is_enabled());
@@ -154,6 +164,7 @@ std::vector<ChainView> Adapters::views() const {
 }
 
 MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const {
+  state_->check_idle("merge");
   RESLORA_CHECK(!is_merged(), "[merge] adapters must not be merged yet; got merged ones (unmerge)");
   const std::string& method = merge_method.empty() ? state_->config.merge_method() : merge_method;
   MergePlan plan(views(), method, use_affine);
@@ -170,7 +181,6 @@ MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const
 
 const MergePlan& Adapters::merge(const std::string& merge_method,
                                  const std::function<void(int64_t)>& progress) const {
-  state_->check_idle("merge");
   auto made = std::make_unique<Merge>(Merge{plan(merge_method)});
   const Busy busy(*state_, "merge");
   made->enter(state_->chains, progress);
@@ -186,6 +196,7 @@ void Adapters::unmerge() const {
 }
 
 Adapters Adapters::of_clone(torch::nn::Module& clone) const {
+  state_->check_idle("of_clone");
   const std::vector<detail::Copies> copies =
       in_order(detail::copies_in(clone, "of_clone"), state_->chains, state_->names);
   for (const detail::Copies& chain : copies)

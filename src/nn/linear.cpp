@@ -111,6 +111,7 @@ void ResLoraLinearImpl::pretty_print(std::ostream& stream) const {
 
 std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
     const std::optional<torch::Device>& device) const {
+  check_whole("clone");
   auto copy = torch::nn::Cloneable<ResLoraLinearImpl>::clone(device);
   auto& layer = static_cast<ResLoraLinearImpl&>(*copy);
   if (is_adapted()) {
@@ -124,6 +125,7 @@ std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
 }
 
 void ResLoraLinearImpl::save(torch::serialize::OutputArchive& archive) const {
+  check_whole("save");
   torch::nn::Cloneable<ResLoraLinearImpl>::save(archive);
   if (is_merged_) archive.write(kMergedKey, at::ones({1}));
   if (!is_adapted()) return;
@@ -134,6 +136,7 @@ void ResLoraLinearImpl::save(torch::serialize::OutputArchive& archive) const {
 }
 
 void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
+  check_whole("load");
   at::Tensor mark;
   const bool is_stored_merged = archive.try_read(kMergedKey, mark);
   RESLORA_CHECK(!is_adapted() || is_stored_merged == is_merged_,
@@ -183,7 +186,16 @@ void ResLoraLinearImpl::set_norms(const NormWindow& window) {
 
 bool ResLoraLinearImpl::is_plain() const { return !is_adapted() || !state_->is_enabled; }
 
+/// Refuses a model of which some layers are merged and others are not yet.
+void ResLoraLinearImpl::check_whole(const char* op) const {
+  RESLORA_CHECK(!is_adapted() || !state_->is_changing,
+                "[{}] a model must be whole; got {}, whose chain is being merged, from a callback "
+                "of merge",
+                op, name());
+}
+
 at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
+  check_whole("linear");
   if (is_plain()) return torch::nn::functional::linear(x, weight, bias);
   PassCall call = state_->passes.enter(position_);
   const AdaptInput in = input_of(x, call.taps());
@@ -195,6 +207,7 @@ at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
 std::pair<at::Tensor, Taps> ResLoraLinearImpl::forward_with_taps(const at::Tensor& x, Taps taps) {
   RESLORA_CHECK(is_adapted(),
                 "[linear] forward_with_taps needs a layer that reslora::link adapted");
+  check_whole("linear");
   const auto size = static_cast<size_t>(state_->chain.size());
   RESLORA_CHECK(taps.by_position.empty() || taps.by_position.size() == size,
                 "[linear] taps must be empty or of the chain, of {} layers; got {} (layer {})",
@@ -210,6 +223,7 @@ std::vector<at::Tensor> forward_together(
   std::vector<at::Tensor> y;
   for (const auto& layer : layers)
     RESLORA_CHECK(layer != nullptr, "[linear] forward_together needs layers; got a null pointer");
+  for (const auto& layer : layers) layer->check_whole("linear");
   if (layers.empty() ||
       std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l->is_plain(); })) {
     for (const auto& layer : layers) y.push_back(layer->forward(x));

@@ -5,6 +5,8 @@
 #include <sys/stat.h>
 #include <torch/torch.h>
 
+#include <fstream>
+#include <functional>
 #include <sstream>
 
 #include "nn/small_net.h"
@@ -37,6 +39,51 @@ TEST(Callbacks, AMergeInsideOfAMergeIsRefusedAndOneIsMade) {
   EXPECT_TRUE(testing::all_close(merged, before + wanted.B.matmul(wanted.A), 1e-6));
   adapters.unmerge();
   EXPECT_TRUE(torch::equal(merged, before));
+}
+
+TEST(Callbacks, AModelThatIsBeingMergedIsNotReadCopiedOrSaved) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of("is"));
+  randomise(adapters);
+  net->eval();
+  const at::Tensor x = torch::randn({5, kWidth}), before = net->forward(x);
+  adapters.merge("weight");
+  const at::Tensor wanted = net->forward(x);
+  adapters.unmerge();
+  const auto copy = net->clone();
+  const std::string folder = testing::new_folder() + "/lora";
+  int64_t refused = 0;
+  const auto expect = [&](const std::function<void()>& call) {
+    const auto result = refuses(call, "from a callback of merge");
+    EXPECT_TRUE(result);
+    refused += result;
+  };
+  adapters.merge("weight", [&](int64_t) {
+    expect([&] { adapters.plan(); });
+    expect([&] { adapters.export_lora(folder); });
+    expect([&] { adapters.of_clone(*copy); });
+    expect([&] { net->clone(); });
+    expect([&] { net->forward(x); });
+    expect([&] {
+      std::stringstream stream;
+      torch::save(net, stream);
+    });
+  });
+  EXPECT_EQ(refused, 6 * 8);
+  EXPECT_FALSE(std::ifstream(folder + "/adapter_config.json").good());
+  EXPECT_TRUE(torch::equal(wanted, net->forward(x))) << "nothing is left at work";
+  adapters.unmerge();
+  EXPECT_TRUE(torch::equal(before, net->forward(x)));
+  adapters.of_clone(*copy);
+}
+
+TEST(Callbacks, AMergeThatFailedLeavesAModelThatRuns) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of("none"));
+  const at::Tensor x = torch::randn({5, kWidth}), before = net->forward(x);
+  EXPECT_THROW(adapters.merge("", [&](int64_t) { net->forward(x); }), c10::ValueError);
+  EXPECT_FALSE(adapters.is_merged());
+  EXPECT_TRUE(torch::equal(before, net->forward(x)));
 }
 
 TEST(Callbacks, AMergeInsideOfACalibrationIsRefused) {
