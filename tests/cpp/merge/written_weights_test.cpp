@@ -1,4 +1,5 @@
-// What a merge may write: weights and biases that layers share, or that have no memory of their own.
+// What a merge may write, and that it reads tensors as they are: weights and biases that layers
+// share, that have no memory of their own, and factors that are negated lazily.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <reslora/merge.h>
@@ -86,6 +87,20 @@ TEST(WrittenWeights, ABiasOfTwoLayersIsRefusedWhereOneOfThemMovesIt) {
     EXPECT_TRUE(at::equal(before, view.layers[0].bias));
   }
   MergePlan({with_one_bias(false, false)}, "lsq").apply();
+}
+
+TEST(MergedWeight, ReadsTensorsThatAreNegatedLazily) {
+  const Tensor W = random({4, 4}, 1).to(at::kFloat), A = random({2, 4}, 2).to(at::kFloat);
+  const Tensor B = random({4, 2}, 3).to(at::kFloat);
+  const auto lazily = [](const Tensor& tensor) { return at::_neg_view(-tensor); };
+  ASSERT_TRUE(lazily(A).is_neg() && at::equal(lazily(A), A));
+  const Tensor wanted = W + at::mm(B, A);
+  for (const bool is_first : {true, false}) {
+    const LayerMerge layer{
+        "a", MergeRule::kExact, {}, is_first ? lazily(A) : A, is_first ? B : lazily(B)};
+    EXPECT_TRUE(all_close(merged_weight(W, layer), wanted, 1e-6));
+    EXPECT_TRUE(all_close(merged_weight(lazily(W), layer), wanted, 1e-6));
+  }
 }
 
 }  // namespace
