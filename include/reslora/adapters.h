@@ -198,9 +198,10 @@ RESLORA_API Adapters load(torch::nn::Module& model, const std::string& folder);
 /// Python twin of a plain (or merged) model holds. Write them with `save_tensors`.
 RESLORA_API std::map<std::string, at::Tensor> base_tensors(const torch::nn::Module& model);
 
-/// Copies such tensors into a model. Throws c10::ValueError for a tensor that is missing, unknown,
-/// of another shape, sparse, without values or of a dtype that cannot be cast; nothing is copied
-/// then.
+/// Copies such tensors into a model, whose own tensors may be among them. Throws c10::ValueError
+/// for a tensor that is missing, unknown, of another shape, sparse, without values or of a dtype
+/// that cannot be cast, and for two names of one tensor that are given other values; nothing is
+/// copied then.
 RESLORA_API void load_base_tensors(torch::nn::Module& model,
                                    const std::map<std::string, at::Tensor>& tensors);
 
