@@ -86,13 +86,14 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   std::shared_ptr<torch::nn::Module> clone(
       const std::optional<torch::Device>& device = std::nullopt) const override;
 
-  /// What torch::save calls. The file has the norms of an adapted layer, and says of a merged one
-  /// that it is.
+  /// What torch::save calls. The file has the norms and the shortcut of an adapted layer, and says
+  /// of a merged one that it is.
   void save(torch::serialize::OutputArchive& archive) const override;
   /// What torch::load calls; norms are those of the file, none where it has none. Throws
   /// c10::ValueError where only one of file and adapted layer is merged (the adapter would count
-  /// twice, or not at all; a plain layer takes both), and for tensors of another shape, such as
-  /// another rank. Layers before this one are loaded then.
+  /// twice, or not at all; a plain layer takes both), where they differ in res_mode, pre_num,
+  /// first_block or scaling, and for tensors of another shape, such as another rank. Layers before
+  /// this one are loaded then.
   void load(torch::serialize::InputArchive& archive) override;
 
   /// x: [..., in] -> [..., out]. Plain until linked; then takes and leaves taps in the current

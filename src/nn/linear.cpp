@@ -34,6 +34,14 @@ auto naming(const std::string& layer, const Body& body) {
 constexpr const char* kMergedKey = "reslora_merged";
 constexpr const char* kNormsKey = "reslora_norms";
 constexpr const char* kCountKey = "reslora_norm_count";
+constexpr const char* kFormulaKey = "reslora_formula";
+
+/// What an archive and an adapted layer must agree on beside shapes, for A and B to mean the same.
+std::string formula_of(const Chain& chain, int64_t position) {
+  const ResLoraConfig& config = chain.config();
+  return fmt::format("res_mode {}, pre_num {}, first_block {}, scaling {}", config.res_mode(),
+                     config.pre_num(), config.first_block(), chain.layer(position).scaling);
+}
 
 bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
   return tap.defined() && tap.dim() == x.dim() &&
@@ -129,6 +137,7 @@ void ResLoraLinearImpl::save(torch::serialize::OutputArchive& archive) const {
   torch::nn::Cloneable<ResLoraLinearImpl>::save(archive);
   if (is_merged_) archive.write(kMergedKey, at::ones({1}));
   if (!is_adapted()) return;
+  archive.write(kFormulaKey, c10::IValue(formula_of(state_->chain, position_)));
   const NormWindow window = norms_now();
   if (!window.is_defined()) return;
   archive.write(kNormsKey, window.norms(), /*is_buffer=*/true);
@@ -153,7 +162,7 @@ void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
   if (is_adapted()) set_norms(window);
 }
 
-/// torch::load would take tensors of any shape.
+/// torch::load would take tensors of any shape, and those of another formula.
 void ResLoraLinearImpl::check_archived(torch::serialize::InputArchive& archive) const {
   for (const auto& item : named_parameters(/*recurse=*/false)) {
     at::Tensor stored;
@@ -163,6 +172,13 @@ void ResLoraLinearImpl::check_archived(torch::serialize::InputArchive& archive) 
                   detail::described(stored), item.key(), detail::described(item.value()),
                   is_adapted() ? " (layer " + name() + ")" : "");
   }
+  c10::IValue formula;
+  if (!is_adapted() || !archive.try_read(kFormulaKey, formula)) return;
+  const std::string own = formula_of(state_->chain, position_);
+  RESLORA_CHECK(formula.isString() && formula.toStringRef() == own,
+                "[load] an archive must be of a layer that computes the same; got {} for {} "
+                "(layer {})",
+                formula.isString() ? formula.toStringRef() : formula.tagKind(), own, name());
 }
 
 NormWindow ResLoraLinearImpl::norms_now() const {

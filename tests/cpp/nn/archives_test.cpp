@@ -1,7 +1,9 @@
-// Values that come into a model from outside: base tensors that are the model's own, or one tensor
-// under two names.
+// Values that come into a model from outside: archives of torch::save of another formula, and base
+// tensors that are the model's own, or one tensor under two names.
 #include <reslora/adapters.h>
 #include <torch/torch.h>
+
+#include <sstream>
 
 #include "nn/small_net.h"
 #include "testing.h"
@@ -9,9 +11,55 @@
 namespace reslora {
 namespace {
 
+using testing::config_of;
 using testing::kWidth;
 using testing::Net;
+using testing::randomise;
 using testing::refuses;
+
+/// What torch::save writes of an adapted model.
+std::string archive_of(const ResLoraConfig& config) {
+  Net net;
+  randomise(inject(*net, config));
+  std::stringstream stream;
+  torch::save(net, stream);
+  return stream.str();
+}
+
+TEST(Archives, OfAnotherFormulaAreRefused) {
+  const ResLoraConfig is = config_of("is");
+  const std::string bytes = archive_of(is);
+  for (const ResLoraConfig& other :
+       {config_of("ms"), config_of("none"), config_of("is").lora_alpha(8),
+        config_of("is").pre_num(2), config_of("is").first_block("plain")}) {
+    Net net;
+    const Adapters adapters = inject(*net, other);
+    const at::Tensor x = torch::randn({3, kWidth}), before = net->forward(x);
+    std::stringstream stream(bytes);
+    EXPECT_TRUE(refuses([&] { torch::load(net, stream); },
+                        "must be of a layer that computes the same; got res_mode is, pre_num 1, "
+                        "first_block double, scaling 2 for res_mode " +
+                            other.res_mode()));
+    EXPECT_TRUE(torch::equal(before, net->forward(x)));
+  }
+}
+
+TEST(Archives, OfTheSameFormulaBringTheirOutputs) {
+  for (const char* mode : {"none", "is", "bs", "ms"}) {
+    Net net, other, plain;
+    const Adapters adapters = inject(*net, config_of(mode)), own = inject(*other, config_of(mode));
+    randomise(adapters);
+    std::stringstream stream, again;
+    torch::save(net, stream);
+    again << stream.str();
+    torch::load(other, stream);
+    const at::Tensor x = torch::randn({3, kWidth});
+    EXPECT_TRUE(torch::equal(net->forward(x), other->forward(x))) << mode;
+    torch::load(plain, again);  // without the adapter
+    adapters.set_enabled(false);
+    EXPECT_TRUE(torch::equal(net->forward(x), plain->forward(x))) << mode;
+  }
+}
 
 TEST(BaseTensors, OfTheModelItselfMayTakeEachOthersPlaces) {
   Net net;
