@@ -54,7 +54,7 @@ struct ResLoraConfig {
   TORCH_ARG(std::string, first_block) = "double";
   /// scaling = lora_alpha / sqrt(r).
   TORCH_ARG(bool, use_rslora) = false;
-  /// Number of training forwards whose norms are kept for the merge rules; 0 keeps none.
+  /// Number of training forwards whose norms are kept for merging; 0 keeps none; at most 2^24.
   TORCH_ARG(int64_t, norm_window) = 100;
   /// Cut the gradient through the taps (a control experiment).
   TORCH_ARG(bool, detach_taps) = false;
