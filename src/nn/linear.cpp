@@ -279,7 +279,8 @@ AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
       "[linear] this layer ({}) is a copy that is in no chain; call reslora::relink on the "
       "cloned model",
       name());
-  RESLORA_CHECK(x.defined(), "[adapt] x must be a tensor; got an undefined one (layer {})", name());
+  RESLORA_CHECK(detail::is_dense(x), "[adapt] x must be a dense tensor; got {} (layer {})",
+                detail::described(x), name());
   AdaptInput in;
   in.x = x;
   in.weight = weight;
