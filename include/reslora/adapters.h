@@ -186,8 +186,9 @@ class RESLORA_API Adapters {
 /// but these and modules_to_save is frozen. Step 0 equals the base model.
 ///
 /// Throws c10::ValueError for a bad config, a model that is adapted already, a pattern that matches
-/// nothing, and a match that is no ResLoraLinear, a torch::nn::Linear above all. The model is then
-/// unchanged.
+/// nothing, a match that is no ResLoraLinear, a torch::nn::Linear above all, and for
+/// modules_to_save with a tensor that files cannot hold (complex, empty). The model is then
+/// unchanged. A module that is registered under several names has the first of them alone.
 RESLORA_API Adapters inject(torch::nn::Module& model, const ResLoraConfig& config);
 
 /// Adapts a plain model by the config of a saved adapter, and loads it. Throws as `inject` and

@@ -230,6 +230,21 @@ TEST(Saving, NamesThePlaceOfTheFileAndNoHiddenOne) {
   EXPECT_TRUE(refuses([&] { adapters.save(folder); }, folder + "/adapter_model.safetensors': "));
 }
 
+TEST(Saving, RefusesHeadsThatAFileCannotHoldBeforeTheTraining) {
+  for (const at::Tensor& buffer : {torch::zeros({2}, at::kComplexFloat), torch::empty({0})}) {
+    Net net;
+    net->head->register_buffer("phases", buffer);
+    EXPECT_TRUE(refuses([&] { inject(*net, config_of().modules_to_save({"head"})); },
+                        "[inject] modules_to_save must fit into an adapter's file: tensor "
+                        "'head.phases'"));
+    EXPECT_FALSE(net->layers[0]->as<testing::BlockImpl>()->q_proj->is_adapted());
+    inject(*net, config_of());  // no head
+  }
+  Net net;
+  net->head->register_buffer("later", torch::empty({2}, at::kMeta));
+  EXPECT_EQ(inject(*net, config_of().modules_to_save({"head"})).parameters().size(), 18U);
+}
+
 TEST(BaseTensors, AreCopiedAllOrNone) {
   Net net;
   std::map<std::string, at::Tensor> tensors;
