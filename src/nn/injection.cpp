@@ -161,6 +161,10 @@ Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config, const Ad
     prepared.names.push_back(std::move(chain.name));
     prepared.states.push_back(new_state(layers, Chain(config, std::move(chain.layers))));
   }
+  std::vector<const Chain*> links;
+  for (const auto& state : prepared.states) links.push_back(&state->chain);
+  const std::string warning = warning_without_links(links);
+  if (!warning.empty()) TORCH_WARN(warning);  // here, since a handler of warnings may throw
   return prepared;
 }
 
@@ -174,10 +178,6 @@ std::shared_ptr<Adapters::State> commit(torch::nn::Module& model, Prepared prepa
   state->config = std::move(prepared.config);
   state->names = std::move(prepared.names);
   state->heads = std::move(prepared.heads);
-  std::vector<const Chain*> links;
-  for (const LinkedChain& chain : state->chains) links.push_back(&chain.chain());
-  const std::string warning = warning_without_links(links);
-  if (!warning.empty()) TORCH_WARN(warning);
   return state;
 }
 

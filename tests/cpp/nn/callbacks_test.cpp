@@ -8,6 +8,7 @@
 #include <fstream>
 #include <functional>
 #include <sstream>
+#include <stdexcept>
 
 #include "nn/small_net.h"
 #include "testing.h"
@@ -82,6 +83,47 @@ TEST(Callbacks, AMergeThatFailedLeavesAModelThatRuns) {
   const Adapters adapters = inject(*net, config_of("none"));
   const at::Tensor x = torch::randn({5, kWidth}), before = net->forward(x);
   EXPECT_THROW(adapters.merge("", [&](int64_t) { net->forward(x); }), c10::ValueError);
+  EXPECT_FALSE(adapters.is_merged());
+  EXPECT_TRUE(torch::equal(before, net->forward(x)));
+}
+
+/// Makes every warning an error.
+class Strict : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { throw std::runtime_error(warning.msg()); }
+};
+
+/// True where `call` is stopped by a warning that holds `part`.
+::testing::AssertionResult is_warned(const std::function<void()>& call, const std::string& part) {
+  Strict strict;
+  const c10::WarningUtils::WarningHandlerGuard guard(&strict);
+  try {
+    call();
+  } catch (const std::runtime_error& error) {
+    if (std::string(error.what()).find(part) != std::string::npos)
+      return ::testing::AssertionSuccess();
+    return ::testing::AssertionFailure() << error.what();
+  }
+  return ::testing::AssertionFailure() << "no warning";
+}
+
+TEST(Callbacks, AWarningThatThrowsLeavesAModelPlainOrUnmerged) {
+  Net net, one(1);
+  EXPECT_TRUE(is_warned([&] { inject(*one, config_of("is")); }, "no two adapted layers"));
+  for (const at::Tensor& parameter : one->parameters()) EXPECT_TRUE(parameter.requires_grad());
+  EXPECT_FALSE(one->layers[0]->as<testing::BlockImpl>()->q_proj->is_adapted());
+  const Adapters adapters = inject(*net, config_of("is"));
+  randomise(adapters);
+  net->eval();
+  const at::Tensor x = torch::randn({5, kWidth}), before = net->forward(x);
+  EXPECT_TRUE(is_warned([&] { adapters.merge(); }, "the rule 'weight' is taken"));
+  const auto calibrate = [&] {
+    adapters.calibrate(std::vector{x},
+                       [&](const at::Tensor& batch) { return net->forward(batch); });
+  };
+  EXPECT_TRUE(is_warned(calibrate, "rows"));
+  EXPECT_EQ(adapters.plan("weight").layers()[1].rule, MergeRule::kWeight);
+  EXPECT_FALSE(adapters.views()[0].layers[1].fit.A.defined()) << "fits of few rows";
   EXPECT_FALSE(adapters.is_merged());
   EXPECT_TRUE(torch::equal(before, net->forward(x)));
 }
