@@ -67,8 +67,10 @@ std::string parent_of(const std::string& path) {
 
 }  // namespace
 
-Stage::Stage(const std::string& folder, Kind kind)
-    : folder_(folder.empty() ? "." : folder), kind_(kind) {
+Stage::Stage(const std::string& folder, Kind kind) : folder_(folder), kind_(kind) {
+  TORCH_CHECK_VALUE(!folder.empty(),
+                    "[save] the place to write must be a folder; got an empty path (\".\" is the "
+                    "folder that the program runs in)");
   while (folder_.size() > 1 && folder_.back() == '/') folder_.pop_back();
   if (kind_ == Kind::kFolder) {
     open_folder();
@@ -144,8 +146,8 @@ void Stage::commit_files() {
     for (const std::string& name : *names)
       TORCH_CHECK_VALUE(
           !detail::exists(folder_ + "/" + name) || detail::is_file(folder_ + "/" + name),
-          fmt::format("[save] {}/{} must be a file to write; got something else there",
-                      shown(folder_, 4096), name));
+          fmt::format("[save] {} must be a file to write; got something else there",
+                      shown(folder_ + "/" + name, 4096)));
   for (const std::string& name : names_) {
     const std::string target = folder_ + "/" + name, written = hidden_ + "/" + name;
     keep_mode(target, written);

@@ -287,6 +287,13 @@ TEST(Saving, RefusesHeadsThatAFileCannotHoldBeforeTheTraining) {
   EXPECT_EQ(inject(*net, config_of().modules_to_save({"head"})).parameters().size(), 18U);
 }
 
+TEST(Saving, RefusesAFolderWithoutAName) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of());
+  EXPECT_TRUE(refuses([&] { adapters.save(""); }, "must be a folder; got an empty path"));
+  EXPECT_TRUE(refuses([&] { adapters.export_lora(""); }, "must be a folder; got an empty path"));
+}
+
 TEST(BaseTensors, AreCopiedAllOrNone) {
   Net net;
   std::map<std::string, at::Tensor> tensors;
