@@ -151,7 +151,8 @@ TORCH_MODULE(ResLoraLinear);
 /// Evaluates layers that read the same x (q, k and v; gate and up) with one op: they share the
 /// down-projection, one dropout mask and one sum in dx. Returns y of each, as `forward` would, and
 /// takes part in the passes of their chains. Layers that are not adapted are evaluated apart.
-/// Throws c10::ValueError for two layers of one chain and for chains with different dropout.
+/// Throws c10::ValueError for two layers of one chain and, where all are adapted, for chains with
+/// different dropout.
 /// Example: auto qkv = forward_together({q.ptr(), k.ptr(), v.ptr()}, x);
 RESLORA_API std::vector<at::Tensor> forward_together(
     const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x);

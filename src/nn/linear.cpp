@@ -240,17 +240,17 @@ std::vector<at::Tensor> forward_together(
   for (const auto& layer : layers)
     RESLORA_CHECK(layer != nullptr, "[linear] forward_together needs layers; got a null pointer");
   for (const auto& layer : layers) layer->check_whole("linear");
+  for (size_t k = 0; k < layers.size(); ++k)
+    for (size_t j = 0; j < k; ++j)
+      RESLORA_CHECK(!layers[k]->is_adapted() || layers[j]->state_ != layers[k]->state_,
+                    "[linear] layers that are evaluated together must be of different chains; got "
+                    "{} and {} of one",
+                    layers[j]->name(), layers[k]->name());
   if (layers.empty() ||
       std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l->is_plain(); })) {
     for (const auto& layer : layers) y.push_back(layer->forward(x));
     return y;
   }
-  for (size_t k = 0; k < layers.size(); ++k)
-    for (size_t j = 0; j < k; ++j)
-      RESLORA_CHECK(layers[j]->state_ != layers[k]->state_,
-                    "[linear] layers that are evaluated together must be of different chains; got "
-                    "{} and {} of one",
-                    layers[j]->name(), layers[k]->name());
   std::vector<PassCall> calls;
   std::vector<AdaptInput> inputs;
   for (const auto& layer : layers) {
