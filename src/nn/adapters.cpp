@@ -92,11 +92,18 @@ std::map<std::string, at::Tensor> heads_of(const torch::nn::Module& clone,
                                            const std::map<std::string, at::Tensor>& originals) {
   const std::map<std::string, at::Tensor> tensors = base_tensors(clone);
   std::map<std::string, at::Tensor> heads;
+  std::map<const void*, const void*> copies;  // of tensors that stand at several places, too
   for (const auto& [name, original] : originals) {
     const auto found = tensors.find(name);
     RESLORA_CHECK(found != tensors.end() && found->second.sizes() == original.sizes(),
                   "[of_clone] the clone must hold the modules_to_save of the model; got no {} [{}]",
                   name, fmt::join(original.sizes(), ", "));
+    const void* copy = found->second.unsafeGetTensorImpl();
+    RESLORA_CHECK(copies.emplace(original.unsafeGetTensorImpl(), copy).first->second == copy,
+                  "[of_clone] a clone must hold every tensor once; got two copies of {}, since "
+                  "LibTorch clones what stands twice in a model twice: make the model anew, and "
+                  "load the adapter into it",
+                  name);
     heads.insert(*found);
   }
   return heads;
