@@ -43,6 +43,15 @@ std::string formula_of(const Chain& chain, int64_t position) {
                      config.pre_num(), config.first_block(), chain.layer(position).scaling);
 }
 
+/// A norm window of its own memory.
+NormWindow copied(const NormWindow& window, c10::Device device) {
+  if (!window.is_defined()) return {};
+  const auto on_device = [&](const at::Tensor& tensor) {
+    return tensor.to(device, tensor.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  };
+  return {on_device(window.norms()), on_device(window.count())};
+}
+
 bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
   return tap.defined() && tap.dim() == x.dim() &&
          tap.sizes().slice(0, tap.dim() - 1) == x.sizes().slice(0, x.dim() - 1);
@@ -123,9 +132,7 @@ std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
   auto copy = torch::nn::Cloneable<ResLoraLinearImpl>::clone(device);
   auto& layer = static_cast<ResLoraLinearImpl&>(*copy);
   if (is_adapted()) {
-    const NormWindow window = norms_now();
-    if (window.is_defined())
-      layer.norms = NormWindow(window.norms().clone(), window.count().clone());
+    layer.norms = copied(norms_now(), layer.reslora_A.device());
     layer.weight.set_requires_grad(weight.requires_grad());
     if (bias.defined()) layer.bias.set_requires_grad(bias.requires_grad());
   }
@@ -188,14 +195,10 @@ NormWindow ResLoraLinearImpl::norms_now() const {
 
 /// Replaces the norm window; it comes to the device of A.
 void ResLoraLinearImpl::set_norms(const NormWindow& window) {
-  NormWindow own;
-  if (window.is_defined()) {
-    RESLORA_CHECK(!window.norms().is_meta(),
-                  "[linear] a norm window must hold values; got one on the meta device (layer {})",
-                  name());
-    const at::Device device = reslora_A.device();
-    own = NormWindow(window.norms().clone().to(device), window.count().clone().to(device));
-  }
+  RESLORA_CHECK(!window.is_defined() || !window.norms().is_meta(),
+                "[linear] a norm window must hold values; got one on the meta device (layer {})",
+                name());
+  const NormWindow own = copied(window, reslora_A.device());
   const std::lock_guard<std::mutex> lock(state_->mutex);
   norms = own;
 }
