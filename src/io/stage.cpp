@@ -67,10 +67,8 @@ std::string parent_of(const std::string& path) {
 
 }  // namespace
 
-Stage::Stage(const std::string& folder, Kind kind) : folder_(folder), kind_(kind) {
-  TORCH_CHECK_VALUE(!folder.empty(),
-                    "[save] the place to write must be a folder; got an empty path (\".\" is the "
-                    "folder that the program runs in)");
+Stage::Stage(const std::string& folder, Kind kind)
+    : folder_(folder.empty() ? "." : folder), kind_(kind) {
   while (folder_.size() > 1 && folder_.back() == '/') folder_.pop_back();
   if (kind_ == Kind::kFolder) {
     open_folder();

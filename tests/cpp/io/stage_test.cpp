@@ -88,11 +88,6 @@ TEST_F(StageTest, NothingIsMovedWhereAFolderIsInTheWay) {
   EXPECT_THAT(names(), UnorderedElementsAre("a", "b"));
 }
 
-TEST_F(StageTest, RefusesAPlaceWithoutAName) {
-  EXPECT_TRUE(refuses([] { Stage(""); }, "must be a folder; got an empty path"));
-  EXPECT_TRUE(refuses([] { Stage("", Stage::Kind::kFolder); }, "got an empty path"));
-}
-
 TEST_F(StageTest, RefusesAPlaceThatIsAFile) {
   put("file", "");
   EXPECT_TRUE(refuses([&] { Stage stage(path("file")); }, "must be a folder; got the file"));

@@ -1,9 +1,13 @@
 // What a program may do from inside of a call that calls it back, and what training leaves behind:
 // heads that two modules share, archives, modes of files.
+#include <fcntl.h>
+#include <reslora/adapter_io.h>
 #include <reslora/adapters.h>
 #include <reslora/merge.h>
+#include <reslora/merge_files.h>
 #include <sys/stat.h>
 #include <torch/torch.h>
+#include <unistd.h>
 
 #include <fstream>
 #include <functional>
@@ -287,11 +291,37 @@ TEST(Saving, RefusesHeadsThatAFileCannotHoldBeforeTheTraining) {
   EXPECT_EQ(inject(*net, config_of().modules_to_save({"head"})).parameters().size(), 18U);
 }
 
-TEST(Saving, RefusesAFolderWithoutAName) {
-  Net net;
-  const Adapters adapters = inject(*net, config_of());
-  EXPECT_TRUE(refuses([&] { adapters.save(""); }, "must be a folder; got an empty path"));
-  EXPECT_TRUE(refuses([&] { adapters.export_lora(""); }, "must be a folder; got an empty path"));
+/// Runs a test in a folder of its own.
+class InNewFolder {
+ public:
+  InNewFolder() : before_(::open(".", O_RDONLY | O_DIRECTORY)) {
+    EXPECT_EQ(::chdir(testing::new_folder().c_str()), 0);
+  }
+  ~InNewFolder() {
+    EXPECT_EQ(::fchdir(before_), 0);
+    ::close(before_);
+  }
+
+ private:
+  int before_;
+};
+
+TEST(Saving, AnEmptyPathIsTheFolderThatTheProgramRunsIn) {
+  const InNewFolder guard;
+  Net net, other;
+  const Adapters adapters = inject(*net, config_of("none"));
+  randomise(adapters);
+  save_tensors("model.safetensors", {base_tensors(*net), {}});
+  const std::string base = tensors_sum(load_tensors("model.safetensors").tensors);
+  adapters.save("");
+  load_base_tensors(*other, base_tensors(*net));
+  load(*other, "");
+  const at::Tensor x = torch::randn({3, kWidth});
+  EXPECT_TRUE(torch::equal(net->forward(x), other->forward(x)));
+  EXPECT_TRUE(refuses([&] { adapters.export_lora(""); }, "must not hold an unmerged adapter"));
+  EXPECT_TRUE(refuses([] { merge_files({"model.safetensors"}, "", ""); },
+                      "an output must be a new file; got model.safetensors"));
+  EXPECT_EQ(tensors_sum(load_tensors("model.safetensors").tensors), base);
 }
 
 TEST(BaseTensors, AreCopiedAllOrNone) {
