@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -45,6 +44,7 @@ from ..merging.merge import unload
 from ..nn.base_layers import is_conv1d
 from ..nn.sharding import is_sharded, whole, writes
 from ..text_files import read_object
+from .beside import warn_not_saved
 from .embeddings import saved_embeddings, stored_embeddings
 from .folders import PathLike, adapter_folder, base_line, base_name
 from .statistics import give_statistics, statistics_of, sum_of_factors
@@ -87,7 +87,7 @@ def save_pretrained(
     layers = statistics_of(injection, statistics == "covariances") if statistics else {}
     found = _own_tensors(model, injection)
     found |= saved_embeddings(model, injection, save_embedding_layers, "save")
-    _warn_left_out(model, found)
+    warn_not_saved(model, found.values(), "save")
     own = {key: tensor.detach() for key, tensor in found.items()}
     tensors = {key: whole(tensor) for key, tensor in own.items()}
     if not writes(own):
@@ -100,23 +100,6 @@ def save_pretrained(
             stage.remove(STATISTICS_NAME)
         write_text(stage.path(CONFIG_NAME), text)
         write_text(stage.path("README.md"), _card(injection, base))
-
-
-def _warn_left_out(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Say so where something trains that is not in the files."""
-    known = {id(tensor) for tensor in saved.values()}
-    left = [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad and id(p) not in known and "reslora_" not in name
-    ]
-    if left:
-        warnings.warn(
-            f"[save] what trains beside the adapter is not in its files; got {len(left)} "
-            f"parameters such as {left[0]} (name their modules in modules_to_save, or save them "
-            "apart)",
-            stacklevel=3,
-        )
 
 
 def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:

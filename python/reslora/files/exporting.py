@@ -42,6 +42,7 @@ from ..merging.merge import MergeRequest, prepare
 from ..merging.planning import make_plan, warn_unfinished
 from ..nn.base_layers import is_conv1d
 from ..text_files import read_object
+from .beside import warn_not_saved
 from .checkpoint import saved_tensors
 from .embeddings import resizing, saved_embeddings
 from .folders import PathLike, adapter_folder, base_line, base_name
@@ -109,6 +110,7 @@ def _heads(model: nn.Module, injection: Injection, embeddings: bool | str) -> di
     refuse_tied(model, saved_names(model, injection), "export_lora")
     heads = saved_tensors(model, injection)
     heads |= saved_embeddings(model, injection, embeddings, "export_lora")
+    warn_not_saved(model, heads.values(), "export_lora")
     return {key: tensor.detach() for key, tensor in heads.items()}
 
 
@@ -149,6 +151,7 @@ def export_diffusers(
             f"got {sizes} (save them apart)",
             stacklevel=2,
         )
+    warn_not_saved(model, [], op)
     request = MergeRequest(
         op=op, merge_method=merge_method, data=data, refine_steps=refine_steps,
         progressbar=progressbar,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, plain_name, rank_of, saved_part
 from ..config import matches
+from ..files.beside import trained_beside
 from ..files.checkpoint import transposed_chains
 from ..files.embeddings import embedding_tensors, resizing
 from ..injection.adapted import Injection, plain_model
@@ -81,13 +82,18 @@ class ResLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Return what PEFT saves of an adapter: A and B, also where torch has wrapped their layers.
 
-        PEFT saves embeddings that were resized, but not all of them where one is adapted too.
+        PEFT saves embeddings that were resized, but not all of them where one is adapted too. Which
+        parameters somebody trains by hand is noted in the config, which sees what is in the file.
         """
         inner = plain_model(model)
+        own = trained_beside(inner)
+        config.trained_beside = [name for name in own if ".modules_to_save." not in name]
         found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
-        own = embedding_tensors(inner)
-        if any(".base_layer." in key for key in own) and resizing(inner, "save"):
-            found |= {k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in own}
+        embeddings = embedding_tensors(inner)
+        if any(".base_layer." in key for key in embeddings) and resizing(inner, "save"):
+            found |= {
+                k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in embeddings
+            }
         return found
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import reslora
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 from huggingface_hub import ModelCard  # noqa: E402
-from peft_models import logits, wrapped  # noqa: E402
+from peft_models import TARGETS, logits, wrapped  # noqa: E402
 
 from reslora.peft import ResLoraConfig  # noqa: E402
 
@@ -36,6 +37,39 @@ def test_a_bias_that_is_unfrozen_by_hand_trains(res_mode):
             below = model(x).square().sum()
             bias[2] += step
         torch.testing.assert_close(bias.grad[2], (above - below) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+SAVES = {
+    "plug-in": lambda model: model.save_pretrained,
+    "save": lambda model: partial(reslora.save_pretrained, model),
+    "export_lora": lambda model: partial(reslora.export_lora, model),
+    "export_diffusers": lambda model: partial(reslora.export_diffusers, model, component="unet"),
+}
+
+
+@pytest.mark.parametrize(("how", "is_wrapped"), [*((how, True) for how in SAVES), ("save", False)])
+def test_what_is_unfrozen_by_hand_and_not_saved_is_named(tmp_path, how, is_wrapped):
+    own = {"target_modules": TARGETS, "res_mode": "bs"}
+    model = wrapped(**own) if is_wrapped else adapted(tiny_llama(), **own)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layernorm.weight"):
+            parameter.requires_grad_()
+    op = "save" if how == "plug-in" else how
+    named = (
+        rf"\[{op}\] what trains beside .* got 6 parameters such as model\.layers\.0\.input_layern"
+    )
+    with pytest.warns(UserWarning, match=named):
+        SAVES[how](model)(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["plug-in", "save", "export_lora"])
+def test_what_trains_and_is_saved_is_not_named(tmp_path, how):
+    model = wrapped(res_mode="bs", modules_to_save=["norm"])
+    model.get_input_embeddings().weight.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*trains beside")
+        SAVES[how](model)(tmp_path, save_embedding_layers=True)
+    assert "model.embed_tokens.weight" in "".join(load_file(tmp_path / "adapter_model.safetensors"))
 
 
 def tiny_mixtral():
