@@ -6,43 +6,37 @@ PEFT converts them for its LoRA alone. Of a LLaVA, for example, `language_model.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .._C import MODEL_PREFIX
 from ..injection.targets import modules_of
 
 
-def present_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapter's tensors under the names that a model of transformers has now.
+def present_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return what a model of transformers calls now what it lacks by the names of a file.
 
     Args:
-        model: the model inside of PEFT's wrapper, with the adapter's layers in place.
-        tensors: by the names in a file, with PEFT's prefix. A name whose layer is there stays.
+        model: the model inside of any wrapper; it may be adapted.
+        names: of modules, or of tensors in them. One that is there is left out, as is one of which
+            no present name is known.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # of version 4
-        return tensors
+        return {}
     modules = modules_of(model)
 
     def is_there(name: str) -> bool:
-        return name.partition(".reslora_")[0] in modules
+        layer = name.partition(".reslora_")[0].partition(".lora_")[0]
+        return layer in modules or name.rpartition(".")[0] in modules
 
-    former = [key for key in tensors if ".reslora_" in key and not is_there(_inner(key))]
+    former = [name for name in names if not is_there(name)]
     if not former or not hasattr(model, "config"):
-        return tensors
+        return {}
     mapping: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [entry for entry in mapping or () if isinstance(entry, WeightRenaming)]
-    named = dict(tensors)
-    for key in former:
-        name, _ = rename_source_key(_inner(key), renamings, [])
-        if is_there(name):
-            named[MODEL_PREFIX + name] = named.pop(key)
-    return named
-
-
-def _inner(key: str) -> str:
-    return key.removeprefix(MODEL_PREFIX)
+    renamed = {name: rename_source_key(name, renamings, [])[0] for name in former}
+    return {name: now for name, now in renamed.items() if is_there(now)}

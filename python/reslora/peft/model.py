@@ -17,6 +17,7 @@ from ..config import matches
 from ..files.beside import trained_beside
 from ..files.checkpoint import transposed_chains
 from ..files.embeddings import embedding_tensors, resizing
+from ..files.former_names import present_names
 from ..injection.adapted import Injection, plain_model
 from ..injection.chains import make_chains
 from ..injection.inject import children, open_sessions, warn_without_links
@@ -25,7 +26,6 @@ from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
 from .config import NAME, ResLoraConfig
-from .former_names import present_names
 from .layer import Adapter, PeftLinear
 
 
@@ -110,7 +110,10 @@ class ResLoraModel(BaseTuner):
         for key, factor in model.state_dict(keep_vars=True).items():
             if f".{cls.prefix}" in key and key.endswith(end):
                 keys.setdefault(id(factor), []).append(key)
-        loaded = dict(present_names(plain_model(model), state_dict))
+        stored = {key.removeprefix(MODEL_PREFIX): key for key in state_dict if cls.prefix in key}
+        now = present_names(plain_model(model), stored)
+        named = {stored[name]: MODEL_PREFIX + present for name, present in now.items()}
+        loaded = {named.get(key, key): tensor for key, tensor in state_dict.items()}
         for own in keys.values():
             names = [f"{plain_name(key.removesuffix(end))}.weight" for key in own]
             for name in (*names, *(MODEL_PREFIX + name for name in names)):
