@@ -145,19 +145,18 @@ def export_diffusers(
     op = "export_diffusers"
     injection = injection_of(model := plain_model(model), op)
     _check_diffusers(op, component, saved_names(model, injection))
+    warn_not_saved(model, [], op)
     if sizes := resizing(model, op):
         warnings.warn(
             f"[{op}] such files hold LoRA alone, and lack the embeddings of a resized vocabulary; "
             f"got {sizes} (save them apart)",
             stacklevel=2,
         )
-    warn_not_saved(model, [], op)
     request = MergeRequest(
         op=op, merge_method=merge_method, data=data, refine_steps=refine_steps,
         progressbar=progressbar,
     )  # fmt: skip
-    plan = _planned(model, injection, request)
-    layers, error = reduced(plan.layers, rank, tolerance)
+    layers, error = reduced(_planned(model, injection, request).layers, rank, tolerance)
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in padded(layers).items():
         tensors[f"{component}.{name}.lora_A.weight"] = A
