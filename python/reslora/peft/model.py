@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
-from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, plain_name, rank_of, saved_part
+from .._C import (
+    MODEL_PREFIX,
+    PEFT_TYPE,
+    LayerShape,
+    is_in_layers,
+    plain_name,
+    rank_of,
+    saved_part,
+)
 from ..config import matches
 from ..files.beside import trained_beside
 from ..files.checkpoint import transposed_chains
@@ -59,16 +73,30 @@ class ResLoraModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = targets_by_default(self.model)
         warn_fused_experts(self.model, peft_config, "reslora.peft")
+        if peft_config.layers_to_transform and isinstance(peft_config.target_modules, str):
+            # Whole paths, which PEFT makes of "all-linear", are meant whatever their number.
+            core = peft_config.core()
+            _maybe_include_all_linear_layers(peft_config, self.model)
+            paths = sorted(plain_name(path) for path in peft_config.target_modules)
+            peft_config.target_modules = [path for path in paths if is_in_layers(core, path)]
         return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:  # a ResLoraConfig
-        """Tell whether a layer is a target; what lies in modules_to_save is trained whole."""
+        """Tell whether a layer is a target; what lies in modules_to_save is trained whole.
+
+        Which number of a path is the layer's, the core says.
+        """
         name = plain_name(key)
         is_wrapped = name.rpartition(".")[2] != key.rpartition(".")[2]  # its wrapper is the target
         if is_wrapped or saved_part(name, peft_config.modules_to_save or []):
             return False
-        return check_target_module_exists(peft_config, name)
+        if not peft_config.layers_to_transform:
+            return check_target_module_exists(peft_config, name)
+        config = copy.copy(peft_config)
+        config.layers_to_transform = None
+        found = check_target_module_exists(config, name)
+        return found and is_in_layers(peft_config.core(), name)
 
     @classmethod
     def _get_adapter_state_dict(
