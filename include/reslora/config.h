@@ -71,7 +71,8 @@ struct ResLoraConfig {
   TORCH_ARG(ModuleNames, target_modules);
   /// Layers that are never adapted.
   TORCH_ARG(ModuleNames, exclude_modules);
-  /// Adapt only layers whose path has one of these as its first number; empty: all.
+  /// Adapt only layers whose path has one of these as its first number, and those that
+  /// target_modules name by the whole path; empty: all.
   TORCH_ARG(std::vector<int64_t>, layers_to_transform);
   /// The name before the number that counts as a layer's, such as "layers"; empty: the first.
   TORCH_ARG(std::vector<std::string>, layers_pattern);

@@ -66,6 +66,10 @@ RESLORA_API std::string plain_name(const std::string& path);
 /// that name ("action_expert"): these are no experts here.
 RESLORA_API bool is_in_experts(const std::string& path);
 
+/// Tells whether layers_to_transform leaves the layer of a path in: where none are given, where its
+/// number is one of them, and, as in PEFT, where target_modules holds the whole path.
+RESLORA_API bool is_in_layers(const ResLoraConfig& config, const std::string& path);
+
 /// Returns the shortest part of `path` from its start that one of `names` means as modules_to_save
 /// does; empty where none does. As in PEFT a name means all modules whose path ends with it: "head"
 /// means lm_head too.

@@ -117,7 +117,7 @@ TEST(CoreRefusals, Matching) {
         match_saved(modules, config, {{"k", {{"layers.1.k", 4, 4, 2, 1}}}}, {});
       },
       "got layers.1.k");
-  refuse_nothing({"plain_name", "saved_part", "is_in_experts"});
+  refuse_nothing({"is_in_experts", "is_in_layers", "plain_name", "saved_part"});
   refuses_call(
       "find_chains", "another layer", [&] { find_chains(modules, {"layers.1.q"}, config); },
       "got 'layers.1.q'");
