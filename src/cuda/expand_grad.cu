@@ -117,8 +117,7 @@ __device__ void write_dB(const Job<T>& job, int64_t first_row,
 
 /// Two blocks fit a multiprocessor, or one where there is no room for three stages.
 template <typename T, int kRank, int kStages>
-__global__ void __launch_bounds__(kThreads, kStages - 1)
-    expand_grad_kernel(Job<T> job) {
+__global__ void __launch_bounds__(kThreads, kStages - 1) expand_grad_kernel(Job<T> job) {
   using L = Layout<kRank>;
   RESLORA_SHARED(memory);
   using OwnGy = OwnChunks<kRows, kColumns, kThreads>;
