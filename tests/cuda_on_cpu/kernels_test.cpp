@@ -65,7 +65,8 @@ void check_project(const Case& c, Dropout dropout, bool wants_squares, std::mt19
 TEST_P(Project, EqualsTheProduct) { check_project(GetParam(), Dropout::kNone, true, random_); }
 
 TEST_P(Project, AppliesGivenBits) {
-  if (!is_full() && GetParam().shape.T % 2 == 0) return;  // half of the shapes in the short run
+  const Shape& s = GetParam().shape;
+  if (!is_full() && s.T % 2 == 0 && s.R != 8) return;  // about half of the shapes in the short run
   check_project(GetParam(), Dropout::kGiven, false, random_);
 }
 

@@ -87,7 +87,7 @@ MUTANTS = (
     Mutant("rows below a thin tile are read", "device.cuh",
            "!kIsThin || Own::row(i) < rows", "true", "Shapes/*", "address"),
     Mutant("a tile that ends beside the matrix counts as whole", "project_grad.cu",
-           "column + kColumns <= job.x.columns && ", ""),
+           "column + kColumns <= job.x.columns && ", "", "Shapes/ProjectGrad.*", "address"),
     Mutant("expand_grad: rows beyond T count as a whole tile", "expand_grad.cu",
            "smaller(job.gy.rows / kRows - first, steps)", "steps", "Shapes/*", "address"),
     Mutant("project: rows beyond T are written", "project.cu",
