@@ -88,7 +88,7 @@ def programs(options: argparse.Namespace) -> list[Program]:
 
 def test_command(options: argparse.Namespace) -> list[str]:
     """Return the tests of a device; to try the script itself, a few of them on the CPU."""
-    chosen = "cuda" if options.device == "cuda" else "cpu and is_near_to_fp64 and none"
+    chosen = "not cpu" if options.device == "cuda" else "cpu and is_near_to_fp64 and none"
     words = ["-v", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-m", "not full", "-k", chosen]
     return [sys.executable, "-m", "pytest", *words, GPU_TESTS]
 
