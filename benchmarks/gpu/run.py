@@ -32,6 +32,7 @@ sys.path.insert(0, str(plan.HERE.parent))
 from whole_files import replace_text
 
 RESERVE = 4.0  # seconds of the budget for what stands between the parts, and the last file
+STARTING = 20.0  # that a program may take to load, where a part is run in time left over
 MAX_BYTES = 8 << 20  # of a text
 WORDS, WIDTH = 40, 300  # last lines of a part that are kept, and characters of each
 QUESTION = (__doc__ or "").splitlines()[0]
@@ -145,6 +146,22 @@ class Run:
         """Tell whether a budget has this part; a trial of smaller sizes has all sooner."""
         return self.options.minutes * self.options.scale >= part.from_minutes
 
+    def chosen(self, program: plan.Program) -> list[plan.Part]:
+        """Return the parts that are run: those that are due, and others where time is left over."""
+        parts = []
+        for part in program.parts:
+            if program.tool and not shutil.which(program.tool):
+                self.ahead = [p for p in self.ahead if p is not part]
+                self.leave_out(part, f"{program.tool} is not on PATH")
+            elif part in self.ahead:
+                parts.append(part)
+            elif self.left() >= STARTING + part.least + sum(p.least for p in self.ahead):
+                self.ahead.append(part)
+                parts.append(part)
+            else:
+                self.leave_out(part, f"it is for budgets from {part.from_minutes:g} minutes on")
+        return parts
+
     def limit_of(self, part: plan.Part) -> float:
         """Return the seconds that a part may take, so that those behind it get theirs."""
         later = sum(p.least for p in self.ahead if p is not part)
@@ -185,16 +202,8 @@ class Run:
             self.run_program(program)
 
     def run_program(self, program: plan.Program) -> None:
-        """Run the parts of a program that are due, in as many processes as that takes."""
-        parts = []
-        for part in program.parts:
-            if not self.is_due(part):
-                self.leave_out(part, f"it is for budgets from {part.from_minutes:g} minutes on")
-            elif program.tool and not shutil.which(program.tool):
-                self.ahead.remove(part)
-                self.leave_out(part, f"{program.tool} is not on PATH")
-            else:
-                parts.append(part)
+        """Run the parts of a program, in as many processes as that takes."""
+        parts = self.chosen(program)
         while parts:
             if self.left() < 1:
                 self.ahead.remove(parts[0])

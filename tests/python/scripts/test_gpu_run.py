@@ -148,6 +148,101 @@ def test_what_a_budget_or_the_machine_has_no_room_for_is_left_out(modules, tmp_p
     }
 
 
+def test_time_left_over_is_used_within_the_budget(modules, tmp_path, monkeypatch):
+    run, plan = modules
+    monkeypatch.setattr(run, "STARTING", 1.0)
+    programs = [
+        plan.Program(python("pass"), [plan.Part("first", 1, 9)]),
+        plan.Program(python("pass"), [plan.Part("fits", 2, 9, 15)]),
+        plan.Program(python("pass"), [plan.Part("does not", 9, 9, 20)]),
+        plan.Program(python(WAIT), [plan.Part("last", 1, 60, 20)]),
+    ]
+    start = time.monotonic()
+    steps = by_name(outcome(modules, tmp_path, programs, minutes=12 / 60))
+    assert time.monotonic() - start < 12
+    assert {name: step["status"] for name, step in steps.items()} == {
+        "first": "done", "fits": "done", "does not": "left out", "last": "out of time"
+    }  # fmt: skip
+
+
+# ---- The build
+
+
+# Builds nothing, and keeps its first command.
+BUILDING = """#!/bin/sh
+[ "$1" = --build ] || { echo "$*" >"$LOG"; exit $CODE; }
+mkdir -p "$2/python" "$2/src"
+touch "$2/python/_C.so" "$2/src/libreslora.so"
+echo "WITH_CUDA = \\"$KERNELS\\" == \\"ON\\"" >"$2/python/build_info.py"
+"""
+
+
+class Build:
+    """build.py for a GPU, with stand-ins for the programs that it calls."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+        self.folder, self.patch, self.module = folder, monkeypatch, module
+        self.package = folder / "build/site"
+        monkeypatch.setattr(module, "BUILD", folder / "build")
+        monkeypatch.setattr(module, "PACKAGE", self.package)
+        monkeypatch.setattr(sys, "argv", ["build.py", "--device", "cuda"])
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+        monkeypatch.setenv("LOG", str(folder / "log"))
+
+    def program(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o755)
+
+    def run(self, kernels: str = "ON", code: int = 0, capability: str = "echo 9.0") -> str:
+        """Build; return CMake's first command."""
+        self.program("cmake", BUILDING)
+        self.program("nvidia-smi", f"#!/bin/sh\n{capability}\n")
+        self.patch.setenv("KERNELS", kernels)
+        self.patch.setenv("CODE", str(code))
+        self.module.main()
+        return (self.folder / "log").read_text()
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch, modules):
+    return Build(tmp_path, monkeypatch, importlib.import_module("build"))
+
+
+def test_the_build_is_for_the_gpu_at_hand(build):
+    command = build.run(capability="echo 9.0; echo 8.0; echo 9.0")
+    assert "-DRESLORA_CUDA_ARCHITECTURES=80;90\n" in command
+    found = {path.name for path in (build.package / "reslora").iterdir()}
+    assert found >= {"__init__.py", "_C.so", "libreslora.so", "_build_info.py", "nn"}
+
+
+def test_a_gpu_that_does_not_tell_is_built_for_all_the_same(build):
+    assert "ARCHITECTURES" not in build.run(capability="echo '[N/A]'; exit 1")
+
+
+def test_make_serves_where_there_is_no_ninja(build, monkeypatch):
+    real = build.module.program
+    monkeypatch.setattr(build.module, "program", lambda n: None if n == "ninja" else real(n))
+    assert "-G Unix Makefiles" in build.run()
+
+
+def test_a_build_without_kernels_is_said_and_can_be_measured(build, capsys):
+    with pytest.raises(SystemExit) as ended:
+        build.run(kernels="OFF")
+    assert ended.value.code == 3
+    assert capsys.readouterr().out.startswith("built without CUDA kernels;")
+    assert (build.package / "reslora/_C.so").exists()
+
+
+def test_a_build_that_fails_leaves_nothing_older_to_be_measured(build):
+    build.run()
+    with pytest.raises(subprocess.CalledProcessError):
+        build.run(code=1)
+    assert not build.package.exists()
+
+
+# ---- Texts
+
+
 def test_a_text_stays_below_its_limit(modules, tmp_path, monkeypatch):
     run, plan = modules
     monkeypatch.setattr(run, "MAX_BYTES", 1000)
