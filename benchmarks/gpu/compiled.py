@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from bench_layer import Case, Stack, with_peft, with_reslora
-from common import Session
+from session import Session
 from speed import LAYERS, RANK, ends, made, reason_of, step_of, table
 
 SHAPE = (8192, 4096, 4096)

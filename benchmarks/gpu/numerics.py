@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Session
+from session import Session
 from torch import Tensor
 
 from reslora import _C

@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 BUILD = REPOSITORY / "build/gpu"
-PACKAGE = BUILD / "site"  # where build.py puts the package
+PACKAGE = BUILD / "site"  # where build_package.py puts the package
 GPU_TESTS = "tests/python/gpu"
 
 
@@ -39,7 +39,7 @@ class Program:
     """A process: its command and its parts.
 
     One with `is_sectioned` gets the names of its parts as further arguments and says when each
-    begins and ends (common.py); another has one part, its whole run.
+    begins and ends (session.py); another has one part, its whole run.
     """
 
     command: list[str]
@@ -54,10 +54,11 @@ class Program:
 def programs(options: argparse.Namespace) -> list[Program]:
     """Return everything in the order in which it is run."""
     sizes = ["--device", options.device, "--scale", str(options.scale)]
+    build = [sys.executable, str(HERE / "build_package.py"), "--device", options.device]
     measure = [sys.executable, str(HERE / "measure.py"), *sizes]
     fused = {"RESLORA_KERNELS": "fused"}
     return [
-        Program([sys.executable, str(HERE / "build.py"), *sizes[:2]], [Part("build", 60, 330)]),
+        Program(build, [Part("build", 60, 330)]),
         Program(
             [sys.executable, "-m", "reslora", "doctor", "--json"],
             [Part("doctor", 10, 60)],
@@ -100,7 +101,7 @@ def tool_program(name: str, options: argparse.Namespace) -> Program:
     if name == "ncu":
         width = str(max(16, 4096 // options.scale))
         words = ["ncu", "--clock-control", "none", "--set", "full", "--page", "details"]
-        words += ["-k", "regex:project|expand", "-c", "8"]
+        words += ["-k", "regex:.*(project|expand).*", "-c", "8"]
         shape = [str(max(16, 8192 // options.scale)), width, width, "16"]
         part, variables = Part(name, 40, 100, 20), {"RESLORA_KERNELS": "fused"}
         return Program([*words, *steps, *shape], [part], False, variables, name, "ncu.txt")

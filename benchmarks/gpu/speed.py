@@ -14,7 +14,7 @@ import harness
 import memory
 import torch
 from bench_layer import Case, NaiveStack, Stack, fitted, tensors_of, with_peft, with_reslora
-from common import Session, randn
+from session import Session, randn
 from torch import Tensor, nn
 
 RANK, LAYERS = 16, 4

@@ -18,7 +18,7 @@ import pytest
 from machine import REPOSITORY, wait_for
 
 BENCHMARKS = REPOSITORY / "benchmarks"
-MODULES = ("build", "common", "plan", "run")  # names that nothing else may find
+MODULES = ("build_package", "plan", "run")  # names that nothing else may find
 WAIT = "import time; time.sleep(600)"
 BEGIN = 'import sys, time\nf = lambda w: print(w, flush=True)\n'  # fmt: skip
 SECTION = "f('@begin {0}'); sys.stdin.readline()\n"
@@ -178,14 +178,14 @@ echo "WITH_CUDA = \\"$KERNELS\\" == \\"ON\\"" >"$2/python/build_info.py"
 
 
 class Build:
-    """build.py for a GPU, with stand-ins for the programs that it calls."""
+    """build_package.py for a GPU, with stand-ins for the programs that it calls."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
         self.folder, self.patch, self.module = folder, monkeypatch, module
         self.package = folder / "build/site"
         monkeypatch.setattr(module, "BUILD", folder / "build")
         monkeypatch.setattr(module, "PACKAGE", self.package)
-        monkeypatch.setattr(sys, "argv", ["build.py", "--device", "cuda"])
+        monkeypatch.setattr(sys, "argv", ["build_package.py", "--device", "cuda"])
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
         monkeypatch.setenv("LOG", str(folder / "log"))
 
@@ -205,7 +205,7 @@ class Build:
 
 @pytest.fixture
 def build(tmp_path, monkeypatch, modules):
-    return Build(tmp_path, monkeypatch, importlib.import_module("build"))
+    return Build(tmp_path, monkeypatch, importlib.import_module("build_package"))
 
 
 def test_the_build_is_for_the_gpu_at_hand(build):

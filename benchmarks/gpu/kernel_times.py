@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Session, copies_of, device_seconds, randn
+from session import Session, copies_of, device_seconds, randn
 
 from reslora.nn import ops
 

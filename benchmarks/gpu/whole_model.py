@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from bench_step import LLAMA, METHODS
-from common import Session
+from session import Session
 from speed import peak_of, reason_of, table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -4,7 +4,7 @@ pip, an environment of its own and ccache are not needed: CMake builds the libra
 module against the torch of this interpreter, with Ninja where it is there and else with make, for
 the architecture of this GPU alone, and both are laid beside a copy of the package's Python files.
 
-    python benchmarks/gpu/build.py --device cuda     # exit code 3: built, but without CUDA kernels
+    python benchmarks/gpu/build_package.py     # exit code 3: built, but without CUDA kernels
 """
 
 from __future__ import annotations
