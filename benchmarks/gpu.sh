@@ -16,7 +16,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # `sh` may name another shell
 set -euo pipefail
 started=${EPOCHREALTIME/,/.}
-own_path=${PYTHONPATH:-}  # setup.sh unsets it
+own_path=${PYTHONPATH:-} base=$PWD  # setup.sh unsets it
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 program=gpu.sh logs=$PWD/build
 # shellcheck source=../tests/setup.sh
@@ -56,4 +56,4 @@ else
   sees_device || die "torch must see a GPU; got none"
 fi
 CMAKE_BUILD_PARALLEL_LEVEL=$(compile_jobs) exec "$python" benchmarks/gpu/run.py \
-  --started "$started" "$@"
+  --started "$started" --base "$base" "$@"

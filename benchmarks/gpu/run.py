@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import queue
 import shutil
@@ -22,6 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -107,7 +109,7 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.started = time.monotonic() - max(0.0, time.time() - options.started)
-        self.folder = Path(options.output)
+        self.folder = Path(options.base, options.output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = Text(self.folder / "log.txt")
         self.steps: list[dict[str, Any]] = []
@@ -140,7 +142,8 @@ class Run:
             "steps": self.steps,
             "results": {k: v for k, v in self.results.items() if k != "environment"},
         }
-        replace_text(self.folder / "gpu.json", json.dumps(content, indent=1, default=str) + "\n")
+        text = json.dumps(strict(content), indent=1, allow_nan=False)
+        replace_text(self.folder / "gpu.json", f"{text}\n")
 
     def is_due(self, part: plan.Part) -> bool:
         """Tell whether a budget has this part; a trial of smaller sizes has all sooner."""
@@ -257,7 +260,8 @@ class Run:
         """Take a line of a program: a result, a line of progress, or words for the log."""
         if line.startswith("@record "):
             name, _, text = line.removeprefix("@record ").partition(" ")
-            self.results.setdefault(name, []).append(json.loads(text))
+            with suppress(ValueError):  # of a process that died in the middle of it
+                self.results.setdefault(name, []).append(json.loads(text))
             self.save()
         elif line.startswith("@say "):
             self.say(line.removeprefix("@say "))
@@ -271,6 +275,15 @@ class Run:
             self.child.kill()
         if self.steps and self.steps[-1]["status"] == "running":
             self.finish("interrupted")
+
+
+def strict(value: Any) -> Any:
+    """Return a value without NaN and infinities, which JSON has not: their names in their place."""
+    if isinstance(value, dict):
+        return {name: strict(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [strict(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def positive(text: str) -> float:
@@ -291,6 +304,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divide sizes, to try the script")
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
+    parser.add_argument("--base", default="", help=argparse.SUPPRESS)  # of a relative output
     run = Run(parser.parse_args())
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -41,8 +42,9 @@ def outcome(
     run, plan = modules
     plan.programs = lambda options: programs
     options = argparse.Namespace(
-        minutes=minutes, output=str(folder), device="cpu", scale=1, started=time.time()
-    )
+        minutes=minutes, base=str(folder.parent), output=folder.name, device="cpu", scale=1,
+        started=time.time(),
+    )  # fmt: skip
     run.Run(options).everything()
     return json.loads((folder / "gpu.json").read_text())
 
@@ -67,6 +69,26 @@ def test_a_part_that_fails_is_recorded_with_its_words_and_the_next_goes_on(modul
     assert steps["first"]["last_lines"] == ["a word"]
     assert steps["second"]["status"] == "done"
     assert "a word" in (tmp_path / "log.txt").read_text()
+
+
+def test_half_a_result_and_numbers_that_json_has_not_do_no_harm(modules, tmp_path):
+    plan = modules[1]
+    body = python("f('@record a {\"x\": [NaN, Infinity, 1.5]}')", "f('@record a {\"x\": [1')")
+    outcome(modules, tmp_path, [plan.Program(body, [plan.Part("a", 1, 30)])])
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"JSON has no {text}")
+
+    report = json.loads((tmp_path / "gpu.json").read_text(), parse_constant=refuse)
+    assert report["results"] == {"a": [{"x": ["nan", "inf", 1.5]}]}
+    assert by_name(report)["a"]["status"] == "done"
+
+
+def test_no_module_takes_the_name_of_a_package():
+    """Transformers looks for a package `kernels`, and would find a module of that name."""
+    names = {path.stem for path in (BENCHMARKS / "gpu").glob("*.py")}
+    packages = set(importlib.metadata.packages_distributions()) | {"kernels"}
+    assert names & (packages | sys.stdlib_module_names) == set()
 
 
 def test_a_part_that_takes_too_long_is_ended_with_what_it_started(modules, tmp_path):
