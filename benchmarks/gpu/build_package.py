@@ -65,6 +65,7 @@ def assemble(folder: Path) -> None:
     for library in (*(folder / "python").glob("_C*.so"), folder / "src/libreslora.so"):
         shutil.copy(library, part / "reslora")
     shutil.copy(folder / "python/build_info.py", part / "reslora/_build_info.py")
+    shutil.rmtree(PACKAGE, ignore_errors=True)  # of another run
     part.rename(PACKAGE)
 
 

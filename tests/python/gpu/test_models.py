@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ from reslora import (
 )
 from reslora.injection.adapted import find_layers
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
+from memory import saved_bytes
+
 SHORTCUTS = [("none", 1), ("is", 1), ("bs", 2), ("ms", -1)]
 WIDTH = 64
 BF16 = torch.bfloat16
@@ -38,7 +43,7 @@ def net(device, dtype, res_mode="is", pre_num=1, **options):
     return model.to(device)
 
 
-def data(device, dtype, rows=96):
+def data(device, dtype, rows=512):
     x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1))
     return x.to(device, dtype), torch.tanh(1.5 * x.roll(1, 1)).to(device, dtype)
 
@@ -182,6 +187,22 @@ def test_the_peak_is_that_of_the_frozen_model_and_thin_rows(cuda, res_mode, pre_
     kept = (depth - 1) * wide  # the frozen model keeps no x
     thin = depth * rows * (width // 8 if dropout else 0) + wide // 2
     assert peak(model.to(BF16)) <= peak(row().requires_grad_(False)) + kept + thin
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("res_mode", "pre_num"), SHORTCUTS)
+def test_a_layer_saves_thin_rows_and_bits(device, res_mode, pre_num, dropout):
+    model = net(device, BF16, res_mode, pre_num, lora_dropout=dropout).to(BF16).train()
+    x = data(device, BF16)[0].requires_grad_()
+    layers = find_layers(model)
+    rows = sum(8 * len(layer.wiring.b) for layer in layers)
+    bits = WIDTH // 8 if dropout else 0
+    tanh = WIDTH * 2  # what tanh saves is the next layer's x
+    allowed = len(x) * (rows * 2 + len(layers) * (bits + tanh))
+    stacked = sum(8 * (len(one.wiring.a) + len(one.wiring.b)) for one in layers) * WIDTH * 2
+    saved = saved_bytes(lambda: model(x), [x, *model.parameters()])
+    assert saved <= allowed + stacked + 8192  # A and B that were put together; small change
+    assert saved < len(x) * len(layers) * 2 * tanh  # one wide temporary more a layer
 
 
 class Recomputed(nn.Module):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from devices import assert_near, ran
@@ -194,6 +199,22 @@ def test_views_off_their_boundaries_are_near_to_fp64(device, shift):
     assert_near(got, exact, SHARES[BF16])
     if device == "cuda":
         assert kernels >= KERNELS
+
+
+def test_the_self_check_agrees_and_says_so(device):
+    """In a process that has forced nothing."""
+    done = subprocess.run(
+        [sys.executable, "-m", "reslora", "doctor", "--json"],
+        env={**os.environ, "RESLORA_KERNELS": "auto"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)["kernels"]
+    verdicts = {place: said for place, said in found.items() if place.startswith(device)}
+    verdicts = {place: said for place, said in verdicts.items() if not place.endswith("float32")}
+    assert len(verdicts) >= (2 if device == "cuda" else 1)
+    assert {said.split(" (")[0] for said in verdicts.values()} == {"reslora's own"}
 
 
 def test_more_elements_than_an_int_counts(cuda):
