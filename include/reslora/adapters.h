@@ -52,8 +52,9 @@ struct ExportOptions {
 };
 
 /// The adapters of one model. A handle: copies mean the same adapters. It holds the layers weakly;
-/// keep the model alive. What changes them (merging, loading, calibrating, switching them off)
-/// throws c10::ValueError when called from a callback of `merge` or `calibrate`.
+/// keep the model alive. What changes them (merging, loading, calibrating, switching them off) or
+/// reads the weights (`plan`, `export_lora`, `of_clone`) throws c10::ValueError when called from a
+/// callback of `merge` or `calibrate`.
 class RESLORA_API Adapters {
  public:
   struct State;
@@ -126,8 +127,10 @@ class RESLORA_API Adapters {
   /// before the adapter changed.
   MergePlan plan(const std::string& merge_method = "", bool use_affine = true) const;
   /// Writes W* into the base weights and switches the adapters off; returns the plan, which keeps
-  /// the originals on the CPU. `progress(done)` is called after each layer. Throws c10::ValueError
-  /// where the adapters are merged already or a rule cannot serve; no weight is then changed.
+  /// the originals on the CPU: a reference that is valid until `unmerge`, and while a handle of
+  /// these adapters lives. `progress(done)` is called after each layer; it must not run, copy or
+  /// save the model. Throws c10::ValueError where the adapters are merged already or a rule cannot
+  /// serve; no weight is then changed.
   const MergePlan& merge(const std::string& merge_method = "",
                          const std::function<void(int64_t)>& progress = nullptr) const;
   /// Restores the exact bits that `merge` replaced. Throws c10::ValueError where nothing is merged.
@@ -183,8 +186,9 @@ class RESLORA_API Adapters {
 /// but these and modules_to_save is frozen. Step 0 equals the base model.
 ///
 /// Throws c10::ValueError for a bad config, a model that is adapted already, a pattern that matches
-/// nothing, and a match that is no ResLoraLinear, a torch::nn::Linear above all. The model is then
-/// unchanged.
+/// nothing, a match that is no ResLoraLinear, a torch::nn::Linear above all, and for
+/// modules_to_save with a tensor that files cannot hold (complex, empty). The model is then
+/// unchanged. A module that is registered under several names has the first of them alone.
 RESLORA_API Adapters inject(torch::nn::Module& model, const ResLoraConfig& config);
 
 /// Adapts a plain model by the config of a saved adapter, and loads it. Throws as `inject` and
@@ -195,9 +199,10 @@ RESLORA_API Adapters load(torch::nn::Module& model, const std::string& folder);
 /// Python twin of a plain (or merged) model holds. Write them with `save_tensors`.
 RESLORA_API std::map<std::string, at::Tensor> base_tensors(const torch::nn::Module& model);
 
-/// Copies such tensors into a model. Throws c10::ValueError for a tensor that is missing, unknown,
-/// of another shape, sparse, without values or of a dtype that cannot be cast; nothing is copied
-/// then.
+/// Copies such tensors into a model, whose own tensors may be among them. Throws c10::ValueError
+/// for a tensor that is missing, unknown, of another shape, sparse, without values or of a dtype
+/// that cannot be cast, and for two names of one tensor that are given other values; nothing is
+/// copied then.
 RESLORA_API void load_base_tensors(torch::nn::Module& model,
                                    const std::map<std::string, at::Tensor>& tensors);
 

@@ -54,7 +54,7 @@ struct ResLoraConfig {
   TORCH_ARG(std::string, first_block) = "double";
   /// scaling = lora_alpha / sqrt(r).
   TORCH_ARG(bool, use_rslora) = false;
-  /// Number of training forwards whose norms are kept for the merge rules; 0 keeps none.
+  /// Number of training forwards whose norms are kept for merging; 0 keeps none; at most 2^24.
   TORCH_ARG(int64_t, norm_window) = 100;
   /// Cut the gradient through the taps (a control experiment).
   TORCH_ARG(bool, detach_taps) = false;
@@ -71,7 +71,8 @@ struct ResLoraConfig {
   TORCH_ARG(ModuleNames, target_modules);
   /// Layers that are never adapted.
   TORCH_ARG(ModuleNames, exclude_modules);
-  /// Adapt only layers whose path has one of these as its first number; empty: all.
+  /// Adapt only layers whose path has one of these as its first number, and those that
+  /// target_modules name by the whole path; empty: all.
   TORCH_ARG(std::vector<int64_t>, layers_to_transform);
   /// The name before the number that counts as a layer's, such as "layers"; empty: the first.
   TORCH_ARG(std::vector<std::string>, layers_pattern);

@@ -35,7 +35,8 @@
 ///
 /// Several threads may run and train one adapted model at once: each has passes of its own, and no
 /// norm record is lost. Linking, merging, loading and moving a model are for one thread while no
-/// other runs it.
+/// other runs it. Where a callback of `Adapters::merge` calls, copies or saves a layer whose chain
+/// is being merged, that throws c10::ValueError.
 #pragma once
 
 #include <reslora/chain.h>
@@ -85,13 +86,14 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   std::shared_ptr<torch::nn::Module> clone(
       const std::optional<torch::Device>& device = std::nullopt) const override;
 
-  /// What torch::save calls. The file has the norms of an adapted layer, and says of a merged one
-  /// that it is.
+  /// What torch::save calls. The file has the norms and the shortcut of an adapted layer, and says
+  /// of a merged one that it is.
   void save(torch::serialize::OutputArchive& archive) const override;
   /// What torch::load calls; norms are those of the file, none where it has none. Throws
   /// c10::ValueError where only one of file and adapted layer is merged (the adapter would count
-  /// twice, or not at all; a plain layer takes both), and for tensors of another shape, such as
-  /// another rank. Layers before this one are loaded then.
+  /// twice, or not at all; a plain layer takes both), where they differ in res_mode, pre_num,
+  /// first_block or scaling, and for tensors of another shape, such as another rank. Layers before
+  /// this one are loaded then.
   void load(torch::serialize::InputArchive& archive) override;
 
   /// x: [..., in] -> [..., out]. Plain until linked; then takes and leaves taps in the current
@@ -130,6 +132,7 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   std::pair<at::Tensor, at::Tensor> new_adapter(int64_t r, const InitLoraWeights& init) const;
   void register_adapter(const std::pair<at::Tensor, at::Tensor>& adapter);
   bool is_plain() const;
+  void check_whole(const char* op) const;
   AdaptInput input_of(const at::Tensor& x, const std::vector<at::Tensor>& taps) const;
   NormWindow window_on(c10::Device device);
   NormWindow norms_now() const;
@@ -148,7 +151,8 @@ TORCH_MODULE(ResLoraLinear);
 /// Evaluates layers that read the same x (q, k and v; gate and up) with one op: they share the
 /// down-projection, one dropout mask and one sum in dx. Returns y of each, as `forward` would, and
 /// takes part in the passes of their chains. Layers that are not adapted are evaluated apart.
-/// Throws c10::ValueError for two layers of one chain and for chains with different dropout.
+/// Throws c10::ValueError for two layers of one chain and, where all are adapted, for chains with
+/// different dropout.
 /// Example: auto qkv = forward_together({q.ptr(), k.ptr(), v.ptr()}, x);
 RESLORA_API std::vector<at::Tensor> forward_together(
     const std::vector<std::shared_ptr<ResLoraLinearImpl>>& layers, const at::Tensor& x);
@@ -189,6 +193,8 @@ class RESLORA_API LinkedChain {
   int64_t missed_links(int64_t position) const;
 
  private:
+  friend struct Merge;  // says while weights are written
+
   std::shared_ptr<ChainState> state_;
 };
 

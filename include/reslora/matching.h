@@ -59,6 +59,17 @@ RESLORA_API Matching match_layers(const std::vector<ModuleInfo>& modules,
 /// and FSDP, as in "layers.0._checkpoint_wrapped_module.lin". Rules and files have plain names.
 RESLORA_API std::string plain_name(const std::string& path);
 
+/// True where a part of the path names routed experts ("experts", "local_experts", "expert_0",
+/// "experts_3"): they see the tokens that were routed to them, others in each layer, so that no
+/// shortcut that hands rows on may link them, and "all-linear" leaves them out. Shared experts see
+/// every token ("shared_expert", "shared_experts"), and so does what a model of one expert calls by
+/// that name ("action_expert"): these are no experts here.
+RESLORA_API bool is_in_experts(const std::string& path);
+
+/// Tells whether layers_to_transform leaves the layer of a path in: where none are given, where its
+/// number is one of them, and, as in PEFT, where target_modules holds the whole path.
+RESLORA_API bool is_in_layers(const ResLoraConfig& config, const std::string& path);
+
 /// Returns the shortest part of `path` from its start that one of `names` means as modules_to_save
 /// does; empty where none does. As in PEFT a name means all modules whose path ends with it: "head"
 /// means lm_head too.

@@ -68,7 +68,9 @@ class RESLORA_API ModelFiles {
 
   /// Writes some tensors to a new file, atomically, edits applied: sums in fp32 (fp64 for fp64) by
   /// rows, then one cast. Edited tensors that no file holds (replacements) may be among `names`.
-  /// Throws c10::ValueError, before the file is made, for edits that do not fit their tensors.
+  /// Throws c10::ValueError, before the file is made, for edits that do not fit their tensors, that
+  /// are of tensors in no file, and of a weight alone where the layer moves its bias too: `edits`
+  /// are those of all files.
   /// Cost: each tensor is read and written once; memory for 16 MiB of rows.
   void write(const std::string& path, const std::vector<std::string>& names,
              const std::map<std::string, TensorEdit>& edits, const WriteOptions& options) const;

@@ -22,7 +22,7 @@ enum class Norm : int64_t { kInput = 0, kOwnProduct = 1 };  // |x_n|_F and |A_n 
 class RESLORA_API NormWindow {
  public:
   NormWindow() = default;
-  /// Makes an empty ring of `size` forwards on `device`; throws c10::ValueError for size < 1.
+  /// An empty ring on `device`; throws c10::ValueError unless size (forwards) is in [1, 2^24].
   NormWindow(int64_t size, c10::Device device);
   /// Wraps tensors that exist: norms fp32 [2, N], count int64 [1] (forwards ever recorded; the next
   /// one goes to column count % N), on one device. Throws c10::ValueError for other shapes and

@@ -107,9 +107,9 @@ class RESLORA_API FitCollector {
   void begin_batch(const std::vector<at::Tensor>& masks);
   /// Adds the rows of one call of a layer: x [..., in], v [..., r]. Layers that are handed the same
   /// tensor x one after the other share its covariance. What does not fit into max_cov_bytes waits
-  /// for the next pass; a layer that alone exceeds it goes to a temporary file. Throws
-  /// c10::ValueError for a layer that is none, for tensors that do not fit it, and where layers
-  /// that shared their x in one call do not in another. Cost: T in (in + 2 r) multiplications.
+  /// for the next pass, as do layers that shared their x in one call and do not in another; a layer
+  /// that alone exceeds it goes to a temporary file. Throws c10::ValueError for a layer that is
+  /// none and for tensors that do not fit it. Cost: T in (in + 2 r) multiplications.
   void add(int64_t chain, int64_t position, const at::Tensor& x, const at::Tensor& v);
   /// Ends a batch: forgets the last x, and the masks.
   void end_batch();

@@ -37,8 +37,17 @@ void bind_names(py::module_& m) {
         "Return a path without the parts that wrappers of torch put into it.");
   m.def("saved_part", &saved_part, py::arg("path"), py::arg("names"),
         "Return the part of a path that modules_to_save mean by one of `names`, else \"\".");
+  m.def("is_in_experts", &is_in_experts, py::arg("path"),
+        "Tell whether a part of a path names experts, which see the tokens routed to them.");
   m.def("is_or_ends_with", &is_or_ends_with, py::arg("path"), py::arg("name"),
         "Tell whether a path is `name` or ends with \".\" and `name`.");
+  m.def(
+      "is_in_layers",
+      [](const std::string& config, const std::string& path) {
+        return is_in_layers(checked_config(config), path);
+      },
+      py::arg("config"), py::arg("path"),
+      "Tell whether layers_to_transform of a config (JSON) leaves the layer of a path in.");
 }
 
 void bind_ranks(py::module_& m) {

@@ -128,8 +128,14 @@ def plain_name(path: str) -> str:
 def saved_part(path: str, names: Sequence[str]) -> str:
     """Return the part of a path that modules_to_save mean by one of `names`, else ""."""
 
+def is_in_experts(path: str) -> bool:
+    """Tell whether a part of a path names experts, which see the tokens routed to them."""
+
 def is_or_ends_with(path: str, name: str) -> bool:
     """Tell whether a path is `name` or ends with "." and `name`."""
+
+def is_in_layers(config: str, path: str) -> bool:
+    """Tell whether layers_to_transform of a config (JSON) leaves the layer of a path in."""
 
 def rank_of(config: str, path: str, match: ExpressionMatch) -> int:
     """Return the rank that a config (JSON) gives the layer of a path."""

@@ -113,7 +113,11 @@ class ResLoraConfig(metaclass=_LoraOptions):
         default=None, metadata=_help("Modules never to adapt; a list or a regular expression.")
     )
     layers_to_transform: int | list[int] | None = field(
-        default=None, metadata=_help("Adapt only these layer indices (the first number of a name).")
+        default=None,
+        metadata=_help(
+            "Adapt only these layer indices (the first number of a name), and what target_modules "
+            "name by its whole path, such as 'lm_head'."
+        ),
     )
     layers_pattern: str | list[str] | None = field(
         default=None,

@@ -1,5 +1,6 @@
 // Links the layers of a chain: which blocks, taps and scalings each layer uses.
 #include <reslora/chain.h>
+#include <reslora/matching.h>
 
 #include <algorithm>
 #include <cmath>
@@ -8,7 +9,6 @@
 
 #include "core/check.h"
 #include "core/config_options.h"
-#include "core/experts.h"
 
 namespace reslora {
 namespace {
@@ -58,7 +58,7 @@ Chain::Chain(const ResLoraConfig& config, std::vector<LayerShape> layers)
     plain.a = plain.b = {n};
     plain.scaling = {layers_[n].scaling};
     wirings_.push_back(std::move(plain));
-    is_in_experts_.push_back(detail::is_in_experts(layers_[n].name));
+    is_in_experts_.push_back(is_in_experts(layers_[n].name));
   }
   if (is_plain) return;
   for (int64_t n = 0; n < size(); ++n) {

@@ -152,9 +152,10 @@ void detail::validate_values(const ResLoraConfig& config) {
                 config.pre_num());
   RESLORA_CHECK(config.first_block() == "double" || config.first_block() == "plain",
                 "[config] first_block must be 'double' or 'plain'; got '{}'", config.first_block());
-  RESLORA_CHECK(config.norm_window() >= 0,
-                "[config] norm_window must be 0 (keep no norms) or a number of forwards; got {}",
-                config.norm_window());
+  RESLORA_CHECK(config.norm_window() >= 0 && config.norm_window() <= kMaxNormWindow,
+                "[config] norm_window must be 0 (keep no norms) or a number of forwards, at most "
+                "{}; got {}",
+                kMaxNormWindow, config.norm_window());
   if (!config.merge_method().empty()) parse_merge_rule(config.merge_method(), "config");
   check_initial(config.init_lora_weights());
 }

@@ -3,7 +3,12 @@
 
 #include <reslora/config.h>
 
+#include <cstdint>
+
 namespace reslora::detail {
+
+/// More forwards than a training has; their norms take 128 MiB in each layer.
+constexpr int64_t kMaxNormWindow = int64_t{1} << 24;
 
 /// Calls visit(name, values...) for every option, in the order in which files hold them, with its
 /// value in each of the configs; these are const to read the values, plain to set them.

@@ -1,9 +1,9 @@
-// The rule for names of experts; see experts.h.
-#include "core/experts.h"
+// The rule for names of experts; see matching.h.
+#include <reslora/matching.h>
 
 #include <sstream>
 
-namespace reslora::detail {
+namespace reslora {
 namespace {
 
 bool names_experts(const std::string& part) {
@@ -25,4 +25,4 @@ bool is_in_experts(const std::string& path) {
   return false;
 }
 
-}  // namespace reslora::detail
+}  // namespace reslora

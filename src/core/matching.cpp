@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "core/check.h"
-#include "core/experts.h"
 
 namespace reslora {
 namespace {
@@ -90,7 +89,7 @@ Found all_linear(const Modules& modules, Names& warnings) {
     if (!module.is_linear || module.path.empty() || module.is_head ||
         last_part(module.path) == "lm_head")
       continue;
-    if (detail::is_in_experts(module.path) || module.is_bypassed) {
+    if (is_in_experts(module.path) || module.is_bypassed) {
       left_out.push_back(module.path);
     } else {
       found.push_back(&module);
@@ -144,15 +143,10 @@ void leave_out_excluded(Found& found, const ModuleNames& excluded, const Express
 }
 
 void keep_indices(Found& found, const ResLoraConfig& config) {
-  if (config.layers_to_transform().empty()) return;
-  std::set<int64_t> missing(config.layers_to_transform().begin(),
-                            config.layers_to_transform().end());
-  const std::set<int64_t> wanted = missing;
-  keep(found, [&](const std::string& path) {
-    const int64_t index = layer_index(config, path);
-    missing.erase(index);
-    return wanted.count(index) > 0;
-  });
+  const std::vector<int64_t>& wanted = config.layers_to_transform();
+  std::set<int64_t> missing(wanted.begin(), wanted.end());
+  for (const ModuleInfo* module : found) missing.erase(layer_index(config, module->path));
+  keep(found, [&](const std::string& path) { return is_in_layers(config, path); });
   RESLORA_CHECK(missing.empty(),
                 "[inject] layers_to_transform must name layers that have targets; got [{}]",
                 fmt::join(missing, ", "));
@@ -239,14 +233,11 @@ std::string chain_name(const std::unordered_map<std::string, const ModuleInfo*>&
 bool is_meant(const ModuleInfo& module, const ResLoraConfig& config, const ExpressionMatch& match) {
   const ModuleNames& targets = config.target_modules();
   const Names& saved = config.modules_to_save();
-  const std::vector<int64_t>& indices = config.layers_to_transform();
   const bool is_target = !targets.is_given() || targets.is_all_linear()
                              ? module.is_linear
                              : targets.matches(module.path, match);
   return is_target && !module.is_bypassed && saved_part(module.path, saved).empty() &&
-         !config.exclude_modules().matches(module.path, match) &&
-         (indices.empty() || std::find(indices.begin(), indices.end(),
-                                       layer_index(config, module.path)) != indices.end());
+         !config.exclude_modules().matches(module.path, match) && is_in_layers(config, module.path);
 }
 
 /// The value of the first pattern that matches a path, else `otherwise`.
@@ -269,6 +260,12 @@ std::string plain_name(const std::string& path) {
                              }),
               parts.end());
   return joined(parts, parts.size());
+}
+
+bool is_in_layers(const ResLoraConfig& config, const std::string& path) {
+  const std::vector<int64_t>& wanted = config.layers_to_transform();
+  return wanted.empty() || contains(config.target_modules().names(), path) ||
+         std::find(wanted.begin(), wanted.end(), layer_index(config, path)) != wanted.end();
 }
 
 std::string saved_part(const std::string& path, const std::vector<std::string>& names) {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/config_options.h"
 #include "core/tensor_checks.h"
 
 namespace reslora {
@@ -19,7 +20,9 @@ void check_count(int64_t count) {
 }  // namespace
 
 NormWindow::NormWindow(int64_t size, c10::Device device) {
-  RESLORA_CHECK(size >= 1, "[norm_window] size must be at least 1; got {}", size);
+  RESLORA_CHECK(size >= 1 && size <= detail::kMaxNormWindow,
+                "[norm_window] size must be at least 1 and at most {}; got {}",
+                detail::kMaxNormWindow, size);
   norms_ = at::zeros({2, size}, at::TensorOptions().dtype(at::kFloat).device(device));
   count_ = at::zeros({1}, at::TensorOptions().dtype(at::kLong).device(device));
 }

@@ -50,10 +50,12 @@ bool is_factor(std::string_view key) {
 }
 
 AdapterFile load_adapter_folder(const std::string& folder, const ExpressionMatch& match) {
-  const std::string config_path = folder + "/" + kConfigName, path = folder + "/" + kWeightsName;
+  const std::string config_path = detail::in_folder(folder, kConfigName);
+  const std::string path = detail::in_folder(folder, kWeightsName);
   for (const char* name : {kConfigName, kWeightsName})
-    TORCH_CHECK(detail::is_file(folder + "/" + name),
-                fmt::format("[load] an adapter's folder must hold {}; got {}", name, folder));
+    TORCH_CHECK(detail::is_file(detail::in_folder(folder, name)),
+                fmt::format("[load] an adapter's folder must hold {}; got {}", name,
+                            folder.empty() ? "." : folder));
   AdapterFile adapter = load_adapter(path);
   ResLoraConfig config = config_from_json(adapter.config_json, path, match);
   const ResLoraConfig beside = config_from_json(detail::file_text(config_path), config_path, match);

@@ -29,6 +29,10 @@ std::string final_path(const std::string& path) {
   return path.substr(0, start) + folder.substr(1, folder.size() - marks) + path.substr(end);
 }
 
+std::string in_folder(const std::string& folder, const std::string& name) {
+  return folder.empty() ? name : folder + "/" + name;
+}
+
 void make_folder(const std::string& path) {
   for (size_t end = path.find('/', 1);; end = path.find('/', end + 1)) {
     const std::string part = path.substr(0, end);

@@ -15,6 +15,9 @@ constexpr const char* kUnfinished = ".unfinished";
 /// The path that a file of a stage will have; any other path is returned as it is.
 std::string final_path(const std::string& path);
 
+/// The path of a file in a folder; an empty one is the folder that the program runs in.
+std::string in_folder(const std::string& folder, const std::string& name);
+
 /// Makes a folder and those above it, where they are not there. Throws c10::ValueError where a file
 /// lies in the way, c10::Error where the system refuses.
 void make_folder(const std::string& path);

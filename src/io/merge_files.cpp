@@ -39,7 +39,7 @@ bool ties_embeddings(const std::string& file) {
 void check_outputs(const std::vector<std::string>& base, const std::string& output) {
   std::set<std::string> names;
   for (const std::string& path : base) {
-    const std::string target = output + "/" + name_of(path);
+    const std::string target = detail::in_folder(output, name_of(path));
     RESLORA_CHECK(names.insert(name_of(path)).second && !detail::exists(target),
                   "[merge] an output must be a new file; got {}, which is there", target);
   }

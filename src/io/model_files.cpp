@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <set>
 #include <system_error>
 #include <utility>
 
@@ -252,6 +253,24 @@ void check_edit(const std::string& name, const Tensor& source, const TensorEdit&
   require(!edit.is_bias || layer.bias.defined(), "layer {} adds no bias", shown(layer.name));
 }
 
+/// Refuses edits that would be lost: of tensors that no file holds, and of weights whose layers
+/// move a bias too.
+void check_edits(const ModelFiles& files, const std::map<std::string, TensorEdit>& edits) {
+  std::set<std::string> moved;  // layers whose bias is edited
+  for (const auto& [name, edit] : edits) {
+    RESLORA_CHECK(edit.replacement || files.contains(name),
+                  "[merge_files] an edit must be of a tensor in the files, or bring one; got {}",
+                  shown(name));
+    if (edit.layer && edit.is_bias) moved.insert(edit.layer->name);
+  }
+  for (const auto& [name, edit] : edits)
+    RESLORA_CHECK(!edit.layer || !edit.layer->bias.defined() || moved.count(edit.layer->name) > 0,
+                  "[merge_files] a layer that moves its bias must have an edit of it beside that "
+                  "of its weight; got {} of layer {} alone: plan without use_affine, or take the "
+                  "edits of AdaptedFiles",
+                  shown(name), shown(edit.layer->name));
+}
+
 /// The tensors of a file with what is done to each; empty ones need nothing.
 std::vector<Target> targets_of(
     const detail::Header& header, uint64_t begin, const std::map<std::string, Tensor>& sources,
@@ -280,6 +299,7 @@ void ModelFiles::write(const std::string& path, const std::vector<std::string>& 
                     *options.dtype == at::kHalf || *options.dtype == at::kBFloat16,
                 "[merge_files] dtype must be float32, float64, float16 or bfloat16; got {}",
                 c10::toString(*options.dtype));
+  check_edits(*this, edits);
   const detail::FullPrecision guard;
   detail::on_file("merge_files", path, [&] {
     detail::Header header;

@@ -134,7 +134,7 @@ std::string rank_warning(int64_t rank, double tolerance, double worst) {
 
 int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
   RESLORA_CHECK(!lora.layers.empty(), "[export] a plain LoRA must have layers; got none");
-  const std::string config = folder + "/" + kConfigName;
+  const std::string config = detail::in_folder(folder, kConfigName);
   RESLORA_CHECK(
       detail::file_text(config).find("\"RESLORA\"") == std::string::npos,
       "[export] the folder must not hold an unmerged adapter, which would be lost; got {}", folder);

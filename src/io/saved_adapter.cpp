@@ -3,12 +3,14 @@
 
 #include <reslora/adapter_folder.h>
 
+#include "io/folders.h"
+
 namespace reslora::detail {
 
 SavedAdapter read_folder(const std::string& folder) {
   SavedAdapter saved;
   saved.file = load_adapter_folder(folder);
-  saved.config = config_from_json(saved.file.config_json, folder + "/" + kConfigName);
+  saved.config = config_from_json(saved.file.config_json, in_folder(folder, kConfigName));
   saved.statistics = statistics_beside(folder, saved.file);
   return saved;
 }

@@ -144,8 +144,8 @@ void Stage::commit_files() {
     for (const std::string& name : *names)
       TORCH_CHECK_VALUE(
           !detail::exists(folder_ + "/" + name) || detail::is_file(folder_ + "/" + name),
-          fmt::format("[save] {}/{} must be a file to write; got something else there",
-                      shown(folder_, 4096), name));
+          fmt::format("[save] {} must be a file to write; got something else there",
+                      shown(folder_ + "/" + name, 4096)));
   for (const std::string& name : names_) {
     const std::string target = folder_ + "/" + name, written = hidden_ + "/" + name;
     keep_mode(target, written);

@@ -246,7 +246,7 @@ std::map<std::string, LayerStatistics> load_statistics(const std::string& path,
 
 std::map<std::string, LayerStatistics> statistics_beside(const std::string& folder,
                                                          const AdapterFile& adapter) {
-  const std::string path = folder + "/" + kStatisticsName;
+  const std::string path = detail::in_folder(folder, kStatisticsName);
   if (!detail::is_file(path)) return {};
   std::map<std::string, Tensor> factors;
   for (const auto& [key, tensor] : adapter.tensors)

@@ -2,7 +2,8 @@
 //
 // Layers join a pass in the order in which they run, while their sums fit; the others are deferred
 // to the next pass. A layer that reads the very tensor that the layer before it read shares that
-// layer's `Input`, so its rows are summed once.
+// layer's `Input`, so its rows are summed once. Where it turns out that it does not do so in all of
+// its calls (a module at several places), it is put off, and the next pass sums its rows alone.
 #include <reslora/calibration.h>
 #include <reslora/regression.h>
 
@@ -32,6 +33,7 @@ struct Input {
   Tensor diagonal;  // [in], where they do
   Tensor x_sum;     // [in]
   int64_t rows = 0;
+  int64_t calls = 0;  // that its rows are of
   std::unique_ptr<detail::RowFile> file;
 };
 
@@ -39,14 +41,21 @@ struct Input {
 struct Slot {
   bool is_done = false;      // fitted, or merges exactly
   bool is_deferred = false;  // no room in this pass
+  bool is_alone = false;     // shares its x with another layer in some of its calls only
   bool owns_input = false;   // the first layer to read its x
   std::shared_ptr<Input> input;
   Tensor vx;     // [r, in]
   Tensor ux;     // [r, in], sum A x x^T; only beside a file
   Tensor v_sum;  // [r]
   double vv = 0;
-  int64_t rows = 0;
+  int64_t calls = 0;
   std::optional<FitSums> kept;
+
+  /// Leaves the layer to the next pass, with sums of its own.
+  void put_off() {
+    *this = Slot();
+    is_alone = is_deferred = true;
+  }
 };
 
 /// Sums are fp64, on the rows' device where that has fp64.
@@ -139,6 +148,7 @@ bool FitCollector::State::join(Slot& slot, const LayerShape& layer, std::shared_
 
 void FitCollector::State::add_input(Input& input, const Tensor& rows) {
   input.rows += rows.size(0);
+  ++input.calls;
   add_columns_(input.x_sum, rows);
   if (!input.file) return add_product_(input.xx, rows, rows);
   add_columns_(input.diagonal, rows.square());
@@ -150,10 +160,6 @@ Fit FitCollector::State::fit(const Slot& slot, int64_t c, int64_t n) {
   const Tensor& A = views[c].layers[n].A;
   const std::string& name = shape(c, n).name;
   Input& input = *slot.input;
-  RESLORA_CHECK(slot.rows == input.rows,
-                "[calibrate] layers that read one tensor must do so in every forward; got layer {} "
-                "with {} rows of {}: calibrate on batches of one kind",
-                name, slot.rows, input.rows);
   if (input.file) {
     int64_t steps = 0;
     const detail::RowSums sums{slot.vx, slot.ux, input.diagonal, slot.vv, input.rows};
@@ -212,20 +218,18 @@ void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const T
                 "[calibrate] x must be [..., {}] and v [..., {}] with the same rows; got {} and "
                 "{} (layer {})",
                 layer.in_features, layer.r, detail::described(x), detail::described(v), layer.name);
-  const bool is_shared = state.has_seen(x);
-  if (!slot.input && !state.join(slot, layer, is_shared ? state.last_input : nullptr, x)) {
+  const bool is_read_again = state.has_seen(x) && !slot.is_alone;
+  if (!slot.input && !state.join(slot, layer, is_read_again ? state.last_input : nullptr, x)) {
     slot.is_deferred = true;
     return;
   }
-  RESLORA_CHECK(
-      slot.owns_input ? !is_shared : slot.input == (is_shared ? state.last_input : nullptr),
-      "[calibrate] layers that read one tensor must do so in every forward; got layer {} "
-      "with another partner than in its first forward: calibrate on batches of one kind",
-      layer.name);
+  const bool is_in_step =
+      is_read_again && slot.input == state.last_input && slot.calls + 1 == slot.input->calls;
+  if (!slot.owns_input && !is_in_step) return slot.put_off();
   const std::optional<Tensor> mask = row_mask(state.masks, x.sizes().slice(0, x.dim() - 1));
   if (!state.masks.empty() && !mask) state.unmasked.insert(layer.name);
   const Tensor rows = wide_rows(x, mask);
-  if (!is_shared) {
+  if (slot.owns_input) {
     state.last_x = x;
     state.last_version = State::version_of(x);
     state.last_input = slot.input;
@@ -239,7 +243,7 @@ void FitCollector::add(int64_t chain, int64_t position, const Tensor& x, const T
   }
   add_columns_(slot.v_sum, targets);
   slot.vv += detail::square_sum(targets);
-  slot.rows += targets.size(0);
+  ++slot.calls;
 }
 
 void FitCollector::end_batch() {
@@ -258,6 +262,7 @@ bool FitCollector::finish_pass() {
       Slot& slot = state.slots[c][n];
       const auto chain = static_cast<int64_t>(c);
       const auto position = static_cast<int64_t>(n);
+      if (slot.input && slot.calls != slot.input->calls) slot.put_off();
       has_deferred |= slot.is_deferred;
       slot.is_deferred = false;
       if (slot.is_done) continue;

@@ -1,6 +1,8 @@
 // Plans a merge, applies it to the weights and takes it back; the rules are in merge_rules.cpp.
 #include <ATen/Functions.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
+#include <c10/core/InferenceMode.h>
 #include <reslora/merge.h>
 
 #include <tuple>
@@ -29,6 +31,32 @@ void check_untied(const std::vector<Tensor>& weights, const std::vector<LayerMer
                   "untie them, or export the adapter instead",
                   layers[first->second].name, layers[i].name);
   }
+}
+
+/// What one layer adds to a bias that two share would reach the other.
+void check_untied_biases(const std::vector<Tensor>& biases, const std::vector<LayerMerge>& layers) {
+  std::unordered_map<const void*, size_t> seen;
+  for (size_t i = 0; i < biases.size(); ++i) {
+    if (!biases[i].defined() || biases[i].numel() == 0) continue;
+    const size_t first = seen.emplace(biases[i].const_data_ptr(), i).first->second;
+    RESLORA_CHECK(
+        first == i || (!layers[first].bias.defined() && !layers[i].bias.defined()),
+        "[merge] a layer whose bias is moved by an affine fit must have one of its own; got one "
+        "shared by {} and {}: untie them, or plan without use_affine",
+        layers[first].name, layers[i].name);
+  }
+}
+
+/// All that `copy_` may refuse is refused before the first weight is written.
+void check_writable(const Tensor& tensor, const std::string& layer) {
+  RESLORA_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes &&
+                    (!tensor.is_inference() || c10::InferenceMode::is_enabled()),
+                "[merge] a weight must be one that can be written; got {}, {} (layer {}): clone it "
+                "first",
+                detail::described(tensor),
+                tensor.is_inference() ? "made in inference mode, outside of it"
+                                      : "whose elements share memory",
+                layer);
 }
 
 }  // namespace
@@ -67,8 +95,11 @@ void MergePlan::apply(bool keep_originals, bool safe_merge,
   const detail::FullPrecision guard;
   for (size_t i = 0; i < layers_.size(); ++i) {
     detail::check_weight(weights_[i], layers_[i], "merging");
+    check_writable(weights_[i], layers_[i].name);
+    if (layers_[i].bias.defined()) check_writable(biases_[i], layers_[i].name);
   }
   check_untied(weights_, layers_);
+  check_untied_biases(biases_, layers_);
   if (safe_merge) check_finite();
   try {
     is_running_ = true;

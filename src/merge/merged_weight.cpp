@@ -55,7 +55,8 @@ void add_product_(const Tensor& c, const Tensor& a, const Tensor& b) {
     return;
   }
   if (c.stride(1) != 1) return add_product_(c.t(), b.t(), a.t());
-  const Tensor left = a.contiguous(), right = b.contiguous();
+  // The kernel reads memory, in which a lazily negated tensor has the other sign.
+  const Tensor left = a.contiguous().resolve_neg(), right = b.contiguous().resolve_neg();
   auto* data = c.mutable_data_ptr<float>();
   thin::expand({data, c.stride(0), nullptr, 0, c.size(0), c.size(1)},
                {left.const_data_ptr<float>(), left.size(1)},

@@ -57,6 +57,20 @@ double residual_of(double vv, const Tensor& vx, const Tensor& A, const Tensor& f
   return std::sqrt(std::max(0.0, vv - 2 * fitted_vx + fitted_square) / vv);
 }
 
+/// lambda, from the diagonal of sum x x^T.
+double lambda_of(const Tensor& diagonal, double ridge, const std::string& name) {
+  const double mean = diagonal.mean().item<double>();
+  RESLORA_CHECK(std::isfinite(mean),
+                "[calibrate] activations must be finite; got NaN or infinity (layer {}): check the "
+                "batches and the adapter",
+                name);
+  RESLORA_CHECK(std::isfinite(ridge * mean),
+                "[calibrate] ridge times the mean sum of squares of the inputs must be finite; got "
+                "{} times {} (layer {}): lower ridge",
+                ridge, mean, name);
+  return ridge * mean;
+}
+
 struct Solved {
   Tensor fitted;  // undefined where xx plus ridge is not positive definite
   double residual = 0;
@@ -67,11 +81,7 @@ Solved solve(Tensor xx, const Tensor& vx, double vv, const Tensor& A, double rid
              const std::string& name) {
   const Tensor rhs = vx - at::mm(A, xx);
   const Tensor diagonal = xx.diagonal();
-  const double lambda = ridge * diagonal.mean().item<double>();
-  RESLORA_CHECK(std::isfinite(lambda),
-                "[calibrate] activations must be finite; got NaN or infinity (layer {}): check the "
-                "batches and the adapter",
-                name);
+  const double lambda = lambda_of(diagonal, ridge, name);
   if (lambda <= 0) return {A.clone(), residual_of(vv, vx, A, A, 0)};  // x was 0 throughout
   diagonal.add_(lambda);
   const auto [factor, info] = at::linalg_cholesky_ex(xx);
@@ -147,11 +157,7 @@ Fit solve_rows(const RowSums& sums, RowFile& rows, const Tensor& A, double ridge
   const FitSums plain{{}, sums.vx, {}, {}, sums.vv, sums.rows};
   check_sums(plain, A, {ridge}, name);
   const Tensor own = A.detach().to(sums.vx.options());
-  const double lambda = ridge * sums.diagonal.mean().item<double>();
-  RESLORA_CHECK(std::isfinite(lambda),
-                "[calibrate] activations must be finite; got NaN or infinity (layer {}): check the "
-                "batches and the adapter",
-                name);
+  const double lambda = lambda_of(sums.diagonal, ridge, name);
   Fit fit;
   fit.rows = sums.rows;
   fit.alpha_star = best_alpha(own, sums.ux, sums.vx);

@@ -10,6 +10,7 @@
 #include <torch/utils.h>
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "core/check.h"
@@ -135,6 +136,7 @@ Adapters load(torch::nn::Module& model, const std::string& folder) {
 }
 
 double Adapters::export_lora(const std::string& folder, const ExportOptions& options) const {
+  state_->check_idle("export_lora");
   RESLORA_CHECK(!is_merged() || options.merge_method().empty(),
                 "[export_lora] a merged model is exported as it was merged; got merge_method '{}' "
                 "(unmerge it first)",
@@ -175,30 +177,54 @@ std::map<std::string, at::Tensor> base_tensors(const torch::nn::Module& model) {
   return tensors;
 }
 
-void load_base_tensors(torch::nn::Module& model, const std::map<std::string, at::Tensor>& tensors) {
+namespace {
+
+using Tensors = std::map<std::string, at::Tensor>;
+
+/// Refuses what a copy would refuse, and what would be lost: before the first copy.
+void check_base_tensors(const Tensors& own, const Tensors& given) {
   using detail::described;
-  const auto is_given = [](const at::Tensor& tensor) {
+  const auto has_values = [](const at::Tensor& tensor) {
     return detail::is_dense(tensor) && !tensor.is_meta() && !tensor.is_quantized();
   };
-  std::map<std::string, at::Tensor> own = base_tensors(model);
+  std::map<const void*, std::string> names;  // of a tensor that stands at several places, the first
   for (const auto& [name, tensor] : own) {
-    const auto found = tensors.find(name);
-    RESLORA_CHECK(found != tensors.end(), "[load_base_tensors] the tensor {} is missing", name);
-    // All that a copy may refuse is refused before the first one.
-    RESLORA_CHECK(is_given(found->second) && found->second.sizes() == tensor.sizes() &&
+    const auto found = given.find(name);
+    RESLORA_CHECK(found != given.end(), "[load_base_tensors] the tensor {} is missing", name);
+    RESLORA_CHECK(has_values(found->second) && found->second.sizes() == tensor.sizes() &&
                       c10::canCast(found->second.scalar_type(), tensor.scalar_type()),
                   "[load_base_tensors] {} must be a dense tensor in memory like {}; got {}", name,
                   described(tensor), described(found->second));
-    RESLORA_CHECK(is_given(tensor) && tensor.is_non_overlapping_and_dense(),
+    RESLORA_CHECK(has_values(tensor) && tensor.is_non_overlapping_and_dense(),
                   "[load_base_tensors] the model must hold tensors that can be written; got {} for "
                   "{}",
                   described(tensor), name);
+    const std::string& first = names.emplace(tensor.unsafeGetTensorImpl(), name).first->second;
+    const at::Tensor& value = given.at(first);
+    RESLORA_CHECK(first == name || value.is_same(found->second) ||
+                      at::equal(value, found->second.to(value.options())),
+                  "[load_base_tensors] {} and {} are one tensor of the model and must be given the "
+                  "same values; got others",
+                  first, name);
   }
-  for (const auto& item : tensors)
+  for (const auto& item : given)
     RESLORA_CHECK(own.count(item.first) > 0, "[load_base_tensors] the model has no tensor {}",
                   item.first);
+}
+
+}  // namespace
+
+void load_base_tensors(torch::nn::Module& model, const std::map<std::string, at::Tensor>& tensors) {
+  Tensors own = base_tensors(model), given = tensors;
+  check_base_tensors(own, given);
   const torch::NoGradGuard no_grad;
-  for (auto& [name, tensor] : own) tensor.copy_(tensors.at(name));
+  // A tensor of the model that is given for another one is read before it is written.
+  std::set<const void*> written;
+  for (const auto& item : own) written.insert(item.second.storage().unsafeGetStorageImpl());
+  for (auto& [name, tensor] : given)
+    if (!tensor.is_same(own.at(name)) && written.count(tensor.storage().unsafeGetStorageImpl()) > 0)
+      tensor = tensor.clone();
+  for (auto& [name, tensor] : own) tensor.copy_(given.at(name));
 }
 
 }  // namespace reslora

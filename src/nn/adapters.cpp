@@ -17,7 +17,17 @@ namespace reslora {
 
 void Merge::enter(const std::vector<LinkedChain>& chains,
                   const std::function<void(int64_t)>& progress) {
-  plan.apply(/*keep_originals=*/true, /*safe_merge=*/false, progress);
+  const auto say = [&](bool is_changing) {
+    for (const LinkedChain& chain : chains) chain.state_->is_changing = is_changing;
+  };
+  say(true);
+  try {
+    plan.apply(/*keep_originals=*/true, /*safe_merge=*/false, progress);
+  } catch (...) {
+    say(false);
+    throw;
+  }
+  say(false);
   was_enabled.clear();
   for (const LinkedChain& chain : chains) {
     was_enabled.push_back(chain.is_enabled());
@@ -82,11 +92,18 @@ std::map<std::string, at::Tensor> heads_of(const torch::nn::Module& clone,
                                            const std::map<std::string, at::Tensor>& originals) {
   const std::map<std::string, at::Tensor> tensors = base_tensors(clone);
   std::map<std::string, at::Tensor> heads;
+  std::map<const void*, const void*> copies;  // of tensors that stand at several places, too
   for (const auto& [name, original] : originals) {
     const auto found = tensors.find(name);
     RESLORA_CHECK(found != tensors.end() && found->second.sizes() == original.sizes(),
                   "[of_clone] the clone must hold the modules_to_save of the model; got no {} [{}]",
                   name, fmt::join(original.sizes(), ", "));
+    const void* copy = found->second.unsafeGetTensorImpl();
+    RESLORA_CHECK(copies.emplace(original.unsafeGetTensorImpl(), copy).first->second == copy,
+                  "[of_clone] a clone must hold every tensor once; got two copies of {}, since "
+                  "LibTorch clones what stands twice in a model twice: make the model anew, and "
+                  "load the adapter into it",
+                  name);
     heads.insert(*found);
   }
   return heads;
@@ -154,6 +171,7 @@ std::vector<ChainView> Adapters::views() const {
 }
 
 MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const {
+  state_->check_idle("merge");
   RESLORA_CHECK(!is_merged(), "[merge] adapters must not be merged yet; got merged ones (unmerge)");
   const std::string& method = merge_method.empty() ? state_->config.merge_method() : merge_method;
   MergePlan plan(views(), method, use_affine);
@@ -170,7 +188,6 @@ MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const
 
 const MergePlan& Adapters::merge(const std::string& merge_method,
                                  const std::function<void(int64_t)>& progress) const {
-  state_->check_idle("merge");
   auto made = std::make_unique<Merge>(Merge{plan(merge_method)});
   const Busy busy(*state_, "merge");
   made->enter(state_->chains, progress);
@@ -186,6 +203,7 @@ void Adapters::unmerge() const {
 }
 
 Adapters Adapters::of_clone(torch::nn::Module& clone) const {
+  state_->check_idle("of_clone");
   const std::vector<detail::Copies> copies =
       in_order(detail::copies_in(clone, "of_clone"), state_->chains, state_->names);
   for (const detail::Copies& chain : copies)

@@ -116,10 +116,10 @@ void Adapters::calibrate_with(const Pass& pass, const FitOptions& options) const
   MovedTaps moved = choose_moves(collector.views(), [&](int64_t count, const PlanOf& plan_of) {
     return distances(pass, chains, count, plan_of);
   });
-  state_->fits = std::move(moved.fits);
-  state_->fits_sum = detail::adapter_sum(*state_);
   for (const std::string& text : {collector.padding_warning(), few_rows_warning(collector.views())})
     if (!text.empty()) TORCH_WARN(text);
+  state_->fits = std::move(moved.fits);
+  state_->fits_sum = detail::adapter_sum(*state_);
 }
 
 }  // namespace reslora

@@ -85,7 +85,8 @@ struct ChainState {
   std::vector<std::weak_ptr<ResLoraLinearImpl>> layers;
   std::vector<int64_t> missed;
   bool is_enabled = true;
-  bool is_merged = false;  // which is why it may not be enabled
+  bool is_merged = false;    // which is why it may not be enabled
+  bool is_changing = false;  // some weights are merged, others not yet
   FitCollector* collector = nullptr;
   int64_t collector_index = 0;
   mutable std::mutex mutex;

@@ -1,6 +1,7 @@
 // Describes a model to the rules for names (matching.h), and makes chains of the layers they find.
 #include "nn/injection.h"
 
+#include <ATen/Functions.h>
 #include <reslora/config_json.h>
 #include <reslora/matching.h>
 #include <torch/nn/modules/activation.h>
@@ -13,6 +14,7 @@
 #include <unordered_set>
 #include <utility>
 
+#include "io/tensor_types.h"
 #include "nn/adapters_state.h"
 #include "nn/chain_state.h"
 
@@ -94,6 +96,14 @@ void check_plain(const std::vector<Path>& modules) {
   }
 }
 
+/// Refuses a head that `save` would refuse after the training; one on meta gets its values later.
+void check_head(const std::string& path, const at::Tensor& head) try {
+  entry_of(path, head.is_meta() ? at::empty_like(head, at::kCPU) : head);
+} catch (const ContentError& error) {
+  RESLORA_CHECK(false, "[inject] modules_to_save must fit into an adapter's file: {}",
+                error.what());
+}
+
 /// Parameters and buffers of the modules at `saved`, by path.
 std::map<std::string, at::Tensor> heads_of(const torch::nn::Module& model,
                                            const std::vector<std::string>& saved) {
@@ -101,6 +111,7 @@ std::map<std::string, at::Tensor> heads_of(const torch::nn::Module& model,
   for (const auto& [path, tensor] : base_tensors(model))
     for (const std::string& module : saved)
       if (path.compare(0, module.size() + 1, module + ".") == 0) heads.emplace(path, tensor);
+  for (const auto& [path, tensor] : heads) check_head(path, tensor);
   return heads;
 }
 
@@ -150,6 +161,10 @@ Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config, const Ad
     prepared.names.push_back(std::move(chain.name));
     prepared.states.push_back(new_state(layers, Chain(config, std::move(chain.layers))));
   }
+  std::vector<const Chain*> links;
+  for (const auto& state : prepared.states) links.push_back(&state->chain);
+  const std::string warning = warning_without_links(links);
+  if (!warning.empty()) TORCH_WARN(warning);  // here, since a handler of warnings may throw
   return prepared;
 }
 
@@ -163,10 +178,6 @@ std::shared_ptr<Adapters::State> commit(torch::nn::Module& model, Prepared prepa
   state->config = std::move(prepared.config);
   state->names = std::move(prepared.names);
   state->heads = std::move(prepared.heads);
-  std::vector<const Chain*> links;
-  for (const LinkedChain& chain : state->chains) links.push_back(&chain.chain());
-  const std::string warning = warning_without_links(links);
-  if (!warning.empty()) TORCH_WARN(warning);
   return state;
 }
 

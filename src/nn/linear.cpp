@@ -34,6 +34,23 @@ auto naming(const std::string& layer, const Body& body) {
 constexpr const char* kMergedKey = "reslora_merged";
 constexpr const char* kNormsKey = "reslora_norms";
 constexpr const char* kCountKey = "reslora_norm_count";
+constexpr const char* kFormulaKey = "reslora_formula";
+
+/// What an archive and an adapted layer must agree on beside shapes, for A and B to mean the same.
+std::string formula_of(const Chain& chain, int64_t position) {
+  const ResLoraConfig& config = chain.config();
+  return fmt::format("res_mode {}, pre_num {}, first_block {}, scaling {}", config.res_mode(),
+                     config.pre_num(), config.first_block(), chain.layer(position).scaling);
+}
+
+/// A norm window of its own memory.
+NormWindow copied(const NormWindow& window, c10::Device device) {
+  if (!window.is_defined()) return {};
+  const auto on_device = [&](const at::Tensor& tensor) {
+    return tensor.to(device, tensor.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  };
+  return {on_device(window.norms()), on_device(window.count())};
+}
 
 bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
   return tap.defined() && tap.dim() == x.dim() &&
@@ -111,12 +128,11 @@ void ResLoraLinearImpl::pretty_print(std::ostream& stream) const {
 
 std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
     const std::optional<torch::Device>& device) const {
+  check_whole("clone");
   auto copy = torch::nn::Cloneable<ResLoraLinearImpl>::clone(device);
   auto& layer = static_cast<ResLoraLinearImpl&>(*copy);
   if (is_adapted()) {
-    const NormWindow window = norms_now();
-    if (window.is_defined())
-      layer.norms = NormWindow(window.norms().clone(), window.count().clone());
+    layer.norms = copied(norms_now(), layer.reslora_A.device());
     layer.weight.set_requires_grad(weight.requires_grad());
     if (bias.defined()) layer.bias.set_requires_grad(bias.requires_grad());
   }
@@ -124,9 +140,11 @@ std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
 }
 
 void ResLoraLinearImpl::save(torch::serialize::OutputArchive& archive) const {
+  check_whole("save");
   torch::nn::Cloneable<ResLoraLinearImpl>::save(archive);
   if (is_merged_) archive.write(kMergedKey, at::ones({1}));
   if (!is_adapted()) return;
+  archive.write(kFormulaKey, c10::IValue(formula_of(state_->chain, position_)));
   const NormWindow window = norms_now();
   if (!window.is_defined()) return;
   archive.write(kNormsKey, window.norms(), /*is_buffer=*/true);
@@ -134,6 +152,7 @@ void ResLoraLinearImpl::save(torch::serialize::OutputArchive& archive) const {
 }
 
 void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
+  check_whole("load");
   at::Tensor mark;
   const bool is_stored_merged = archive.try_read(kMergedKey, mark);
   RESLORA_CHECK(!is_adapted() || is_stored_merged == is_merged_,
@@ -150,7 +169,7 @@ void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
   if (is_adapted()) set_norms(window);
 }
 
-/// torch::load would take tensors of any shape.
+/// torch::load would take tensors of any shape, and those of another formula.
 void ResLoraLinearImpl::check_archived(torch::serialize::InputArchive& archive) const {
   for (const auto& item : named_parameters(/*recurse=*/false)) {
     at::Tensor stored;
@@ -160,6 +179,13 @@ void ResLoraLinearImpl::check_archived(torch::serialize::InputArchive& archive) 
                   detail::described(stored), item.key(), detail::described(item.value()),
                   is_adapted() ? " (layer " + name() + ")" : "");
   }
+  c10::IValue formula;
+  if (!is_adapted() || !archive.try_read(kFormulaKey, formula)) return;
+  const std::string own = formula_of(state_->chain, position_);
+  RESLORA_CHECK(formula.isString() && formula.toStringRef() == own,
+                "[load] an archive must be of a layer that computes the same; got {} for {} "
+                "(layer {})",
+                formula.isString() ? formula.toStringRef() : formula.tagKind(), own, name());
 }
 
 NormWindow ResLoraLinearImpl::norms_now() const {
@@ -169,21 +195,26 @@ NormWindow ResLoraLinearImpl::norms_now() const {
 
 /// Replaces the norm window; it comes to the device of A.
 void ResLoraLinearImpl::set_norms(const NormWindow& window) {
-  NormWindow own;
-  if (window.is_defined()) {
-    RESLORA_CHECK(!window.norms().is_meta(),
-                  "[linear] a norm window must hold values; got one on the meta device (layer {})",
-                  name());
-    const at::Device device = reslora_A.device();
-    own = NormWindow(window.norms().clone().to(device), window.count().clone().to(device));
-  }
+  RESLORA_CHECK(!window.is_defined() || !window.norms().is_meta(),
+                "[linear] a norm window must hold values; got one on the meta device (layer {})",
+                name());
+  const NormWindow own = copied(window, reslora_A.device());
   const std::lock_guard<std::mutex> lock(state_->mutex);
   norms = own;
 }
 
 bool ResLoraLinearImpl::is_plain() const { return !is_adapted() || !state_->is_enabled; }
 
+/// Refuses a model of which some layers are merged and others are not yet.
+void ResLoraLinearImpl::check_whole(const char* op) const {
+  RESLORA_CHECK(!is_adapted() || !state_->is_changing,
+                "[{}] a model must be whole; got {}, whose chain is being merged, from a callback "
+                "of merge",
+                op, name());
+}
+
 at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
+  check_whole("linear");
   if (is_plain()) return torch::nn::functional::linear(x, weight, bias);
   PassCall call = state_->passes.enter(position_);
   const AdaptInput in = input_of(x, call.taps());
@@ -195,6 +226,7 @@ at::Tensor ResLoraLinearImpl::forward(const at::Tensor& x) {
 std::pair<at::Tensor, Taps> ResLoraLinearImpl::forward_with_taps(const at::Tensor& x, Taps taps) {
   RESLORA_CHECK(is_adapted(),
                 "[linear] forward_with_taps needs a layer that reslora::link adapted");
+  check_whole("linear");
   const auto size = static_cast<size_t>(state_->chain.size());
   RESLORA_CHECK(taps.by_position.empty() || taps.by_position.size() == size,
                 "[linear] taps must be empty or of the chain, of {} layers; got {} (layer {})",
@@ -210,17 +242,18 @@ std::vector<at::Tensor> forward_together(
   std::vector<at::Tensor> y;
   for (const auto& layer : layers)
     RESLORA_CHECK(layer != nullptr, "[linear] forward_together needs layers; got a null pointer");
+  for (const auto& layer : layers) layer->check_whole("linear");
+  for (size_t k = 0; k < layers.size(); ++k)
+    for (size_t j = 0; j < k; ++j)
+      RESLORA_CHECK(!layers[k]->is_adapted() || layers[j]->state_ != layers[k]->state_,
+                    "[linear] layers that are evaluated together must be of different chains; got "
+                    "{} and {} of one",
+                    layers[j]->name(), layers[k]->name());
   if (layers.empty() ||
       std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l->is_plain(); })) {
     for (const auto& layer : layers) y.push_back(layer->forward(x));
     return y;
   }
-  for (size_t k = 0; k < layers.size(); ++k)
-    for (size_t j = 0; j < k; ++j)
-      RESLORA_CHECK(layers[j]->state_ != layers[k]->state_,
-                    "[linear] layers that are evaluated together must be of different chains; got "
-                    "{} and {} of one",
-                    layers[j]->name(), layers[k]->name());
   std::vector<PassCall> calls;
   std::vector<AdaptInput> inputs;
   for (const auto& layer : layers) {
@@ -249,7 +282,8 @@ AdaptInput ResLoraLinearImpl::input_of(const at::Tensor& x,
       "[linear] this layer ({}) is a copy that is in no chain; call reslora::relink on the "
       "cloned model",
       name());
-  RESLORA_CHECK(x.defined(), "[adapt] x must be a tensor; got an undefined one (layer {})", name());
+  RESLORA_CHECK(detail::is_dense(x), "[adapt] x must be a dense tensor; got {} (layer {})",
+                detail::described(x), name());
   AdaptInput in;
   in.x = x;
   in.weight = weight;

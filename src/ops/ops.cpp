@@ -14,6 +14,7 @@ namespace {
 void check_given(const AdaptInput& in) {
   const auto check = [](const at::Tensor& tensor, const char* name) {
     RESLORA_CHECK(tensor.defined(), "[adapt] {} must be a tensor; got an undefined one", name);
+    RESLORA_CHECK(!tensor.is_nested(), "[adapt] {} must be a dense tensor; got a nested one", name);
   };
   const auto check_all = [&](const std::vector<at::Tensor>& tensors, const char* name) {
     for (const at::Tensor& tensor : tensors) check(tensor, name);

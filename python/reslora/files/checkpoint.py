@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,10 +24,12 @@ from .._C import (
     STATISTICS_NAME,
     WEIGHTS_NAME,
     AdapterFile,
+    LayerShape,
     Stage,
     check_chains,
     check_formula,
     check_tensors,
+    find_chains,
     is_factor,
     load_adapter_folder,
     plain_name,
@@ -41,13 +43,16 @@ from ..config import ResLoraConfig, matches
 from ..injection.adapted import Injection, factors_of, find_layers, injection_of, plain_model
 from ..injection.heads import saved_module, saved_names
 from ..injection.inject import inject_saved
+from ..injection.targets import describe
 from ..merging.merge import unload
 from ..nn.base_layers import is_conv1d
 from ..nn.sharding import is_sharded, whole, writes
 from ..text_files import read_object
+from .beside import warn_not_saved
 from .embeddings import saved_embeddings, stored_embeddings
 from .folders import PathLike, adapter_folder, base_line, base_name
-from .statistics import give_statistics, statistics_of, sum_of_factors
+from .former_names import present_names
+from .statistics import Statistics, give_statistics, statistics_of, sum_of_factors
 
 
 def save_pretrained(
@@ -87,7 +92,7 @@ def save_pretrained(
     layers = statistics_of(injection, statistics == "covariances") if statistics else {}
     found = _own_tensors(model, injection)
     found |= saved_embeddings(model, injection, save_embedding_layers, "save")
-    _warn_left_out(model, found)
+    warn_not_saved(model, found.values(), "save")
     own = {key: tensor.detach() for key, tensor in found.items()}
     tensors = {key: whole(tensor) for key, tensor in own.items()}
     if not writes(own):
@@ -100,23 +105,6 @@ def save_pretrained(
             stage.remove(STATISTICS_NAME)
         write_text(stage.path(CONFIG_NAME), text)
         write_text(stage.path("README.md"), _card(injection, base))
-
-
-def _warn_left_out(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Say so where something trains that is not in the files."""
-    known = {id(tensor) for tensor in saved.values()}
-    left = [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad and id(p) not in known and "reslora_" not in name
-    ]
-    if left:
-        warnings.warn(
-            f"[save] what trains beside the adapter is not in its files; got {len(left)} "
-            f"parameters such as {left[0]} (name their modules in modules_to_save, or save them "
-            "apart)",
-            stacklevel=3,
-        )
 
 
 def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:
@@ -155,18 +143,18 @@ def load(
     """
     folder = adapter_folder(directory, "load", revision, subfolder)
     adapter, config = read_adapter(folder)
-    statistics = statistics_beside(folder, adapter)
+    stored = _stored(plain_model(model), adapter, config, statistics_beside(folder, adapter))
     if find_layers(model):
-        _copy_adapter(plain_model(model), injection_of(model, "load"), adapter, config)
+        _copy_adapter(plain_model(model), injection_of(model, "load"), stored)
     else:
-        heads = [key for key in adapter.tensors if not is_factor(key)]
-        inject_saved(model, config, adapter.chains, heads)
+        heads = [key for key in stored.tensors if not is_factor(key)]
+        inject_saved(model, config, stored.chains, heads)
         try:
-            _copy_adapter(model, injection_of(model, "load"), adapter, config)
+            _copy_adapter(model, injection_of(model, "load"), stored)
         except BaseException:
             unload(model)
             raise
-    give_statistics(injection_of(model, "load"), statistics)
+    give_statistics(injection_of(model, "load"), stored.statistics)
     return model
 
 
@@ -186,15 +174,48 @@ def read_adapter(folder: Path) -> tuple[AdapterFile, ResLoraConfig]:
     return adapter, ResLoraConfig.from_json(adapter.config_json, os.fspath(folder / CONFIG_NAME))
 
 
-def _copy_adapter(
-    model: nn.Module, injection: Injection, adapter: AdapterFile, config: ResLoraConfig
-) -> None:
+@dataclass
+class _Stored:
+    """What the files of an adapter hold, by the names that a model has now."""
+
+    config: ResLoraConfig
+    chains: list[tuple[str, list[LayerShape]]]
+    tensors: dict[str, Tensor]
+    statistics: Statistics
+
+
+def _stored(
+    model: nn.Module, adapter: AdapterFile, config: ResLoraConfig, statistics: Statistics
+) -> _Stored:
+    """Return what was read; names that an older transformers gave are replaced."""
+    stored = _Stored(config, adapter.chains, adapter.tensors, statistics)
+    layers = [layer.name for _, own in stored.chains for layer in own]
+    now = present_names(model, [*layers, *stored.tensors])
+    if now:
+        found = [now[name] for name in layers if name in now]
+        chains = find_chains(describe(model), found, config.core(), matches)
+        keys = {layer.name: key for key, own in chains for layer in own}
+        stored.chains = [
+            (keys.get(now.get(own[0].name, ""), key), [_renamed(layer, now) for layer in own])
+            for key, own in stored.chains
+        ]
+        stored.tensors = {now.get(key, key): x for key, x in stored.tensors.items()}
+        stored.statistics = {now.get(name, name): own for name, own in statistics.items()}
+    return stored
+
+
+def _renamed(layer: LayerShape, now: dict[str, str]) -> LayerShape:
+    name = now.get(layer.name, layer.name)
+    return LayerShape(name, layer.in_features, layer.out_features, layer.r, layer.scaling)
+
+
+def _copy_adapter(model: nn.Module, injection: Injection, read: _Stored) -> None:
     """Check everything, then copy the values."""
     if injection.applied is not None:
         raise ValueError("[load] the model must not be merged; got a merged one (unmerge it first)")
-    check_formula(injection.config.core(), config.core())
-    check_chains(injection.chain_records, adapter.chains)
-    own_tensors, stored = _own_tensors(model, injection), adapter.tensors  # a new dict each time
+    check_formula(injection.config.core(), read.config.core())
+    check_chains(injection.chain_records, read.chains)
+    own_tensors, stored = _own_tensors(model, injection), read.tensors
     own_tensors |= stored_embeddings(model, injection, stored, "load")
     check_tensors(own_tensors, stored)
     _check_writable(own_tensors)

@@ -42,6 +42,7 @@ from ..merging.merge import MergeRequest, prepare
 from ..merging.planning import make_plan, warn_unfinished
 from ..nn.base_layers import is_conv1d
 from ..text_files import read_object
+from .beside import warn_not_saved
 from .checkpoint import saved_tensors
 from .embeddings import resizing, saved_embeddings
 from .folders import PathLike, adapter_folder, base_line, base_name
@@ -109,6 +110,7 @@ def _heads(model: nn.Module, injection: Injection, embeddings: bool | str) -> di
     refuse_tied(model, saved_names(model, injection), "export_lora")
     heads = saved_tensors(model, injection)
     heads |= saved_embeddings(model, injection, embeddings, "export_lora")
+    warn_not_saved(model, heads.values(), "export_lora")
     return {key: tensor.detach() for key, tensor in heads.items()}
 
 
@@ -143,6 +145,7 @@ def export_diffusers(
     op = "export_diffusers"
     injection = injection_of(model := plain_model(model), op)
     _check_diffusers(op, component, saved_names(model, injection))
+    warn_not_saved(model, [], op)
     if sizes := resizing(model, op):
         warnings.warn(
             f"[{op}] such files hold LoRA alone, and lack the embeddings of a resized vocabulary; "
@@ -153,8 +156,7 @@ def export_diffusers(
         op=op, merge_method=merge_method, data=data, refine_steps=refine_steps,
         progressbar=progressbar,
     )  # fmt: skip
-    plan = _planned(model, injection, request)
-    layers, error = reduced(plan.layers, rank, tolerance)
+    layers, error = reduced(_planned(model, injection, request).layers, rank, tolerance)
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in padded(layers).items():
         tensors[f"{component}.{name}.lora_A.weight"] = A

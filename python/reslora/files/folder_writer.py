@@ -92,9 +92,8 @@ class Layout:
                 shown.update(done + written - shown.n)
 
             for file_name, names in self.groups.items():
-                own = {name: self.edits[name] for name in names if name in self.edits}
                 path = os.fspath(folder / file_name)
-                self.files.write(path, names, own, self.dtype, {"format": "pt"}, show)
+                self.files.write(path, names, self.edits, self.dtype, {"format": "pt"}, show)
                 done += sum(self.sizes[name] for name in names)
         if len(self.groups) > 1 or (self.is_kept and self.source.index is not None):
             self._write_index(folder)

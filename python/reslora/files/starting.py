@@ -31,6 +31,7 @@ from ..text_files import read_object
 from .checkpoint import saved_tensors
 from .embeddings import stored_embeddings
 from .folders import PathLike, adapter_folder, load_tensors_of
+from .former_names import present_names
 
 # What changes what a LoRA computes, beside its factors and scale.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the base is as it was
@@ -87,6 +88,8 @@ def init_from_lora(
     folder = adapter_folder(directory, "init_from_lora", revision, subfolder)
     config = _config_of(folder)
     tensors = load_tensors_of(folder / WEIGHTS_NAME)
+    now = present_names(model, tensors)
+    tensors = {now.get(key, key): tensor for key, tensor in tensors.items()}
     heads = saved_tensors(model, injection)
     heads |= stored_embeddings(model, injection, tensors, "init_from_lora")
     scalings = _scalings_of(config, injection.layers)

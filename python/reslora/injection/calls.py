@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..nn.layer import LayerChain
+from .._C import is_in_experts
 from .adapted import Injection
 
 PATIENCE = 8  # training steps: single layers of a chain may be skipped now and then (LayerDrop)
@@ -66,16 +66,12 @@ class _Watch:
         found = []
         for chain in injection.chains:
             names = [name for name in chain.names if name in self.silent & pairs.keys()]
-            is_whole = names == chain.names and not _is_routed(chain)
+            # A step may need none of some experts.
+            is_whole = names == chain.names and not is_in_experts(names[0])
             if names and (is_whole or self.steps >= PATIENCE):
                 found += [f"{chain.key} ({len(names)} layers)"] if is_whole else names
                 self.silent -= set(names)
         return found
-
-
-def _is_routed(chain: LayerChain) -> bool:
-    """Tell whether these are experts, of which a step may need none ("experts", "expert_0")."""
-    return "expert" in chain.key
 
 
 _watched: WeakKeyDictionary[Injection, _Watch] = WeakKeyDictionary()

@@ -27,6 +27,7 @@ from .calls import leave_fused_paths, watch_first_step
 from .chains import make_chains, root_name
 from .heads import refuse_tied, saved_parameters
 from .targets import describe, find_targets, modules_of, warn_fused_experts
+from .wrappers import refuse_compiled_in_checkpoints
 
 
 def inject(model: nn.Module, config: ResLoraConfig) -> nn.Module:
@@ -157,6 +158,8 @@ def open_sessions(model: nn.Module, injection: Injection) -> None:
             sessions[root] = Session(root)
             injection.sessions.append(sessions[root])
             sessions[root].attach(modules[root])
+            look = modules[root].register_forward_pre_hook(refuse_compiled_in_checkpoints)
+            injection.hooks.append(look)
         chain.session = sessions[root]
     for group in groups:
         session = group[0].chain.session

@@ -24,6 +24,10 @@ from .._C import (
 from ..config import ResLoraConfig, matches
 from ..nn.base_layers import features_of, is_bypassed, is_conv1d
 
+# What layers are called whose rows are of the other stream where attention crosses over.
+KEYS_AND_VALUES = {
+    "key", "value", "k", "v", "k_proj", "v_proj", "key_proj", "value_proj", "to_k", "to_v",
+}  # fmt: skip
 # What experts are called where each is a module of its own, as in transformers 4.
 EXPERT_NAMES = {"w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 
@@ -38,7 +42,7 @@ def describe(model: nn.Module) -> list[ModuleInfo]:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     modules = modules_of(model)
-    shifting = _shifting_blocks(modules)
+    shifting, kinds = _shifting_blocks(modules), _kinds_of_attention(modules)
     infos = []
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
@@ -52,7 +56,7 @@ def describe(model: nn.Module) -> list[ModuleInfo]:
                 is_head=module is head,
                 is_bypassed=bool(path) and is_bypassed(modules.get(parent), name),
                 is_uniform=_is_uniform(path, modules),
-                rows=_rows(path, shifting),
+                rows=_rows(path, shifting) or _stream(path, kinds),
             )
         )
     return infos
@@ -91,6 +95,38 @@ def _rows(path: str, shifting: set[str]) -> str:
             is_within = any("attn" in part or "attention" in part for part in parts[end:])
             return ("odd" if int(number) % 2 else "even") if is_within else ""
     return ""
+
+
+def _kinds_of_attention(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Return "self" or "cross" by the path of a layer whose parent lists the kinds of its layers.
+
+    So do models that match two images (SuperGlue, LoFTR): one class of layers serves both kinds.
+    """
+    found: dict[str, str] = {}
+    for path, module in modules.items():
+        for name, children in module._modules.items():
+            if not isinstance(children, nn.ModuleList):
+                continue
+            for kinds in vars(module).values():
+                if not isinstance(kinds, list | tuple) or len(kinds) != len(children):
+                    continue
+                if {"self", "cross"} == {k for k in kinds if isinstance(k, str)}:
+                    prefix = f"{path}.{name}" if path else name
+                    own = zip(children._modules, kinds, strict=True)
+                    found |= {f"{prefix}.{number}": kind for number, kind in own}
+    return found
+
+
+def _stream(path: str, kinds: dict[str, str]) -> str:
+    """Return of which stream keys and values are: the layer's own ("self") or the other one.
+
+    Queries, and what comes after the attention, are always of the layer's own.
+    """
+    parts = path.split(".") if kinds else []
+    if not parts or parts[-1] not in KEYS_AND_VALUES:
+        return ""
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((kinds[prefix] for prefix in prefixes if prefix in kinds), "")
 
 
 def find_targets(modules: list[ModuleInfo], config: ResLoraConfig) -> Matching:

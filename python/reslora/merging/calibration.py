@@ -246,8 +246,9 @@ def _run_passes(
                 count += 1
             if count == 0 and before > 0:
                 raise ValueError(
-                    "[calibrate] max_cov_bytes asks for more than one pass over the batches; got "
-                    "data that can be read once: pass a list or a DataLoader, or raise the limit"
+                    "[calibrate] more than one pass over the batches is needed (for max_cov_bytes, "
+                    "or since a module stands at several places); got data that can be read once: "
+                    "pass a list or a DataLoader"
                 )
             if count == 0:
                 raise ValueError("[calibrate] data must hold a batch; got none")

@@ -28,6 +28,7 @@ from .._C import (
 )
 from ..config import PATTERNS
 from ..config import ResLoraConfig as CoreConfig
+from ..files.beside import warn_left_out
 from ..files.folders import load_tensors_of
 
 NAME = "reslora"
@@ -70,6 +71,8 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         if chains is None or not (folder / WEIGHTS_NAME).is_file():
             return
         tensors = _own_tensors(load_tensors_of(folder / WEIGHTS_NAME), chains)
+        beside = getattr(self, "trained_beside", ())  # noted when PEFT asked for the tensors
+        warn_left_out([name for name in beside if name not in tensors], "save")
         values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         # PEFT lists what a head may be called; files of ours name what is there.
         heads = [key for key in tensors if not is_factor(key)]

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
-from .._C import MODEL_PREFIX, PEFT_TYPE, LayerShape, plain_name, rank_of, saved_part
+from .._C import (
+    MODEL_PREFIX,
+    PEFT_TYPE,
+    LayerShape,
+    is_in_layers,
+    plain_name,
+    rank_of,
+    saved_part,
+)
 from ..config import matches
+from ..files.beside import trained_beside
 from ..files.checkpoint import transposed_chains
 from ..files.embeddings import embedding_tensors, resizing
+from ..files.former_names import present_names
 from ..injection.adapted import Injection, plain_model
 from ..injection.chains import make_chains
 from ..injection.inject import children, open_sessions, warn_without_links
@@ -24,7 +40,6 @@ from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
 from .config import NAME, ResLoraConfig
-from .former_names import present_names
 from .layer import Adapter, PeftLinear
 
 
@@ -58,16 +73,30 @@ class ResLoraModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = targets_by_default(self.model)
         warn_fused_experts(self.model, peft_config, "reslora.peft")
+        if peft_config.layers_to_transform and isinstance(peft_config.target_modules, str):
+            # Whole paths, which PEFT makes of "all-linear", are meant whatever their number.
+            core = peft_config.core()
+            _maybe_include_all_linear_layers(peft_config, self.model)
+            paths = sorted(plain_name(path) for path in peft_config.target_modules)
+            peft_config.target_modules = [path for path in paths if is_in_layers(core, path)]
         return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:  # a ResLoraConfig
-        """Tell whether a layer is a target; what lies in modules_to_save is trained whole."""
+        """Tell whether a layer is a target; what lies in modules_to_save is trained whole.
+
+        Which number of a path is the layer's, the core says.
+        """
         name = plain_name(key)
         is_wrapped = name.rpartition(".")[2] != key.rpartition(".")[2]  # its wrapper is the target
         if is_wrapped or saved_part(name, peft_config.modules_to_save or []):
             return False
-        return check_target_module_exists(peft_config, name)
+        if not peft_config.layers_to_transform:
+            return check_target_module_exists(peft_config, name)
+        config = copy.copy(peft_config)
+        config.layers_to_transform = None
+        found = check_target_module_exists(config, name)
+        return found and is_in_layers(peft_config.core(), name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -81,13 +110,18 @@ class ResLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Return what PEFT saves of an adapter: A and B, also where torch has wrapped their layers.
 
-        PEFT saves embeddings that were resized, but not all of them where one is adapted too.
+        PEFT saves embeddings that were resized, but not all of them where one is adapted too. Which
+        parameters somebody trains by hand is noted in the config, which sees what is in the file.
         """
         inner = plain_model(model)
+        own = trained_beside(inner)
+        config.trained_beside = [name for name in own if ".modules_to_save." not in name]
         found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
-        own = embedding_tensors(inner)
-        if any(".base_layer." in key for key in own) and resizing(inner, "save"):
-            found |= {k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in own}
+        embeddings = embedding_tensors(inner)
+        if any(".base_layer." in key for key in embeddings) and resizing(inner, "save"):
+            found |= {
+                k: v for k, v in state_dict.items() if k.removeprefix(MODEL_PREFIX) in embeddings
+            }
         return found
 
     @classmethod
@@ -104,7 +138,10 @@ class ResLoraModel(BaseTuner):
         for key, factor in model.state_dict(keep_vars=True).items():
             if f".{cls.prefix}" in key and key.endswith(end):
                 keys.setdefault(id(factor), []).append(key)
-        loaded = dict(present_names(plain_model(model), state_dict))
+        stored = {key.removeprefix(MODEL_PREFIX): key for key in state_dict if cls.prefix in key}
+        now = present_names(plain_model(model), stored)
+        named = {stored[name]: MODEL_PREFIX + present for name, present in now.items()}
+        loaded = {named.get(key, key): tensor for key, tensor in state_dict.items()}
         for own in keys.values():
             names = [f"{plain_name(key.removesuffix(end))}.weight" for key in own]
             for name in (*names, *(MODEL_PREFIX + name for name in names)):

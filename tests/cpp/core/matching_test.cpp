@@ -57,6 +57,27 @@ TEST(PlainName, LeavesWrappersOut) {
   EXPECT_EQ(plain_name(""), "");
 }
 
+TEST(IsInExperts, ReadsPathsAndTheKeysOfChains) {
+  for (const char* path : {"layers.0.mlp.experts.3.w1", "model.layers.*.mlp.experts.0.w1",
+                           "block.2.local_experts.7", "experts.expert_0.wi", "experts"})
+    EXPECT_TRUE(is_in_experts(path)) << path;
+  for (const char* path : {"layers.*.mlp.shared_expert.up", "mlp.shared_experts.0.up",
+                           "action_expert.layers.*.q_proj", "expertise.up", "layers.*.gate", ""})
+    EXPECT_FALSE(is_in_experts(path)) << path;
+}
+
+TEST(IsInLayers, LeavesOutOtherNumbersButNoWholePath) {
+  const auto config = ResLoraConfig().target_modules({"q", "lm_head"}).layers_to_transform({1});
+  EXPECT_TRUE(is_in_layers(config, "layers.1.q"));
+  EXPECT_TRUE(is_in_layers(config, "lm_head"));
+  EXPECT_FALSE(is_in_layers(config, "layers.0.q"));
+  EXPECT_FALSE(is_in_layers(config, "model.lm_head"));
+  EXPECT_TRUE(is_in_layers(ResLoraConfig(), "layers.0.q"));
+  EXPECT_EQ(match_layers(modules_with(3), config).layers, (Names{"layers.1.q", "lm_head"}));
+  const auto all = ResLoraConfig(config).target_modules("all-linear");
+  EXPECT_EQ(match_layers(modules_with(3), all).layers, (Names{"layers.1.q", "layers.1.v"}));
+}
+
 TEST(MatchSaved, TakesTheLayersOfTheFile) {
   const auto config = ResLoraConfig(kConfig).target_modules({"q", "nothing"});
   const auto wide = ResLoraConfig(config).layers_to_transform({0, 1, 9}).rank_pattern({{"z", 3}});

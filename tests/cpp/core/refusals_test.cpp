@@ -117,7 +117,7 @@ TEST(CoreRefusals, Matching) {
         match_saved(modules, config, {{"k", {{"layers.1.k", 4, 4, 2, 1}}}}, {});
       },
       "got layers.1.k");
-  refuse_nothing({"plain_name", "saved_part"});
+  refuse_nothing({"is_in_experts", "is_in_layers", "plain_name", "saved_part"});
   refuses_call(
       "find_chains", "another layer", [&] { find_chains(modules, {"layers.1.q"}, config); },
       "got 'layers.1.q'");
@@ -150,6 +150,10 @@ TEST(CoreRefusals, Norms) {
                   [&](const at::Tensor& count) { NormWindow(norms, count); });
   refuses_call(
       "NormWindow::NormWindow", "size", [] { NormWindow(0, at::kCPU); }, "at least 1");
+  for (const int64_t size : {int64_t{1} << 45, std::numeric_limits<int64_t>::max()})
+    refuses_call(
+        "NormWindow::NormWindow", "a large size", [=] { NormWindow(size, at::kCPU); },
+        "at most 16777216; got " + std::to_string(size));
   refuses_call(
       "NormWindow::NormWindow", "negative count", [&] { NormWindow(norms, count - 3); },
       "must not be negative; got -1");

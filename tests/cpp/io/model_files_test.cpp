@@ -376,6 +376,21 @@ TEST_F(ModelFilesTest, RefuseEditsThatDoNotFit) {
   EXPECT_TRUE(refuses_write({"f"}, {{"f", edit_of(layer)}}, "got Float8_e4m3fn"));
 }
 
+TEST_F(ModelFilesTest, RefuseEditsThatWouldBeLost) {
+  put("in", {{{"w", at::ones({4, 3})}, {"b", at::ones({4})}}, {}});
+  LayerMerge layer = layer_of(4, 3);
+  EXPECT_TRUE(refuses_write({"w"}, {{"W", edit_of(layer)}},
+                            "must be of a tensor in the files, or bring one; got 'W'"));
+  layer.bias = at::ones({4});
+  EXPECT_TRUE(refuses_write({"w", "b"}, {{"w", edit_of(layer)}},
+                            "got 'w' of layer 'layers.1.q' alone: plan without use_affine"));
+  const ModelFiles base({path("in")});
+  base.write(path("out"), {"w"}, {{"w", edit_of(layer)}, {"b", edit_of(layer, false, true)}}, {});
+  EXPECT_TRUE(all_close(load_tensors(path("out")).tensors.at("w"),
+                        at::ones({4, 3}) + at::mm(layer.B, layer.A), 1e-6))
+      << "a bias may be written to another file";
+}
+
 TEST_F(ModelFilesTest, RefuseADtypeThatIsNotFloating) {
   put("in", {{{"w", at::full({4, 3}, 0.5)}}, {}});
   WriteOptions options;

@@ -76,13 +76,13 @@ TEST_F(StageTest, NothingIsMovedWhereAFolderIsInTheWay) {
     Stage stage(folder_);
     write_text(stage.path("a"), "1");
     write_text(stage.path("b"), "2");
-    EXPECT_TRUE(refuses([&] { stage.commit(); }, "b must be a file to write"));
+    EXPECT_TRUE(refuses([&] { stage.commit(); }, path("b") + "' must be a file to write"));
   }
   {
     Stage stage(folder_);
     write_text(stage.path("a"), "1");
     stage.remove("b");
-    EXPECT_TRUE(refuses([&] { stage.commit(); }, "b must be a file to write"));
+    EXPECT_TRUE(refuses([&] { stage.commit(); }, path("b") + "' must be a file to write"));
   }
   EXPECT_EQ(text_of("a"), "old");
   EXPECT_THAT(names(), UnorderedElementsAre("a", "b"));

@@ -248,6 +248,11 @@ TEST(MergeRefusals, Sums) {
   refuses_call("solve_fit", "rows", changed([](auto& sums) { sums.rows = -1; }), "got none");
   refuses_call(
       "solve_fit", "ridge", [&] { solve_fit(good, A, {0}, "q"); }, "ridge must be");
+  FitSums larger = good;
+  larger.xx = 4 * good.xx;
+  refuses_call(
+      "solve_fit", "a large ridge", [&] { solve_fit(larger, A, {1e308}, "q"); },
+      "must be finite; got 1e+308 times 4 (layer q): lower ridge");
 }
 
 TEST(MergeRefusals, Collectors) {

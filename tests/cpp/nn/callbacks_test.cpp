@@ -1,11 +1,18 @@
 // What a program may do from inside of a call that calls it back, and what training leaves behind:
 // heads that two modules share, archives, modes of files.
+#include <fcntl.h>
+#include <reslora/adapter_io.h>
 #include <reslora/adapters.h>
 #include <reslora/merge.h>
+#include <reslora/merge_files.h>
 #include <sys/stat.h>
 #include <torch/torch.h>
+#include <unistd.h>
 
+#include <fstream>
+#include <functional>
 #include <sstream>
+#include <stdexcept>
 
 #include "nn/small_net.h"
 #include "testing.h"
@@ -37,6 +44,92 @@ TEST(Callbacks, AMergeInsideOfAMergeIsRefusedAndOneIsMade) {
   EXPECT_TRUE(testing::all_close(merged, before + wanted.B.matmul(wanted.A), 1e-6));
   adapters.unmerge();
   EXPECT_TRUE(torch::equal(merged, before));
+}
+
+TEST(Callbacks, AModelThatIsBeingMergedIsNotReadCopiedOrSaved) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of("is"));
+  randomise(adapters);
+  net->eval();
+  const at::Tensor x = torch::randn({5, kWidth}), before = net->forward(x);
+  adapters.merge("weight");
+  const at::Tensor wanted = net->forward(x);
+  adapters.unmerge();
+  const auto copy = net->clone();
+  const std::string folder = testing::new_folder() + "/lora";
+  int64_t refused = 0;
+  const auto expect = [&](const std::function<void()>& call) {
+    const auto result = refuses(call, "from a callback of merge");
+    EXPECT_TRUE(result);
+    refused += result;
+  };
+  adapters.merge("weight", [&](int64_t) {
+    expect([&] { adapters.plan(); });
+    expect([&] { adapters.export_lora(folder); });
+    expect([&] { adapters.of_clone(*copy); });
+    expect([&] { net->clone(); });
+    expect([&] { net->forward(x); });
+    expect([&] {
+      std::stringstream stream;
+      torch::save(net, stream);
+    });
+  });
+  EXPECT_EQ(refused, 6 * 8);
+  EXPECT_FALSE(std::ifstream(folder + "/adapter_config.json").good());
+  EXPECT_TRUE(torch::equal(wanted, net->forward(x))) << "nothing is left at work";
+  adapters.unmerge();
+  EXPECT_TRUE(torch::equal(before, net->forward(x)));
+  adapters.of_clone(*copy);
+}
+
+TEST(Callbacks, AMergeThatFailedLeavesAModelThatRuns) {
+  Net net;
+  const Adapters adapters = inject(*net, config_of("none"));
+  const at::Tensor x = torch::randn({5, kWidth}), before = net->forward(x);
+  EXPECT_THROW(adapters.merge("", [&](int64_t) { net->forward(x); }), c10::ValueError);
+  EXPECT_FALSE(adapters.is_merged());
+  EXPECT_TRUE(torch::equal(before, net->forward(x)));
+}
+
+/// Makes every warning an error.
+class Strict : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { throw std::runtime_error(warning.msg()); }
+};
+
+/// True where `call` is stopped by a warning that holds `part`.
+::testing::AssertionResult is_warned(const std::function<void()>& call, const std::string& part) {
+  Strict strict;
+  const c10::WarningUtils::WarningHandlerGuard guard(&strict);
+  try {
+    call();
+  } catch (const std::runtime_error& error) {
+    if (std::string(error.what()).find(part) != std::string::npos)
+      return ::testing::AssertionSuccess();
+    return ::testing::AssertionFailure() << error.what();
+  }
+  return ::testing::AssertionFailure() << "no warning";
+}
+
+TEST(Callbacks, AWarningThatThrowsLeavesAModelPlainOrUnmerged) {
+  Net net, one(1);
+  EXPECT_TRUE(is_warned([&] { inject(*one, config_of("is")); }, "no two adapted layers"));
+  for (const at::Tensor& parameter : one->parameters()) EXPECT_TRUE(parameter.requires_grad());
+  EXPECT_FALSE(one->layers[0]->as<testing::BlockImpl>()->q_proj->is_adapted());
+  const Adapters adapters = inject(*net, config_of("is"));
+  randomise(adapters);
+  net->eval();
+  const at::Tensor x = torch::randn({5, kWidth}), before = net->forward(x);
+  EXPECT_TRUE(is_warned([&] { adapters.merge(); }, "the rule 'weight' is taken"));
+  const auto calibrate = [&] {
+    adapters.calibrate(std::vector{x},
+                       [&](const at::Tensor& batch) { return net->forward(batch); });
+  };
+  EXPECT_TRUE(is_warned(calibrate, "rows"));
+  EXPECT_EQ(adapters.plan("weight").layers()[1].rule, MergeRule::kWeight);
+  EXPECT_FALSE(adapters.views()[0].layers[1].fit.A.defined()) << "fits of few rows";
+  EXPECT_FALSE(adapters.is_merged());
+  EXPECT_TRUE(torch::equal(before, net->forward(x)));
 }
 
 TEST(Callbacks, AMergeInsideOfACalibrationIsRefused) {
@@ -181,6 +274,54 @@ TEST(Saving, NamesThePlaceOfTheFileAndNoHiddenOne) {
   net->head->weight.set_data(torch::empty({0, kWidth}));  // as a sharded trainer leaves it
   const std::string folder = testing::new_folder();
   EXPECT_TRUE(refuses([&] { adapters.save(folder); }, folder + "/adapter_model.safetensors': "));
+}
+
+TEST(Saving, RefusesHeadsThatAFileCannotHoldBeforeTheTraining) {
+  for (const at::Tensor& buffer : {torch::zeros({2}, at::kComplexFloat), torch::empty({0})}) {
+    Net net;
+    net->head->register_buffer("phases", buffer);
+    EXPECT_TRUE(refuses([&] { inject(*net, config_of().modules_to_save({"head"})); },
+                        "[inject] modules_to_save must fit into an adapter's file: tensor "
+                        "'head.phases'"));
+    EXPECT_FALSE(net->layers[0]->as<testing::BlockImpl>()->q_proj->is_adapted());
+    inject(*net, config_of());  // no head
+  }
+  Net net;
+  net->head->register_buffer("later", torch::empty({2}, at::kMeta));
+  EXPECT_EQ(inject(*net, config_of().modules_to_save({"head"})).parameters().size(), 18U);
+}
+
+/// Runs a test in a folder of its own.
+class InNewFolder {
+ public:
+  InNewFolder() : before_(::open(".", O_RDONLY | O_DIRECTORY)) {
+    EXPECT_EQ(::chdir(testing::new_folder().c_str()), 0);
+  }
+  ~InNewFolder() {
+    EXPECT_EQ(::fchdir(before_), 0);
+    ::close(before_);
+  }
+
+ private:
+  int before_;
+};
+
+TEST(Saving, AnEmptyPathIsTheFolderThatTheProgramRunsIn) {
+  const InNewFolder guard;
+  Net net, other;
+  const Adapters adapters = inject(*net, config_of("none"));
+  randomise(adapters);
+  save_tensors("model.safetensors", {base_tensors(*net), {}});
+  const std::string base = tensors_sum(load_tensors("model.safetensors").tensors);
+  adapters.save("");
+  load_base_tensors(*other, base_tensors(*net));
+  load(*other, "");
+  const at::Tensor x = torch::randn({3, kWidth});
+  EXPECT_TRUE(torch::equal(net->forward(x), other->forward(x)));
+  EXPECT_TRUE(refuses([&] { adapters.export_lora(""); }, "must not hold an unmerged adapter"));
+  EXPECT_TRUE(refuses([] { merge_files({"model.safetensors"}, "", ""); },
+                      "an output must be a new file; got model.safetensors"));
+  EXPECT_EQ(tensors_sum(load_tensors("model.safetensors").tensors), base);
 }
 
 TEST(BaseTensors, AreCopiedAllOrNone) {

@@ -129,6 +129,30 @@ TEST(OfClone, ABlockThatStandsTwiceIsRefusedSinceLibTorchClonesItTwice) {
   }
 }
 
+/// A head of two names, beside adapted layers.
+struct TwoNamesImpl : torch::nn::Cloneable<TwoNamesImpl> {
+  TwoNamesImpl() { reset(); }
+  void reset() override {
+    q_proj = register_module("q_proj", ResLoraLinear(kWidth, kWidth));
+    heads = register_module("heads", torch::nn::ModuleList(torch::nn::Linear(kWidth, 3)));
+    heads->push_back(heads[0]);
+  }
+  ResLoraLinear q_proj{nullptr};
+  torch::nn::ModuleList heads{nullptr};
+};
+
+TEST(OfClone, AHeadThatStandsTwiceIsRefusedSinceItsCopiesWouldTrainApart) {
+  TwoNamesImpl model;
+  const Adapters adapters =
+      inject(model, ResLoraConfig().target_modules({"q_proj"}).modules_to_save({"heads"}));
+  EXPECT_EQ(adapters.parameters().size(), 4U);
+  const auto copy = model.clone();
+  EXPECT_TRUE(refuses([&] { adapters.of_clone(*copy); },
+                      "[of_clone] a clone must hold every tensor once; got two copies of "
+                      "heads.1.bias"));
+  EXPECT_TRUE(is_untouched(*copy));
+}
+
 TEST(Relink, AMergeAfterTheCloneWasMadeSwitchesNothingOffInIt) {
   Cloned cloned(config_of("is"));
   const at::Tensor wanted = cloned.output();

@@ -324,5 +324,20 @@ TEST(ResLoraLinear, PrintsWhatItIs) {
             "position=1)");
 }
 
+TEST(ForwardTogether, RefusesTwoLayersOfAChainBesideAPlainOne) {
+  const std::vector<ResLoraLinear> layers = {ResLoraLinear(4, 4), ResLoraLinear(4, 4)};
+  ResLoraLinear plain(4, 4);
+  const LinkedChain chain = link(layers, ResLoraConfig().r(2).res_mode("is"), {"a", "b"});
+  const at::Tensor x = torch::randn({3, 4});
+  EXPECT_TRUE(testing::refuses(
+      [&] {
+        forward_together({layers[0].ptr(), layers[1].ptr(), plain.ptr()}, x);
+      },
+      "must be of different chains; got a and b of one"));
+  const std::vector<at::Tensor> y =
+      forward_together({plain.ptr(), layers[0].ptr(), plain.ptr()}, x);
+  EXPECT_TRUE(torch::equal(y[0], plain->forward(x)) && torch::equal(y[0], y[2]));
+}
+
 }  // namespace
 }  // namespace reslora

@@ -48,6 +48,13 @@ TEST(NnRefusals, Layers) {
                     second->forward_with_taps(x, {{tap, {}}});
                   },
                   {Wrong::kUndefined, Wrong::kEmpty, Wrong::kDims});
+  const at::Tensor nested = at::_nested_tensor_from_tensor_list({x, x});
+  refuses_call(
+      "ResLoraLinearImpl::forward", "nested x", [&] { first->forward(nested); },
+      "x must be a dense tensor; got a nested tensor (layer 0)");
+  refuses_call(
+      "forward_together", "nested x", [&] { forward_together({first.ptr()}, nested); },
+      "got a nested tensor (layer 0)");
   refuses_call(
       "ResLoraLinearImpl::forward_with_taps", "another chain's taps",
       [&] { first->forward_with_taps(x, {std::vector<at::Tensor>(3)}); }, "got 3");

@@ -48,6 +48,10 @@ void of_adapt(const char* argument, const at::Tensor& good,
 
 TEST(OpRefusals, Adapt) {
   const AdaptInput good = good_input();
+  AdaptInput nested = good;
+  nested.x = at::_nested_tensor_from_tensor_list({at::randn({3, 4})});
+  refuses_call(
+      "adapt", "nested x", [&] { adapt(nested); }, "x must be a dense tensor; got a nested one");
   of_adapt("x", good.x, [](AdaptInput& in, const at::Tensor& x) { in.x = x; });
   of_adapt("weight", *good.weight, [](AdaptInput& in, const at::Tensor& W) { in.weight = W; });
   of_adapt("bias", *good.bias, [](AdaptInput& in, const at::Tensor& bias) { in.bias = bias; });

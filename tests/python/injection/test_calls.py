@@ -94,14 +94,16 @@ def test_what_keeps_torch_encoders_off_the_fused_path_goes_with_the_adapter():
 class ByHand(nn.Module):
     """Two linear layers; `skips` says whether the weight of the second is read without a call."""
 
-    def __init__(self, skips):
+    def __init__(self, skips, name="read"):
         super().__init__()
-        self.called, self.read, self.skips = nn.Linear(4, 4), nn.Linear(4, 4), skips
+        self.called, self.skips, self.name = nn.Linear(4, 4), skips, name
+        self.add_module(name, nn.Linear(4, 4))
 
     def forward(self, x):
+        read = getattr(self, self.name)
         if self.skips:
-            return functional.linear(self.called(x), self.read.weight, self.read.bias)
-        return self.read(self.called(x))
+            return functional.linear(self.called(x), read.weight, read.bias)
+        return read(self.called(x))
 
 
 def warnings_of_steps(model, steps, optimizer=None):
@@ -126,6 +128,17 @@ def test_a_chain_that_is_never_called_is_told_after_the_first_step(how, res_mode
     first, *later = warnings_of_steps(model, 9)
     assert len(first) == 1 and not any(later)
     assert "must be called; got no gradient in the first step for *.read (3 layers):" in first[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("shared_expert", 0), ("expertise", 0), ("expert_1", 7)]
+)
+def test_routed_experts_alone_are_given_more_steps(name, step):
+    model = nn.Sequential(*(ByHand(skips=True, name=name) for _ in range(3)))
+    inject(model, ResLoraConfig(r=2, target_modules=["called", name], res_mode="none"))
+    found = warnings_of_steps(model, 9)
+    assert [n for n, sentences in enumerate(found) if sentences] == [step]
+    assert name in found[step][0]
 
 
 def test_optimizers_of_single_factors_tell_too():

@@ -9,6 +9,7 @@ from models import Block, randomize
 from torch import nn
 
 import reslora
+from reslora.injection.adapted import find_layers, injection_of
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 from peft import PeftModel, get_peft_model  # noqa: E402
@@ -83,3 +84,57 @@ def test_a_module_at_two_places_is_merged_and_unloaded(make, targets, res_mode):
         assert PeftLinear not in kinds
     if make is Twice:
         assert plain.first is plain.rest[1]
+
+
+class Gated(nn.Module):
+    """Its keys and values are one module; all blocks share their output."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.v, self.out = self.k, out
+
+    def forward(self, x):
+        return x + torch.tanh(self.out(self.q(x) * torch.tanh(self.k(x)) + self.v(x)))
+
+
+def gated():
+    out = nn.Linear(4, 4)
+    return nn.Sequential(*(Gated(out) for _ in range(3)))
+
+
+def several_rows(model, x):
+    """Return what each layer's call saw, in order, and what entered its B."""
+    seen = {layer.name: [] for layer in find_layers(model)}
+    for layer in find_layers(model):
+        layer.observer = lambda x, s, y, name=layer.name: seen[name].append((x.clone(), s.clone()))
+    with torch.no_grad():
+        model(x)
+    for layer in find_layers(model):
+        layer.observer = None
+    return seen
+
+
+@pytest.mark.parametrize("res_mode", ["is", "ms"])
+def test_a_module_that_reads_one_tensor_several_times_is_fitted_on_every_call(res_mode):
+    """Its k and v are called twice with x, which q reads too: another partner than once."""
+    torch.manual_seed(0)
+    options = {"r": 2, "target_modules": ["q", "k", "out"], "res_mode": res_mode}
+    model = randomize(get_peft_model(gated(), ResLoraConfig(**options))).double().eval()
+    x = torch.randn(50, 4, dtype=torch.float64)
+    seen = several_rows(model, x)
+    assert [len(seen[f"1.{name}"]) for name in ("q", "k")] == [1, 2]
+    result = reslora.calibrate(model, [x], ridge=1e-9, move_taps=False)
+    fits = injection_of(model, "test").calibrated.fits
+    for layer in find_layers(model):
+        if layer.name not in fits:
+            continue
+        rows, wanted = (torch.cat(parts) for parts in zip(*seen[layer.name], strict=True))
+        solved = torch.linalg.lstsq(rows, wanted).solution.T
+        torch.testing.assert_close(fits[layer.name].A.double(), solved, rtol=1e-5, atol=1e-6)
+        assert fits[layer.name].rows == len(rows)
+    assert result.passes == 2 and len(fits) == 4
+    assert reslora.merge(model).rule == "lsq"
+    with pytest.raises(ValueError, match=r"more than one pass .* several places.* read once"):
+        reslora.unmerge(model)
+        reslora.calibrate(model, iter([x]))

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from models import adapted, tiny_llama, tokens
 from safetensors.torch import load_file, save_file
 
 import reslora
+from reslora import _C
+from reslora.injection.adapted import find_layers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 from huggingface_hub import ModelCard  # noqa: E402
-from peft_models import logits, wrapped  # noqa: E402
+from peft_models import TARGETS, logits, wrapped  # noqa: E402
 
 from reslora.peft import ResLoraConfig  # noqa: E402
 
@@ -36,6 +39,39 @@ def test_a_bias_that_is_unfrozen_by_hand_trains(res_mode):
             below = model(x).square().sum()
             bias[2] += step
         torch.testing.assert_close(bias.grad[2], (above - below) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+SAVES = {
+    "plug-in": lambda model: model.save_pretrained,
+    "save": lambda model: partial(reslora.save_pretrained, model),
+    "export_lora": lambda model: partial(reslora.export_lora, model),
+    "export_diffusers": lambda model: partial(reslora.export_diffusers, model, component="unet"),
+}
+
+
+@pytest.mark.parametrize(("how", "is_wrapped"), [*((how, True) for how in SAVES), ("save", False)])
+def test_what_is_unfrozen_by_hand_and_not_saved_is_named(tmp_path, how, is_wrapped):
+    own = {"target_modules": TARGETS, "res_mode": "bs"}
+    model = wrapped(**own) if is_wrapped else adapted(tiny_llama(), **own)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layernorm.weight"):
+            parameter.requires_grad_()
+    op = "save" if how == "plug-in" else how
+    named = (
+        rf"\[{op}\] what trains beside .* got 6 parameters such as model\.layers\.0\.input_layern"
+    )
+    with pytest.warns(UserWarning, match=named):
+        SAVES[how](model)(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["plug-in", "save", "export_lora"])
+def test_what_trains_and_is_saved_is_not_named(tmp_path, how):
+    model = wrapped(res_mode="bs", modules_to_save=["norm"])
+    model.get_input_embeddings().weight.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*trains beside")
+        SAVES[how](model)(tmp_path, save_embedding_layers=True)
+    assert "model.embed_tokens.weight" in "".join(load_file(tmp_path / "adapter_model.safetensors"))
 
 
 def tiny_mixtral():
@@ -83,19 +119,81 @@ def test_names_of_older_checkpoints_are_read(tmp_path):
     pytest.importorskip("transformers", minversion="5")
     torch.manual_seed(0)
     base, ids = tiny_llava(), torch.randint(3, 30, (2, 7))
-    targets = ".*language_model.*q_proj"
-    model = wrapped(copy.deepcopy(base), target_modules=targets)
+    model = wrapped(copy.deepcopy(base), target_modules=".*language_model.*q_proj")
     wanted = logits(model, ids)
     model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    now, then = "model.language_model.layers", "language_model.model.layers"
-    stored = {key.replace(now, then): tensor for key, tensor in load_file(path).items()}
-    assert all(then in key for key in stored)
-    save_file(stored, path, {"format": "pt"})
+    folder = tmp_path / "adapter_model.safetensors"
+    tensors = {former(key): tensor for key, tensor in load_file(folder).items()}
+    assert all("language_model.model.layers" in key for key in tensors)
+    save_file(tensors, folder, {"format": "pt"})
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(logits(read, ids), wanted, rtol=0, atol=0)
+
+
+def former(name):
+    """Return what transformers 4 called a module, or a tensor, of a LLaVA."""
+    name = name.replace("model.language_model", "language_model.model")
+    return name.replace("lm_head", "language_model.lm_head")
+
+
+def saved_formerly(model, folder):
+    """Save an adapted LLaVA as an older version did, with statistics and a head."""
+    reslora.save_pretrained(model, folder, statistics=True)
+    path, beside = folder / "adapter_model.safetensors", folder / "adapter_statistics.safetensors"
+    read = _C.load_adapter(path)
+    statistics = _C.statistics_beside(folder, read)
+    chains = [
+        (
+            former(key),
+            [
+                _C.LayerShape(former(s.name), s.in_features, s.out_features, s.r, s.scaling)
+                for s in layers
+            ],
+        )
+        for key, layers in read.chains
+    ]
+    tensors = {former(key): tensor for key, tensor in read.tensors.items()}
+    _C.save_adapter(path, read.config_json, chains, tensors)
+    factors = {key: tensor for key, tensor in tensors.items() if ".reslora_" in key}
+    stored = {former(name): own for name, own in statistics.items()}
+    _C.save_statistics(beside, _C.tensors_sum(factors), stored)
+    return tensors
+
+
+@pytest.mark.parametrize("is_adapted", [True, False])
+def test_names_of_older_checkpoints_are_read_by_the_core(tmp_path, is_adapted):
+    pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    options = {"target_modules": ["q_proj"], "exclude_modules": ".*vision.*", "res_mode": "is"}
+    base, ids = tiny_llava(), torch.randint(3, 30, (2, 7))
+    model = adapted(copy.deepcopy(base), modules_to_save=["lm_head"], **options)
+    model.train()(input_ids=ids)  # norms
+    tensors = saved_formerly(model.eval(), tmp_path)
+    assert "language_model.lm_head.weight" in tensors
+    other = copy.deepcopy(base)
+    if is_adapted:
+        other = adapted(other, modules_to_save=["lm_head"], **options)
+    read = reslora.load(other, tmp_path)
+    torch.testing.assert_close(logits(read, ids), logits(model, ids), rtol=0, atol=0)
+    for layer, own in zip(find_layers(read), find_layers(model), strict=True):
+        assert torch.equal(layer.norms, own.norms)
+
+
+def test_a_lora_of_an_older_checkpoint_is_a_start(tmp_path):
+    pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    base, ids = tiny_llava(), torch.randint(3, 30, (2, 7))
+    targets = {"r": 2, "target_modules": ".*language_model.*q_proj"}
+    config = peft.LoraConfig(**targets, lora_alpha=3, init_lora_weights=False)
+    lora = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    lora.save_pretrained(tmp_path)
+    folder = tmp_path / "adapter_model.safetensors"
+    save_file({former(key): x for key, x in load_file(folder).items()}, folder, {"format": "pt"})
+    model = adapted(copy.deepcopy(base), res_mode="none", **targets)
+    reslora.init_from_lora(model, tmp_path)
+    torch.testing.assert_close(logits(model, ids), logits(lora, ids))
 
 
 @pytest.mark.parametrize("base", ["a: b", "@user/base", "base #2", "-base", "1e3", 'a"b', "C:\\b"])
