@@ -166,12 +166,13 @@ class Run:
         return parts
 
     def limit_of(self, part: plan.Part) -> float:
-        """Return the seconds that a part may take, so that those behind it get theirs."""
+        """Return the seconds that a part may take, so that those behind it get theirs.
+
+        Where there is too little for all of them, the first come first.
+        """
         later = sum(p.least for p in self.ahead if p is not part)
         left = self.left()
-        if left < part.least + later:
-            return left * part.least / (part.least + later)
-        return min(part.most, left - later)
+        return min(part.most, left, max(part.least, left - later))
 
     def begin(self, part: plan.Part) -> None:
         """Record that a part runs."""
