@@ -61,7 +61,7 @@ def programs(options: argparse.Namespace) -> list[Program]:
         Program(build, [Part("build", 60, 330)]),
         Program(
             [sys.executable, "-m", "reslora", "doctor", "--json"],
-            [Part("doctor", 10, 60)],
+            [Part("doctor", 15, 60)],
             variables={"RESLORA_KERNELS": "auto"},  # with the self-check
             digest=last_json,
         ),

@@ -178,7 +178,8 @@ def measure(
     found = {"rounds": rounds, "peaks": peaks, "failed": failed, "results": results}
     session.record({**about, **found})
     ratios = [f"{name} {row['ratio']['median']:.3f}" for name, row in results.items()]
-    session.say(f"{shape} p={p:g}: {', '.join(ratios[1:])} {failed or ''}")
+    sizes = (case.tokens, case.in_features, case.out_features)
+    session.say(f"{sizes} p={p:g}: {', '.join(ratios[1:])} {failed or ''}")
 
 
 def run(session: Session) -> None:
