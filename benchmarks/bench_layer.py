@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import harness
-import peft
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -173,6 +172,8 @@ class PythonStack(NaiveStack):
 
 def with_peft(case: Case, dropout: float) -> nn.Module:
     """Make the chain with PEFT's lora.Linear layers."""
+    import peft
+
     config = peft.LoraConfig(
         r=case.rank,
         lora_alpha=int(case.scaling * case.rank),

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from whole_files import replace_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -66,15 +67,18 @@ def measure(
 
 
 def timed(work: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """Return the seconds that `work` takes, the device's queue included."""
-    is_cuda = torch.device(device).type == "cuda"
-    if is_cuda:
+    """Return the seconds that `work` takes; on a GPU from its first kernel to its last."""
+    if torch.device(device).type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return 1e-3 * start.elapsed_time(end)
+    before = time.perf_counter()
     work()
-    if is_cuda:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - before
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
@@ -164,7 +168,7 @@ def write(
     results: Any,
     environment_before: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a result file; relative paths lie in benchmarks/."""
+    """Write a result file whole; relative paths lie in benchmarks/."""
     target = RESULTS.parent / path
     target.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -173,7 +177,7 @@ def write(
         "environment": dict(environment_before or environment()),
         "results": results,
     }
-    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    replace_text(target, json.dumps(content, indent=2) + "\n")
     return target
 
 

@@ -1,6 +1,6 @@
-"""The CUDA kernels: their machine code, that their tests notice mistakes, and a GPU's results.
+"""The CUDA kernels: their machine code, and that their tests notice mistakes.
 
-Their values are tested in C++ on the CPU (tests/cuda_on_cpu).
+Their values are tested in C++ on the CPU (tests/cuda_on_cpu), on a GPU by tests/python/gpu.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from cpp_programs import REPOSITORY, build_folder
-from samples import adapt
 
 from reslora import _C
 
@@ -207,56 +206,3 @@ def test_planted_mistakes_are_noticed() -> None:
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-
-
-# ---- On a GPU
-
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-def layer(dtype: torch.dtype, r: int) -> list[torch.Tensor]:
-    """Make x, weight, A and B of a layer with tails in every dimension."""
-    torch.manual_seed(r)
-    shapes = [(3, 67, 200), (136, 200), (r, 200), (136, r)]
-    return [torch.randn(shape, device="cuda", dtype=dtype) * 0.2 for shape in shapes]
-
-
-def gradients(tensors: list[torch.Tensor], bits: torch.Tensor) -> list[torch.Tensor]:
-    """Run one step with given bits; return y and the gradients of x, A and B."""
-    x, weight, A, B = (t.detach().requires_grad_(t is not tensors[1]) for t in tensors)
-    y = adapt(x, weight, None, None, [A], [B], [0.5], [], 0.25, bits)[0]
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, A, B])]
-
-
-@on_gpu
-@pytest.mark.parametrize("r", [8, 24, 64, 128, 130])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step_is_near_to_fp64(dtype: torch.dtype, r: int) -> None:
-    tensors = layer(dtype, r)
-    bits = torch.randint(0, 256, (201, 25), dtype=torch.uint8, device="cuda")
-    exact = gradients([t.double() for t in tensors], bits)
-    for got, want in zip(gradients(tensors, bits), exact, strict=True):
-        allowed = (0.03 if dtype == torch.bfloat16 else 0.004) * want.abs().max()
-        assert (got.double() - want).abs().max() <= allowed
-
-
-@on_gpu
-def test_equal_seeds_draw_equal_bits_and_a_graph_draws_anew() -> None:
-    x, weight, A, B = layer(torch.bfloat16, 8)
-
-    def draw() -> torch.Tensor:
-        return adapt(x, weight, None, None, [A], [B], [0.5], [], 0.25, None)[3]
-
-    torch.cuda.manual_seed(1)
-    first, second = draw(), draw()
-    torch.cuda.manual_seed(1)
-    assert torch.equal(draw(), first)
-    assert not torch.equal(first, second)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        drawn = draw()
-    replays = []
-    for _ in range(2):
-        graph.replay()
-        replays.append(drawn.clone())
-    assert not torch.equal(*replays)
