@@ -23,11 +23,6 @@ Tensor with_leading_dims(const Tensor& matrix, const Tensor& like) {
   return at::_unsafe_view(matrix, sizes);  // no view for autograd: users may change y in place
 }
 
-/// t with memory of its own, where it was a part of u.
-Tensor owned(const Tensor& t, const Tensor& u) {
-  return t.defined() && t.is_alias_of(u) ? t.clone(at::MemoryFormat::Contiguous) : t;
-}
-
 /// The mask for a dropout; what is kept is drawn with 1 - dropout to the nearest 1/65536, at least
 /// one of them.
 Mask mask_of(double dropout, const OptTensor& bits) {
@@ -96,12 +91,10 @@ std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels
   const Tensor u = kernels.project(x, mask, args.A, own, args.want_norms ? &norms : nullptr);
   std::vector<Tensor> out;
   out.reserve(3 * count + 2);
+  const TapsTaken taken = kernels.take_taps(u, args.members, own);
   for (size_t g = 0; g < count; ++g) {
     const Member& member = args.members[g];
-    const int64_t end = g + 1 < count ? own[g + 1].first : u.size(1);
-    const Tensor part = count == 1 ? u : u.narrow(1, own[g].first, end - own[g].first);
-    auto [s, tap] = kernels.take_taps(part, member.taps, own[g].size, member.keep_tap);
-    if (count > 1) s = owned(s, u), tap = owned(tap, u);
+    const auto& [s, tap] = taken[g];
     const Tensor base = member.base_out ? as_matrix(*member.base_out) : Tensor();
     Tensor y = kernels.expand(s, member.B, member.scaling, member.base_out ? &base : member.bias);
     if (member.weight) y.addmm_(x, member.weight->t());
@@ -117,33 +110,9 @@ std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels
 
 namespace {
 
-/// ds and dB, where gy may be missing.
-std::pair<Tensor, std::vector<Tensor>> grads_of_expansion(const MemberGrads& member, bool needs_dB,
-                                                          const DeviceKernels& kernels) {
-  const Tensor s = as_matrix(*member.s);
-  if (member.gy) {
-    const Tensor gy = as_matrix(*member.gy);
-    auto grads = kernels.expand_grad(gy, member.B, member.scaling, needs_dB ? &s : nullptr);
-    if (member.gs) grads.first.add_(as_matrix(*member.gs));
-    return grads;
-  }
-  std::vector<Tensor> dB;
-  if (needs_dB)
-    for (const Tensor& B : member.B) dB.push_back(at::zeros_like(B));
-  return {member.gs ? as_matrix(*member.gs).clone() : at::zeros_like(s), dB};
-}
-
-/// Appends du [T, rows]: the gradient of the down-projection, from s and from the tap's readers.
-void add_grad_of_u(const MemberGrads& member, const Tensor& ds, c10::SmallVector<Tensor, 6>& du) {
-  const bool has_tap_rows = member.A.size() > member.B.size();
-  if (member.keep_tap && member.gtap) {
-    du.push_back(at::add(ds, as_matrix(*member.gtap)));
-    return;
-  }
-  du.push_back(ds);
-  if (!has_tap_rows) return;
-  du.push_back(member.gtap ? as_matrix(*member.gtap)
-                           : at::zeros({ds.size(0), member.A.back().size(0)}, ds.options()));
+/// True where the gradient of a member's columns of u is more than ds.
+bool has_grad_of_tap(const MemberGrads& member) {
+  return member.A.size() > member.B.size() || (member.keep_tap && member.gtap);
 }
 
 }  // namespace
@@ -151,20 +120,26 @@ void add_grad_of_u(const MemberGrads& member, const Tensor& ds, c10::SmallVector
 Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kernels) {
   const Tensor x = as_matrix(args.x);
   const auto [needs_dx, needs_dA, needs_dB] = args.needs;
+  const bool needs_du = needs_dx || needs_dA;
+  const size_t count = args.members.size();
   std::vector<Tensor> ds, dA, dB;
-  c10::SmallVector<Tensor, 6> parts;
+  Tensor du;  // of all members; that of a single one may be its ds
+  if (needs_du && (count > 1 || has_grad_of_tap(args.members[0])))
+    du = at::empty({x.size(0), total_size(args.A, 0)}, x.options());
+  int64_t first = 0;
   for (const MemberGrads& member : args.members) {
-    auto [own, blocks] = grads_of_expansion(member, needs_dB, kernels);
-    add_grad_of_u(member, own, parts);
+    const int64_t rows = total_size(member.A, 0);
+    const Tensor part = du.defined() && count > 1 ? du.narrow(1, first, rows) : du;
+    auto [own, blocks] = kernels.expand_grad(member, needs_dB, du.defined() ? &part : nullptr);
+    first += rows;
+    if (needs_du && !du.defined()) du = own;
     ds.push_back(with_leading_dims(own, args.x));
     dB.insert(dB.end(), std::make_move_iterator(blocks.begin()),
               std::make_move_iterator(blocks.end()));
   }
-  if (!needs_dx && !needs_dA)
-    return {at::empty({0}, x.options()), std::move(ds), std::move(dA), std::move(dB)};
+  if (!needs_du) return {at::empty({0}, x.options()), std::move(ds), std::move(dA), std::move(dB)};
 
   const Mask mask = mask_of(args.dropout, args.bits);
-  const Tensor du = parts.size() == 1 ? parts[0] : at::cat(at::TensorList(parts), 1);
   if (needs_dA) dA = kernels.project_grad(du, x, mask, args.A);
   Tensor dx = at::empty({0}, x.options());
   if (needs_dx) {

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <string>
 
 #include "ops/adapt_kernels.h"
 #include "ops/norm_ring.h"
@@ -80,22 +81,37 @@ Tensor project(const Tensor& x, Mask& mask, at::TensorList blocks, at::ArrayRef<
   return u;
 }
 
-std::pair<Tensor, Tensor> take_taps(const Tensor& u, at::TensorList taps, int64_t R,
-                                    bool keep_tap) {
+/// s and tap of the columns of a member.
+std::pair<Tensor, Tensor> take_taps_of(const Tensor& u, const Member& member, int64_t R) {
   const bool has_tap_rows = u.size(1) > R;
   const Tensor own = has_tap_rows ? u.narrow(1, 0, R) : u;
   Tensor s = own, tap;
-  for (const Tensor& one : taps) {
+  for (const Tensor& one : member.taps) {
     const Tensor addend = as_matrix(one).to(u.options());
     s = s.is_same(own) ? at::add(own, addend) : s.add_(addend);
   }
   if (has_tap_rows) {
-    tap = u.narrow(1, R, u.size(1) - R).clone(at::MemoryFormat::Contiguous);
-    if (taps.empty()) s = s.clone(at::MemoryFormat::Contiguous);
-  } else if (keep_tap) {
-    tap = taps.empty() ? u.clone() : u;
+    tap = u.narrow(1, R, u.size(1) - R);
+  } else if (member.keep_tap) {
+    tap = u;
   }
   return {s, tap};
+}
+
+TapsTaken take_taps(const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<Range> own) {
+  TapsTaken taken;
+  for (size_t g = 0; g < members.size(); ++g) {
+    const int64_t end = g + 1 < members.size() ? own[g + 1].first : u.size(1);
+    const bool is_whole = members.size() == 1;
+    const Tensor part = is_whole ? u : u.narrow(1, own[g].first, end - own[g].first);
+    auto [s, tap] = take_taps_of(part, members[g], own[g].size);
+    // u itself may be one result of a member that is alone.
+    if (s.is_alias_of(u) && !s.is_same(u)) s = s.clone(at::MemoryFormat::Contiguous);
+    if (tap.defined() && (!tap.is_same(u) || s.is_same(u)))
+      tap = tap.clone(at::MemoryFormat::Contiguous);
+    taken.emplace_back(std::move(s), std::move(tap));
+  }
+  return taken;
 }
 
 Tensor expand(const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling, const Tensor* base) {
@@ -119,19 +135,38 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   return unstack(at::mm(du.t(), dropped(x, mask.bits)).mul_(1 / mask.keep), A, 0);
 }
 
-std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorList B,
-                                                   at::ArrayRef<double> scaling, const Tensor* s) {
-  const Columns columns = stack_columns(B, scaling, gy);
+/// ds without gs, and dB where it is wanted.
+std::pair<Tensor, std::vector<Tensor>> products_of_gy(const MemberGrads& member, bool needs_dB) {
+  const Tensor gy = as_matrix(*member.gy);
+  const Columns columns = stack_columns(member.B, member.scaling, gy);
   Tensor ds = at::empty({gy.size(0), columns.B.size(1)}, gy.options());
   ds.addmm_(gy, columns.B, 0, columns.alpha);
-  if (!s) return {ds, {}};
+  if (!needs_dB) return {ds, {}};
+  const Tensor s = as_matrix(*member.s);
   // The wide matrix stands on the right: transposed on the left it would be copied for bf16.
-  Tensor dBt = at::empty({s->size(1), gy.size(1)}, gy.options());
-  dBt.addmm_(s->t(), gy, 0, columns.alpha);
-  std::vector<Tensor> blocks = unstack(dBt.t(), B, 1);
-  if (!is_uniform(scaling))
-    for (size_t k = 0; k < blocks.size(); ++k) blocks[k].mul_(scaling[k]);
+  Tensor dBt = at::empty({s.size(1), gy.size(1)}, gy.options());
+  dBt.addmm_(s.t(), gy, 0, columns.alpha);
+  std::vector<Tensor> blocks = unstack(dBt.t(), member.B, 1);
+  if (!is_uniform(member.scaling))
+    for (size_t k = 0; k < blocks.size(); ++k) blocks[k].mul_(member.scaling[k]);
   return {ds, std::move(blocks)};
+}
+
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const MemberGrads& member, bool needs_dB,
+                                                   const Tensor* du) {
+  std::pair<Tensor, std::vector<Tensor>> grads;
+  auto& [ds, dB] = grads;
+  if (member.gy) {
+    grads = products_of_gy(member, needs_dB);
+    if (member.gs) ds.add_(as_matrix(*member.gs));
+  } else {
+    ds = as_matrix(member.gs ? *member.gs : *member.s);
+    ds = member.gs ? ds.clone(at::MemoryFormat::Contiguous) : at::zeros(ds.sizes(), ds.options());
+    if (needs_dB)
+      for (const Tensor& B : member.B) dB.push_back(at::zeros_like(B));
+  }
+  if (du) write_du(member, ds, *du);
+  return grads;
 }
 
 void record_norms_aten(const Tensor& norms, const Tensor& ring, const Tensor& count) {
@@ -146,7 +181,23 @@ void record_norms_aten(const Tensor& norms, const Tensor& ring, const Tensor& co
 
 const DeviceKernels& aten_kernels(const Tensor&) { return kAtenKernels; }
 
+std::string kernels_of_aten(const Tensor&) {
+  return "ATen's form (this build has no kernels of its own for the device)";
+}
+
 }  // namespace
+
+void write_du(const MemberGrads& member, const Tensor& ds, Tensor du) {
+  const Tensor gtap = member.gtap ? as_matrix(*member.gtap) : Tensor();
+  const int64_t R = ds.size(1), rest = du.size(1) - R;
+  if (rest > 0) {
+    at::cat_out(du, {ds, gtap.defined() ? gtap : at::zeros({ds.size(0), rest}, ds.options())}, 1);
+  } else if (member.keep_tap && gtap.defined()) {
+    at::add_out(du, ds, gtap);
+  } else {
+    du.copy_(ds);
+  }
+}
 
 Tensor norms_of(const Tensor& x, const Tensor& u, at::ArrayRef<Range> own) {
   const Tensor norm = frobenius_norm(x);
@@ -166,6 +217,7 @@ TORCH_LIBRARY_IMPL(reslora, CompositeExplicitAutograd, m) {
   m.impl("adapt", adapt_with<aten_kernels>);
   m.impl("adapt_backward", adapt_backward_with<aten_kernels>);
   m.impl("record_norms", record_norms_aten);
+  m.impl("kernels_of", kernels_of_aten);
 }
 
 }  // namespace reslora::ops

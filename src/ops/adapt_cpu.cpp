@@ -1,10 +1,12 @@
 // `adapt` on the CPU: in fp32 the products of thin_products.h; in other types ATen's GEMMs and
 // dropout in slabs.
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 
 #include "cpu/thin_products.h"
 #include "ops/adapt_kernels.h"
@@ -182,27 +184,40 @@ Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range
   return u;
 }
 
-std::pair<Tensor, Tensor> take_taps(const Tensor& u, at::TensorList taps, int64_t R,
-                                    bool keep_tap) {
-  if (u.scalar_type() != at::kFloat || (taps.empty() && u.size(1) == R))
-    return kAtenKernels.take_taps(u, taps, R, keep_tap);
-  const int64_t T = u.size(0), width = u.size(1), stride = u.stride(0);
-  const bool has_tap_rows = width > R;
-  Tensor s = at::empty({T, R}, u.options()), tap = keep_tap ? u : Tensor();
-  if (has_tap_rows) tap = at::empty({T, width - R}, u.options());
-  const float* from = u.const_data_ptr<float>();
-  float* sum = s.mutable_data_ptr<float>();
-  float* rest = has_tap_rows ? tap.mutable_data_ptr<float>() : nullptr;
-  for (int64_t row = 0; row < T; ++row) {
-    std::copy_n(from + row * stride, R, sum + row * R);
-    if (rest) std::copy_n(from + row * stride + R, width - R, rest + row * (width - R));
+/// Some columns of u, dense; u itself where these are all.
+Tensor columns_copy(const Tensor& u, const Range& columns) {
+  const int64_t T = u.size(0), stride = u.stride(0);
+  Tensor out = at::empty({T, columns.size}, u.options());
+  const float* from = u.const_data_ptr<float>() + columns.first;
+  float* to = out.mutable_data_ptr<float>();
+  for (int64_t row = 0; row < T; ++row) to = std::copy_n(from + row * stride, columns.size, to);
+  return out;
+}
+
+void add_to(const Tensor& sum, const Tensor& addend) {
+  const Tensor dense = plain(as_matrix(addend), sum);
+  const float* values = dense.const_data_ptr<float>();
+  float* to = sum.mutable_data_ptr<float>();
+  for (int64_t i = 0, n = sum.numel(); i < n; ++i) to[i] += values[i];
+}
+
+TapsTaken take_taps(const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<Range> own) {
+  if (u.scalar_type() != at::kFloat) return kAtenKernels.take_taps(u, members, own);
+  TapsTaken taken;
+  for (size_t g = 0; g < members.size(); ++g) {
+    const Member& member = members[g];
+    const int64_t end = g + 1 < members.size() ? own[g + 1].first : u.size(1);
+    const Range rest = {own[g].first + own[g].size, end - own[g].first - own[g].size};
+    // u itself may be one result of a member that is alone.
+    const bool is_s = members.size() == 1 && rest.size == 0 && member.taps.empty();
+    const bool is_tap = members.size() == 1 && member.keep_tap && !is_s;
+    Tensor s = is_s ? u : columns_copy(u, own[g]), tap;
+    if (rest.size > 0 || member.keep_tap)
+      tap = is_tap ? u : columns_copy(u, rest.size > 0 ? rest : own[g]);
+    for (const Tensor& one : member.taps) add_to(s, one);
+    taken.emplace_back(std::move(s), std::move(tap));
   }
-  for (const Tensor& one : taps) {
-    const Tensor addend = plain(as_matrix(one), u);
-    const float* values = addend.const_data_ptr<float>();
-    for (int64_t i = 0; i < T * R; ++i) sum[i] += values[i];
-  }
-  return {s, tap};
+  return taken;
 }
 
 /// factor * the columns of t [T, .] from `first` on, dense [T, count].
@@ -309,10 +324,10 @@ std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& 
   return dA;
 }
 
-/// expand_grad for few rows: B and dB as they lie.
-std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::TensorList B,
-                                                          at::ArrayRef<double> scaling,
-                                                          const Tensor* s) {
+/// products_of_gy for few rows: B and dB as they lie.
+std::pair<Tensor, std::vector<Tensor>> products_of_few(const Tensor& gy, at::TensorList B,
+                                                       at::ArrayRef<double> scaling,
+                                                       const Tensor* s) {
   const int64_t R = total_size(B, 1);
   int64_t first = 0;
   const Tensor rows = with_dense_rows(gy);
@@ -340,10 +355,11 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad_of_few(const Tensor& gy, at::
   return {ds, std::move(dB)};
 }
 
-std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorList B,
-                                                   at::ArrayRef<double> scaling, const Tensor* s) {
-  if (gy.scalar_type() != at::kFloat) return kAtenKernels.expand_grad(gy, B, scaling, s);
-  if (is_few(gy)) return expand_grad_of_few(gy, B, scaling, s);
+/// ds without gs, and a gradient for each block of B where s is given.
+std::pair<Tensor, std::vector<Tensor>> products_of_gy(const Tensor& gy, at::TensorList B,
+                                                      at::ArrayRef<double> scaling,
+                                                      const Tensor* s) {
+  if (is_few(gy)) return products_of_few(gy, B, scaling, s);
   const Tensor rows = with_dense_rows(gy), Bt = stack_columns(B, scaling, gy);
   const int64_t R = Bt.size(0), out = Bt.size(1);
   Tensor ds = at::empty({gy.size(0), R}, gy.options());
@@ -369,9 +385,42 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad(const Tensor& gy, at::TensorL
   return {ds, std::move(dB)};
 }
 
+/// [ds (+ gtap) | gtap], as `write_du`; null for a gtap that was not given.
+void write_dense_du(const MemberGrads& member, const Tensor& ds, const Tensor& du) {
+  const Tensor given = member.gtap ? plain(as_matrix(*member.gtap), ds) : Tensor();
+  const int64_t R = ds.size(1), rest = du.size(1) - R;
+  const float* from = ds.const_data_ptr<float>();
+  const float* gtap = given.defined() ? given.const_data_ptr<float>() : nullptr;
+  for (int64_t row = 0; row < ds.size(0); ++row, from += R) {
+    float* to = du.mutable_data_ptr<float>() + row * du.stride(0);
+    std::copy_n(from, R, to);
+    if (rest > 0 && gtap) std::copy_n(gtap + row * rest, rest, to + R);
+    if (rest > 0 && !gtap) std::fill_n(to + R, rest, 0.0f);
+    if (rest == 0 && member.keep_tap && gtap)
+      for (int64_t k = 0; k < R; ++k) to[k] += gtap[row * R + k];
+  }
+}
+
+std::pair<Tensor, std::vector<Tensor>> expand_grad(const MemberGrads& member, bool needs_dB,
+                                                   const Tensor* du) {
+  if (!member.gy || member.gy->scalar_type() != at::kFloat)
+    return kAtenKernels.expand_grad(member, needs_dB, du);
+  const Tensor gy = as_matrix(*member.gy), s = as_matrix(*member.s);
+  auto grads = products_of_gy(gy, member.B, member.scaling, needs_dB ? &s : nullptr);
+  if (member.gs) add_to(grads.first, *member.gs);
+  if (du) write_dense_du(member, grads.first, *du);
+  return grads;
+}
+
 /// The kernels of this file, unless RESLORA_KERNELS=aten asks for the form that other devices use.
 const DeviceKernels& chosen_kernels(const Tensor&) {
   return kernel_policy() == KernelPolicy::kAten ? kAtenKernels : kCpuKernels;
+}
+
+std::string kernels_on_cpu(const Tensor& x) {
+  if (&chosen_kernels(x) == &kAtenKernels) return "ATen's form (RESLORA_KERNELS=aten)";
+  return fmt::format("reslora's own (RESLORA_KERNELS={})",
+                     kernel_policy() == KernelPolicy::kFused ? "fused" : "auto");
 }
 
 }  // namespace
@@ -383,6 +432,7 @@ TORCH_LIBRARY_IMPL(reslora, CPU, m) {
   if (is_second_copy()) return;
   m.impl("adapt", adapt_with<chosen_kernels>);
   m.impl("adapt_backward", adapt_backward_with<chosen_kernels>);
+  m.impl("kernels_of", kernels_on_cpu);
 }
 
 }  // namespace reslora::ops

@@ -1,7 +1,8 @@
 // Inside of the op `adapt`: its arguments, and what a device does its own way.
 //
-// adapt.cpp evaluates the op with ATen GEMMs on any device; only dropout differs between
-// devices, so a device supplies a `DeviceKernels`. All matrices here are 2-D: x [T, in].
+// adapt.cpp evaluates the op with ATen GEMMs on any device; what stands beside the big GEMMs
+// differs between devices, so a device supplies a `DeviceKernels`. All matrices here are 2-D: x [T,
+// in]. What is exported is used by tests of kernels that are compiled apart.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -78,9 +79,10 @@ struct AdaptArgs {
 };
 
 /// Sorts the lists by member. Throws where the layout does not fit them.
-AdaptArgs sorted_args(const Tensor& x, at::TensorList bases, at::IntArrayRef layout,
-                      at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
-                      at::TensorList taps, double dropout, const OptTensor& bits, bool want_norms);
+RESLORA_API AdaptArgs sorted_args(const Tensor& x, at::TensorList bases, at::IntArrayRef layout,
+                                  at::TensorList A, at::TensorList B, at::ArrayRef<double> scaling,
+                                  at::TensorList taps, double dropout, const OptTensor& bits,
+                                  bool want_norms);
 
 /// What the backward of a member reads. Null where there is none.
 struct MemberGrads {
@@ -104,10 +106,10 @@ struct BackwardArgs {
   std::array<bool, 3> needs;
 };
 
-BackwardArgs sorted_grads(at::TensorList given, at::IntArrayRef layout, const Tensor& x,
-                          at::TensorList s, at::TensorList A, at::TensorList B,
-                          at::ArrayRef<double> scaling, const OptTensor& bits, double dropout,
-                          std::array<bool, 3> needs);
+RESLORA_API BackwardArgs sorted_grads(at::TensorList given, at::IntArrayRef layout, const Tensor& x,
+                                      at::TensorList s, at::TensorList A, at::TensorList B,
+                                      at::ArrayRef<double> scaling, const OptTensor& bits,
+                                      double dropout, std::array<bool, 3> needs);
 
 // ---- What a device does its own way -------------------------------------------------------------
 
@@ -116,6 +118,9 @@ struct Range {
   int64_t first;
   int64_t size;
 };
+
+/// s [T, R] of each member, and the tap that it hands on, or an undefined tensor.
+using TapsTaken = c10::SmallVector<std::pair<Tensor, Tensor>, 3>;
 
 /// Dropout of x: which elements are kept, and with what probability they were. Bits are uint8
 /// [T, ceil(in/8)], bit j%8 of byte j/8 belongs to element j, 1 = kept.
@@ -135,21 +140,22 @@ struct DeviceKernels {
   /// not null it becomes fp32 [2 G]: |x|_F and |u[:, own_g]|_F for each of the G ranges of columns.
   at::Tensor (*project)(const at::Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range> own,
                         at::Tensor* norms);
-  /// Returns s [T, R] = u[:, :R] + the taps, and the tap that is handed on: u[:, R:] where there is
-  /// such, else u with `keep_tap`, else undefined. Neither shares memory with the other. The rows
-  /// of u are dense, with any stride between them.
-  std::pair<at::Tensor, at::Tensor> (*take_taps)(const at::Tensor& u, at::TensorList taps,
-                                                 int64_t R, bool keep_tap);
+  /// Returns for each member s [T, R] = its own columns of u + its taps, and the tap that it hands
+  /// on: its columns beyond those, where there are such, else its own with `keep_tap`. No two
+  /// results share memory. `own` says where the members' own columns are; u is dense.
+  TapsTaken (*take_taps)(const at::Tensor& u, at::ArrayRef<Member> members,
+                         at::ArrayRef<Range> own);
   /// Returns [T, out] = base + the sum over blocks k of scaling_k s_k B_k^T; base is null, [out] or
   /// [T, out].
   at::Tensor (*expand)(const at::Tensor& s, at::TensorList B, at::ArrayRef<double> scaling,
                        const at::Tensor* base);
-  /// Returns ds [T, R], its columns for block k being scaling_k gy B_k, and, where s [T, R] is not
-  /// null, a gradient for each block of B.
-  std::pair<at::Tensor, std::vector<at::Tensor>> (*expand_grad)(const at::Tensor& gy,
-                                                                at::TensorList B,
-                                                                at::ArrayRef<double> scaling,
-                                                                const at::Tensor* s);
+  /// Returns ds [T, R], its columns for block k being scaling_k gy B_k, plus gs, and, where wanted,
+  /// a gradient for each block of B. Where du [T, rows of A] is not null, the gradient of the
+  /// member's columns of u is written there: ds, with gtap added where the tap was kept, and gtap
+  /// beside it where it has columns of its own. What is not given counts as 0.
+  std::pair<at::Tensor, std::vector<at::Tensor>> (*expand_grad)(const MemberGrads& member,
+                                                                bool needs_dB,
+                                                                const at::Tensor* du);
   /// Returns a gradient for each block of A: du^T kept x / keep.
   std::vector<at::Tensor> (*project_grad)(const at::Tensor& du, const at::Tensor& x,
                                           const Mask& mask, at::TensorList A);
@@ -163,31 +169,36 @@ RESLORA_API extern const DeviceKernels kAtenKernels;  // adapt_composite.cpp; te
 
 /// Refuses what does not fit together, in one sentence; symbolic shapes are allowed.
 void check_adapt(const AdaptArgs& args);
-void check_record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Tensor& count);
+RESLORA_API void check_record_norms(const at::Tensor& norms, const at::Tensor& ring,
+                                    const at::Tensor& count);
 
 /// x [..., n] as a matrix [T, n] whose rows or columns are dense.
-at::Tensor as_matrix(const at::Tensor& x);
+RESLORA_API at::Tensor as_matrix(const at::Tensor& x);
 
 /// fp32 [2 G]: |x|_F and |u[:, own_g]|_F for each range of columns.
-at::Tensor norms_of(const at::Tensor& x, const at::Tensor& u, at::ArrayRef<Range> own);
+RESLORA_API at::Tensor norms_of(const at::Tensor& x, const at::Tensor& u, at::ArrayRef<Range> own);
+
+/// Writes the gradient of a member's columns of u, as `expand_grad` does, from ds.
+void write_du(const MemberGrads& member, const at::Tensor& ds, at::Tensor du);
 
 /// t with dense rows: t itself, or a copy.
-at::Tensor with_dense_rows(const at::Tensor& t);
+RESLORA_API at::Tensor with_dense_rows(const at::Tensor& t);
 
-bool is_uniform(at::ArrayRef<double> scaling);
+RESLORA_API bool is_uniform(at::ArrayRef<double> scaling);
 
 /// The sum of the blocks' sizes in a dimension: RA of blocks of A (0), R of blocks of B (1).
-int64_t total_size(at::TensorList blocks, int64_t dim);
+RESLORA_API int64_t total_size(at::TensorList blocks, int64_t dim);
 
 /// The blocks side by side in `dim`, in the dtype and on the device of `like`.
-at::Tensor stack(at::TensorList blocks, int64_t dim, const at::Tensor& like);
+RESLORA_API at::Tensor stack(at::TensorList blocks, int64_t dim, const at::Tensor& like);
 
 /// Cuts a stacked gradient into one tensor per block, in the block's own dtype and device. The
 /// blocks are copies: outputs of an op must not share memory.
-std::vector<at::Tensor> unstack(const at::Tensor& stacked, at::TensorList blocks, int64_t dim);
+RESLORA_API std::vector<at::Tensor> unstack(const at::Tensor& stacked, at::TensorList blocks,
+                                            int64_t dim);
 
-std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels);
-Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kernels);
+RESLORA_API std::vector<Tensor> evaluate(const AdaptArgs& args, const DeviceKernels& kernels);
+RESLORA_API Gradients evaluate_backward(const BackwardArgs& args, const DeviceKernels& kernels);
 
 /// The op and its backward for a device; `choose` returns the kernels for x.
 template <const DeviceKernels& (*choose)(const Tensor& x)>

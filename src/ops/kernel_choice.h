@@ -38,14 +38,21 @@ class RESLORA_API KernelChoice {
       : kernels_(kernels), policy_(policy) {}
 
   /// The kernels for x's device and type. Where they are still to be checked and `can_check` is
-  /// false (a CUDA graph is captured), ATen's this time.
+  /// false (a CUDA graph is captured), ATen's this time, with one warning.
   const DeviceKernels& of(const at::Tensor& x, bool can_check);
+
+  /// True where `of` needs no check for x's device and type any more.
+  bool knows(const at::Tensor& x);
+
+  /// Which kernels x's device and type get and why, for people. Checks them where that is to do.
+  std::string describe(const at::Tensor& x);
 
  private:
   const DeviceKernels& kernels_;
   const KernelPolicy policy_;
   std::mutex mutex_;
-  std::map<std::pair<c10::DeviceIndex, at::ScalarType>, bool> are_right_;
+  std::map<std::pair<c10::DeviceIndex, at::ScalarType>, std::string> differences_;  // empty: none
+  bool has_told_of_capture_ = false;
 };
 
 }  // namespace reslora::ops

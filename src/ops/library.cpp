@@ -38,6 +38,8 @@ TORCH_LIBRARY_FRAGMENT(reslora, m) {
       // It changes no argument for the same reason: functionalization hides the tag of one that
       // does.
       {at::Tag::nondeterministic_seeded, at::Tag::pt2_compliant_tag});
+  // Which kernels serve x and why, for people.
+  m.def("kernels_of(Tensor x) -> str");
   m.def("record_norms(Tensor norms, Tensor(a!) ring, Tensor(b!) count) -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def(

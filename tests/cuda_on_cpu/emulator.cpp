@@ -77,6 +77,7 @@ struct Copy {
 
 enum Kind { kInside = 1, kAround = 2 };
 
+int64_t launched = 0;
 thread_local Block* block_here = nullptr;
 thread_local Warp* warp_here = nullptr;
 thread_local int lane_here = 0;
@@ -151,6 +152,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
       config.dynamicSmemBytes > most)
     return cudaErrorInvalidConfiguration;
   require(threads % kWarp == 0, "a block is not made of whole warps");
+  ++launched;
 
   Block block(static_cast<int>(threads));
   const auto thread_main = [&](unsigned thread) {
@@ -174,6 +176,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
   return cudaSuccess;
 }
 
+int64_t launches() { return launched; }
 unsigned char* shared_memory() { return block_here->memory.get(); }
 int lane() { return lane_here; }
 void block_barrier() { block_here->barrier.wait(kInside); }

@@ -36,6 +36,7 @@ cudaError_t allow_shared_memory(const void* kernel, int bytes);
 int times_allowed();
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel,
                 const std::function<void(uint3 thread, uint3 block)>& body);
+int64_t launches();  // how many were run so far
 unsigned char* shared_memory();
 int lane();
 void block_barrier();

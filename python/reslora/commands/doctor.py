@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
-import os
 import platform
-import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,32 +91,11 @@ def _version(package: str) -> str:
 
 
 def _kernels() -> dict[str, str]:
-    policy = os.environ.get("RESLORA_KERNELS") or "auto"
-    said = f"RESLORA_KERNELS={policy}"
-    found = {"cpu": f"ATen's form ({said})" if policy == "aten" else f"reslora's own ({said})"}
+    found = {"cpu": ops.kernels_of(torch.empty(1))}
     if not torch.cuda.is_available():
         return found | {"GPU": "none: torch sees no GPU"}
     for device in range(torch.cuda.device_count()):
         place = f"cuda:{device} ({torch.cuda.get_device_name(device)})"
-        for dtype in (torch.bfloat16, torch.float16):
-            found[f"{place}, {dtype}"] = _gpu_kernels(device, dtype, policy)
-        found[f"{place}, torch.float32"] = "ATen's form (there are none for float32)"
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            found[f"{place}, {dtype}"] = ops.kernels_of(torch.empty(1, device=device, dtype=dtype))
     return found
-
-
-def _gpu_kernels(device: int, dtype: torch.dtype, policy: str) -> str:
-    from .._build_info import WITH_CUDA
-
-    if not WITH_CUDA:
-        return "ATen's form (this build has no CUDA kernels)"
-    if policy == "aten":
-        return "ATen's form (RESLORA_KERNELS=aten)"
-    x = torch.randn(64, 64, device=device, dtype=dtype)
-    factor = torch.randn(8, 64, device=device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        ops.adapt(x, [ops.member(x, None, None, [factor], [factor.t().contiguous()], [1.0])])
-    if caught:
-        return f"ATen's form ({caught[0].message})"
-    why = "not checked" if policy == "fused" else "they agree with ATen on this device"
-    return f"reslora's own (RESLORA_KERNELS={policy}: {why})"

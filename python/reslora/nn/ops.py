@@ -93,3 +93,8 @@ def adapt(
 def record_norms(norms: Tensor, ring: Tensor, count: Tensor) -> None:
     """Write two norms of `adapt` into the next column of ring [2, N]; count [1] grows by one."""
     torch.ops.reslora.record_norms.default(norms, ring, count)
+
+
+def kernels_of(x: Tensor) -> str:
+    """Say for people which kernels serve x's device and dtype, and why; checks them where due."""
+    return str(torch.ops.reslora.kernels_of.default(x))

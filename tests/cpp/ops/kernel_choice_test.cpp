@@ -20,10 +20,9 @@ std::vector<Tensor> negated_project_grad(const Tensor& du, const Tensor& x, cons
   return dA;
 }
 
-std::pair<Tensor, std::vector<Tensor>> dB_with_a_wrong_column(const Tensor& gy, at::TensorList B,
-                                                              at::ArrayRef<double> scaling,
-                                                              const Tensor* s) {
-  auto grads = kAtenKernels.expand_grad(gy, B, scaling, s);
+std::pair<Tensor, std::vector<Tensor>> dB_with_a_wrong_column(const MemberGrads& member,
+                                                              bool needs_dB, const Tensor* du) {
+  auto grads = kAtenKernels.expand_grad(member, needs_dB, du);
   for (Tensor& dB : grads.second) dB.select(1, dB.size(1) - 1).zero_();
   return grads;
 }
@@ -85,7 +84,124 @@ TEST(KernelChoice, NamesWhatIsWrong) {
   EXPECT_THAT(on_cpu(with(&DeviceKernels::project, project_that_draws_too_few)),
               HasSubstr("of the elements where 0.75 was asked"));
   EXPECT_EQ(on_cpu(with(&DeviceKernels::project, throwing_project)),
-            "at rank 9 no kernel image is available");
+            "at rank 9 the check ended with: no kernel image is available");
+}
+
+// ---- Each path that the op takes is tried: one that is wrong is noticed and named
+
+using Project = decltype(DeviceKernels::project);
+using ExpandGrad = decltype(DeviceKernels::expand_grad);
+
+TEST(KernelChoice, TriesProjectionsWithAndWithoutDropoutAndNorms) {
+  using ::testing::HasSubstr;
+  const Project zeros_without_dropout = [](const Tensor& x, Mask& mask, at::TensorList A,
+                                           at::ArrayRef<Range> own, Tensor* norms) {
+    const Tensor u = kAtenKernels.project(x, mask, A, own, norms);
+    return !mask.is_on && norms ? u.zero_() : u;
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::project, zeros_without_dropout)),
+              HasSubstr("project without dropout, with norms is off"));
+  const Project norms_of_the_first = [](const Tensor& x, Mask& mask, at::TensorList A,
+                                        at::ArrayRef<Range> own, Tensor* norms) {
+    const Tensor u = kAtenKernels.project(x, mask, A, own, norms);
+    if (norms && !mask.is_on) (*norms)[3].zero_();
+    return u;
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::project, norms_of_the_first)),
+              HasSubstr("the norms of project without dropout is off"));
+  const Project wrong_above_128_rows = [](const Tensor& x, Mask& mask, at::TensorList A,
+                                          at::ArrayRef<Range> own, Tensor* norms) {
+    Tensor u = kAtenKernels.project(x, mask, A, own, norms);
+    if (u.size(1) > 128) u.narrow(1, 128, u.size(1) - 128).neg_();
+    return u;
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::project, wrong_above_128_rows)),
+              HasSubstr("at rank 140 project, with norms is off"));
+  const auto masked = [](const Tensor& du, at::TensorList A, const Mask& mask) {
+    const Tensor out = kAtenKernels.project_back(du, A, mask);
+    return mask.is_on ? out : at::zeros_like(out);
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::project_back, +masked)),
+              HasSubstr("project_back without dropout is off"));
+}
+
+TEST(KernelChoice, TriesTaps) {
+  using ::testing::HasSubstr;
+  const auto two_taps = [](const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<Range> own) {
+    std::vector<Member> fewer(members.begin(), members.end());
+    for (Member& member : fewer) member.taps = member.taps.slice(0, member.taps.size() / 2);
+    return kAtenKernels.take_taps(u, fewer, own);
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::take_taps, +two_taps)),
+              HasSubstr("s of take_taps is off"));
+  const auto no_tap = [](const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<Range> own) {
+    TapsTaken taken = kAtenKernels.take_taps(u, members, own);
+    for (auto& pair : taken)
+      if (pair.second.defined()) pair.second.zero_();
+    return taken;
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::take_taps, +no_tap)),
+              HasSubstr("the tap of take_taps is off"));
+}
+
+TEST(KernelChoice, TriesScalingsAndWhatIsAddedInTheBackward) {
+  using ::testing::HasSubstr;
+  const auto one_scaling = [](const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling,
+                              const Tensor* base) {
+    return kAtenKernels.expand(s, B, std::vector<double>(B.size(), scaling[0]), base);
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::expand, +one_scaling)),
+              HasSubstr("expand with two scalings is off"));
+  const ExpandGrad one_scaling_back = [](const MemberGrads& member, bool needs_dB,
+                                         const Tensor* du) {
+    MemberGrads same = member;
+    const std::vector<double> scaling(member.B.size(), member.scaling[0]);
+    same.scaling = scaling;
+    return kAtenKernels.expand_grad(same, needs_dB, du);
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::expand_grad, one_scaling_back)),
+              HasSubstr("ds of expand_grad with two scalings is off"));
+  const ExpandGrad without_gs = [](const MemberGrads& member, bool needs_dB, const Tensor* du) {
+    MemberGrads same = member;
+    same.gs = nullptr;
+    return kAtenKernels.expand_grad(same, needs_dB, du);
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::expand_grad, without_gs)),
+              HasSubstr("ds of expand_grad is off"));
+  const ExpandGrad without_gtap = [](const MemberGrads& member, bool needs_dB, const Tensor* du) {
+    MemberGrads same = member;
+    if (!member.keep_tap) same.gtap = nullptr;
+    return kAtenKernels.expand_grad(same, needs_dB, du);
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::expand_grad, without_gtap)),
+              HasSubstr("du of expand_grad is off"));
+  const ExpandGrad without_kept = [](const MemberGrads& member, bool needs_dB, const Tensor* du) {
+    MemberGrads same = member;
+    if (member.keep_tap) same.gtap = nullptr;
+    return kAtenKernels.expand_grad(same, needs_dB, du);
+  };
+  EXPECT_THAT(on_cpu(with(&DeviceKernels::expand_grad, without_kept)),
+              HasSubstr("du of expand_grad with a kept tap is off"));
+}
+
+TEST(KernelChoice, SaysForPeopleWhatIsUsedAndWhy) {
+  using ::testing::HasSubstr;
+  const Tensor x = torch::zeros({2, 3}, at::kBFloat16);
+  const DeviceKernels right = kAtenKernels;
+  const DeviceKernels wrong = with(&DeviceKernels::project_grad, negated_project_grad);
+  Warnings warnings;
+  KernelChoice agreeing(right, KernelPolicy::kAuto), failing(wrong, KernelPolicy::kAuto);
+  EXPECT_FALSE(failing.knows(x));
+  for (int i = 0; i < 2; ++i) {  // the second time no warning is given
+    EXPECT_THAT(agreeing.describe(x), HasSubstr("they agree with ATen"));
+    EXPECT_THAT(failing.describe(x),
+                HasSubstr("ATen's form (RESLORA_KERNELS=auto: the fused kernels failed their check "
+                          "at rank 9 project_grad is off by"));
+  }
+  EXPECT_TRUE(failing.knows(x));
+  EXPECT_THAT(KernelChoice(wrong, KernelPolicy::kFused).describe(x), HasSubstr("not checked"));
+  EXPECT_EQ(KernelChoice(right, KernelPolicy::kAten).describe(x),
+            "ATen's form (RESLORA_KERNELS=aten)");
 }
 
 TEST(KernelChoice, LeavesTheRandomNumbersOfTheUserAlone) {
@@ -116,6 +232,8 @@ TEST(KernelChoice, TakesRightKernelsAfterACheck) {
   Warnings warnings;
   const Tensor x = torch::zeros({2, 3}, at::kBFloat16);
   EXPECT_EQ(&choice.of(x, false), &kAtenKernels);  // under capture nothing may be compared
+  EXPECT_THAT(warnings.all, ::testing::ElementsAre(::testing::HasSubstr("run one forward before")));
+  warnings.all.clear();
   EXPECT_EQ(&choice.of(x, true), &right);
   EXPECT_EQ(&choice.of(x, false), &right);
   EXPECT_EQ(warnings.all.size(), 0u);

@@ -1,0 +1,88 @@
+"""How many kernels a layer starts on a GPU, beside PEFT's LoRA, counted on the CPU.
+
+Counted are calls of ATen that compute something, and the launches of reslora's own kernels, which
+a C++ program runs on the CPU on the op's path on CUDA (tests/cuda_on_cpu/op_test.cpp).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import peft
+import pytest
+import torch
+from cpp_programs import build_folder
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+# What allocates or describes memory, and what calls another function that is counted.
+NOT_COUNTED = set(
+    "empty empty_like empty_strided view reshape t transpose narrow slice as_strided expand select "
+    "unsqueeze squeeze detach detach_ alias _unsafe_view resolve_conj resolve_neg permute dropout "
+    "to _to_copy clone contiguous matmul linear zeros zeros_like ones ones_like stack".split()
+)
+RECORDING = 1  # `record_norms` is a launch of its own
+# Launches above PEFT's: sums over blocks, and the sum of squares, have launches of their own.
+ABOVE = {("is", "BFloat16", "0.00", "norms"): 3}
+
+
+def ours() -> dict[tuple[str, str, str, str], tuple[int, int]]:
+    """Return launches forward and backward by shortcut, dtype of A and B, dropout and norms."""
+    program = build_folder() / "tests/cuda_on_cpu/cuda_on_cpu_op"
+    if not program.exists():
+        pytest.skip("no CUDA toolkit: the op's path on CUDA was not built")
+    printed = subprocess.run(
+        [program, "--gtest_filter=OpOnCuda.StartsFewKernels"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    rows = re.findall(r"^launches (\w+) (\w+) ([\d.]+) (\w+) (\d+) (\d+)$", printed, re.MULTILINE)
+    return {(mode, dtype, p, norms): (int(f), int(b)) for mode, dtype, p, norms, f, b in rows}
+
+
+def calls_of(body) -> list[str]:
+    """Return the functions of ATen that compute something."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        body()
+    names = [e.name.removeprefix("aten::") for e in seen.events() if e.name.startswith("aten::")]
+    return [name for name in names if name not in NOT_COUNTED]
+
+
+def peft_launches(dtype: torch.dtype, dropout: float) -> int:
+    """Return what PEFT's LoRA starts in a forward and backward of one layer in bf16."""
+    config = peft.LoraConfig(r=4, target_modules=["0"], lora_dropout=dropout)
+    base = nn.Sequential(nn.Linear(48, 40, bias=False)).to(torch.bfloat16)
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    x = torch.ones(32, 48, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.ones(32, 40, dtype=torch.bfloat16)
+    model(x).backward(grad)
+    x.grad = None
+    model.zero_grad()
+    outputs: list[torch.Tensor] = []
+    forward = calls_of(lambda: outputs.append(model(x)))
+    return len(forward) + len(calls_of(lambda: outputs[0].backward(grad)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_starts_at_most_as_many_kernels_as_pefts_lora(dtype, dropout):
+    found = ours()
+    most = peft_launches(dtype, dropout)
+    name = {torch.bfloat16: "BFloat16", torch.float32: "Float"}[dtype]
+    for mode in ("none", "is", "ms"):
+        for norms in ("plain", "norms"):
+            case = (mode, name, f"{dropout:.2f}", norms)
+            forward, backward = found[case]
+            total = forward + backward + (RECORDING if norms == "norms" else 0)
+            assert total <= most + ABOVE.get(case, 0), (case, forward, backward, most)
+
+
+def test_norms_cost_at_most_five_launches():
+    found = ours()
+    for (mode, dtype, dropout, norms), (forward, backward) in found.items():
+        if norms == "norms":
+            plain = found[mode, dtype, dropout, "plain"]
+            assert forward + RECORDING - plain[0] <= 5 and backward == plain[1]
