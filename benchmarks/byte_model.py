@@ -1,11 +1,17 @@
-"""A model, not a measurement: what LoRA costs on a GPU if memory traffic were all that counts.
+"""A floor, not a measurement: what LoRA costs on a GPU if memory traffic were all that counts.
 
 One pass is one read or write of T x d in 16 bits; a frozen layer is two GEMMs. Passes are counted
 from what each program does (forward and backward, square layers, rank 16); rates are those of one
-H200. Real kernels reach 75 to 90 % of such rates.
+H200. Beside the floor stands what counting instructions predicts for the kernels as they were first
+written (results/gpu_predicted.json), until figures from a GPU replace both.
 """
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+
+PREDICTED = Path(__file__).resolve().parent / "results/gpu_predicted.json"
 
 BANDWIDTH = 4.3e12  # bytes/s
 MATH = 790e12  # bf16 FLOP/s of a large GEMM
@@ -32,9 +38,22 @@ def sentence() -> str:
     """Return the text for the README."""
     parts = [f"{name} {percent:.0f} %" for name, percent in overheads().items()]
     return (
-        f"A model of bytes moved (bf16, {WIDTH} wide, rates of one H200; not a measurement) says, "
-        f"over the frozen layer: {'; '.join(parts)}."
+        "Two computed figures, over the frozen layer, neither of them measured. The floor, if "
+        f"bytes moved were all that counts (bf16, {WIDTH} wide, rates of one H200): "
+        f"{'; '.join(parts)}. "
+        "What instruction counts predict for reslora's kernels as they were first written, with "
+        f"dropout: {predicted()}."
     )
+
+
+def predicted() -> str:
+    """Return the predicted overheads, most tokens first."""
+    parts = []
+    for row in json.loads(PREDICTED.read_text())["overhead"]:
+        least, most = row["percent"]
+        range_ = f"{least} to {most} %" if most else f"above {least} %"
+        parts.append(f"{range_} at {row['tokens']} tokens, {row['shape']}")
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":
