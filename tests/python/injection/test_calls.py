@@ -84,7 +84,7 @@ def test_what_keeps_torch_encoders_off_the_fused_path_goes_with_the_adapter():
     assert not model.use_nested_tensor and all(layer._forward_hooks for layer in model.layers)
     reslora.unload(model)
     assert model.use_nested_tensor and not any(layer._forward_hooks for layer in model.layers)
-    others = inject(Net(), ResLoraConfig(target_modules=["lin"]))
+    others = inject(Net(), ResLoraConfig(target_modules=["lin"], res_mode="none"))
     assert not injection_of(others, "test").hooks
 
 
