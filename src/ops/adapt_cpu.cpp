@@ -10,6 +10,7 @@
 
 #include "cpu/thin_products.h"
 #include "ops/adapt_kernels.h"
+#include "ops/cpu_taps.h"
 #include "ops/dropout/draw.h"
 #include "ops/dropout/slabs.h"
 #include "ops/kernel_choice.h"
@@ -29,14 +30,6 @@ thin::Tile tile_of(const Tensor& x, const Tensor* bits) {
 }
 
 thin::Rows rows_of(const Tensor& t) { return {t.const_data_ptr<float>(), t.stride(0)}; }
-
-bool is_plain(const Tensor& t) { return t.scalar_type() == at::kFloat && t.is_cpu(); }
-
-/// t as dense fp32 on the CPU: t itself where it is that. (A call of `to` that does nothing costs
-/// as much as a small product.)
-Tensor plain(const Tensor& t, const Tensor& like) {
-  return is_plain(t) && t.is_contiguous() ? t : t.to(like.options()).contiguous();
-}
 
 /// A gradient in the dtype and on the device of its block.
 Tensor for_block(Tensor grad, const Tensor& block) {
@@ -182,42 +175,6 @@ Tensor project(const Tensor& x, Mask& mask, at::TensorList A, at::ArrayRef<Range
   if (mask.is_on) u.mul_(1 / mask.keep);
   if (norms) *norms = norms_from(squares, u, own);
   return u;
-}
-
-/// Some columns of u, dense; u itself where these are all.
-Tensor columns_copy(const Tensor& u, const Range& columns) {
-  const int64_t T = u.size(0), stride = u.stride(0);
-  Tensor out = at::empty({T, columns.size}, u.options());
-  const float* from = u.const_data_ptr<float>() + columns.first;
-  float* to = out.mutable_data_ptr<float>();
-  for (int64_t row = 0; row < T; ++row) to = std::copy_n(from + row * stride, columns.size, to);
-  return out;
-}
-
-void add_to(const Tensor& sum, const Tensor& addend) {
-  const Tensor dense = plain(as_matrix(addend), sum);
-  const float* values = dense.const_data_ptr<float>();
-  float* to = sum.mutable_data_ptr<float>();
-  for (int64_t i = 0, n = sum.numel(); i < n; ++i) to[i] += values[i];
-}
-
-TapsTaken take_taps(const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<Range> own) {
-  if (u.scalar_type() != at::kFloat) return kAtenKernels.take_taps(u, members, own);
-  TapsTaken taken;
-  for (size_t g = 0; g < members.size(); ++g) {
-    const Member& member = members[g];
-    const int64_t end = g + 1 < members.size() ? own[g + 1].first : u.size(1);
-    const Range rest = {own[g].first + own[g].size, end - own[g].first - own[g].size};
-    // u itself may be one result of a member that is alone.
-    const bool is_s = members.size() == 1 && rest.size == 0 && member.taps.empty();
-    const bool is_tap = members.size() == 1 && member.keep_tap && !is_s;
-    Tensor s = is_s ? u : columns_copy(u, own[g]), tap;
-    if (rest.size > 0 || member.keep_tap)
-      tap = is_tap ? u : columns_copy(u, rest.size > 0 ? rest : own[g]);
-    for (const Tensor& one : member.taps) add_to(s, one);
-    taken.emplace_back(std::move(s), std::move(tap));
-  }
-  return taken;
 }
 
 /// factor * the columns of t [T, .] from `first` on, dense [T, count].
@@ -385,30 +342,14 @@ std::pair<Tensor, std::vector<Tensor>> products_of_gy(const Tensor& gy, at::Tens
   return {ds, std::move(dB)};
 }
 
-/// [ds (+ gtap) | gtap], as `write_du`; null for a gtap that was not given.
-void write_dense_du(const MemberGrads& member, const Tensor& ds, const Tensor& du) {
-  const Tensor given = member.gtap ? plain(as_matrix(*member.gtap), ds) : Tensor();
-  const int64_t R = ds.size(1), rest = du.size(1) - R;
-  const float* from = ds.const_data_ptr<float>();
-  const float* gtap = given.defined() ? given.const_data_ptr<float>() : nullptr;
-  for (int64_t row = 0; row < ds.size(0); ++row, from += R) {
-    float* to = du.mutable_data_ptr<float>() + row * du.stride(0);
-    std::copy_n(from, R, to);
-    if (rest > 0 && gtap) std::copy_n(gtap + row * rest, rest, to + R);
-    if (rest > 0 && !gtap) std::fill_n(to + R, rest, 0.0f);
-    if (rest == 0 && member.keep_tap && gtap)
-      for (int64_t k = 0; k < R; ++k) to[k] += gtap[row * R + k];
-  }
-}
-
 std::pair<Tensor, std::vector<Tensor>> expand_grad(const MemberGrads& member, bool needs_dB,
                                                    const Tensor* du) {
   if (!member.gy || member.gy->scalar_type() != at::kFloat)
     return kAtenKernels.expand_grad(member, needs_dB, du);
   const Tensor gy = as_matrix(*member.gy), s = as_matrix(*member.s);
   auto grads = products_of_gy(gy, member.B, member.scaling, needs_dB ? &s : nullptr);
-  if (member.gs) add_to(grads.first, *member.gs);
-  if (du) write_dense_du(member, grads.first, *du);
+  if (member.gs) add_in_fp32(grads.first, *member.gs);
+  if (du) write_du_in_fp32(member, grads.first, *du);
   return grads;
 }
 
@@ -425,8 +366,8 @@ std::string kernels_on_cpu(const Tensor& x) {
 
 }  // namespace
 
-const DeviceKernels kCpuKernels = {project,     take_taps,    expand,
-                                   expand_grad, project_grad, project_back};
+const DeviceKernels kCpuKernels = {project,     take_taps_on_cpu, expand,
+                                   expand_grad, project_grad,     project_back};
 
 TORCH_LIBRARY_IMPL(reslora, CPU, m) {
   if (is_second_copy()) return;

@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "cuda/elementwise.h"
+#include "ops/pieces.h"
 
 namespace reslora::ops {
 namespace {
@@ -22,10 +23,6 @@ namespace {
 // dropped copy of x is cheaper.
 constexpr int64_t kMostReads = 2;
 
-bool is_16_bit(const Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-}
-
 /// True where the kernels for matrices take x with this many rows of A.
 bool has_kernels(const Tensor& x, int64_t rank) {
   return is_16_bit(x) && x.numel() > 0 && rank > 0 && rank <= kMostReads * cuda::kMaxRank;
@@ -33,19 +30,6 @@ bool has_kernels(const Tensor& x, int64_t rank) {
 
 cuda::Type type_of(const Tensor& t) {
   return t.scalar_type() == at::kHalf ? cuda::Type::kHalf : cuda::Type::kBFloat16;
-}
-
-cuda::Element element_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return cuda::Element::kFloat;
-    case at::kDouble:
-      return cuda::Element::kDouble;
-    case at::kHalf:
-      return cuda::Element::kHalf;
-    default:
-      return cuda::Element::kBFloat16;
-  }
 }
 
 /// t [rows, columns] for a kernel that reads it.
@@ -66,115 +50,6 @@ void launch(cudaError_t (*launcher)(const Args&, cudaStream_t), Args args, const
   const Tensor workspace = bytes ? at::empty({bytes}, like.options().dtype(at::kByte)) : Tensor();
   args.workspace = bytes ? workspace.mutable_data_ptr() : nullptr;
   check_launch(launcher(args, current_stream()));
-}
-
-// ---- Pieces -------------------------------------------------------------------------------------
-
-cuda::Strided strided(const Tensor& t) {
-  return {t.const_data_ptr(), element_of(t), t.stride(0), t.stride(1)};
-}
-
-/// Several small matrices that are copied, cast, scaled or added up in one launch.
-class Pieces {
- public:
-  /// to = alpha * from; addends may follow.
-  cuda::Piece& add(const Tensor& from, const Tensor& to, double alpha = 1.0) {
-    if (args_.count == cuda::kMaxPieces) run();
-    cuda::Piece& piece = args_.pieces[args_.count++];
-    piece = {};
-    piece.from = strided(from);
-    piece.to = strided(to);
-    piece.to.data = to.mutable_data_ptr();
-    piece.rows = to.size(0), piece.columns = to.size(1);
-    piece.alpha = static_cast<float>(alpha);
-    return piece;
-  }
-
-  void run() {
-    if (args_.count == 0) return;
-    check_launch(cuda::launch_pieces(args_, current_stream()));
-    args_.count = 0;
-  }
-
- private:
-  cuda::PiecesArgs args_;
-};
-
-/// True where a piece can read or write t: floats of 16, 32 or 64 bits, on x's device.
-bool is_readable(const Tensor& t, const Tensor& x) {
-  const auto type = t.scalar_type();
-  const bool is_known = type == at::kFloat || type == at::kDouble || is_16_bit(t);
-  return is_known && t.device() == x.device();
-}
-
-Tensor readable(const Tensor& block, const Tensor& x) {
-  return is_readable(block, x) ? block : block.to(x.options());
-}
-
-/// True where a block can be read as it lies, without a copy.
-bool is_ready(const Tensor& block, const Tensor& x) {
-  return block.scalar_type() == x.scalar_type() && block.device() == x.device() &&
-         block.stride(1) == 1;
-}
-
-/// The blocks of A below one another [RA, in], in x's dtype with dense rows.
-Tensor stacked_rows(at::TensorList A, const Tensor& x) {
-  if (x.scalar_type() == at::kDouble) return with_dense_rows(stack(A, 0, x));
-  if (A.size() == 1 && is_ready(A[0], x)) return A[0];
-  Tensor out = at::empty({total_size(A, 0), A[0].size(1)}, x.options());
-  Pieces pieces;
-  std::vector<Tensor> alive;  // until the launch
-  int64_t first = 0;
-  for (const Tensor& block : A) {
-    alive.push_back(readable(block, x));
-    pieces.add(alive.back(), out.narrow(0, first, block.size(0)));
-    first += block.size(0);
-  }
-  pieces.run();
-  return out;
-}
-
-/// The blocks of B side by side [out, R], in x's dtype with dense rows, and what s B^T is still to
-/// be multiplied with: the scaling, or 1 where the blocks have it.
-std::pair<Tensor, double> stacked_columns(at::TensorList B, at::ArrayRef<double> scaling,
-                                          const Tensor& x) {
-  if (B.size() == 1 && is_ready(B[0], x)) return {B[0], scaling[0]};
-  const bool is_same = is_uniform(scaling);
-  Tensor out = at::empty({B[0].size(0), total_size(B, 1)}, x.options());
-  Pieces pieces;
-  std::vector<Tensor> alive;
-  int64_t first = 0;
-  for (size_t k = 0; k < B.size(); ++k) {
-    alive.push_back(readable(B[k], x));
-    pieces.add(alive.back(), out.narrow(1, first, B[k].size(1)), is_same ? 1.0 : scaling[k]);
-    first += B[k].size(1);
-  }
-  pieces.run();
-  return {out, is_same ? scaling[0] : 1.0};
-}
-
-/// Cuts a stacked gradient into one for each block, in the block's dtype; block k is multiplied
-/// with factors[k], where they are given.
-std::vector<Tensor> cut_apart(const Tensor& stacked, at::TensorList blocks, int64_t dim,
-                              at::ArrayRef<double> factors = {}) {
-  if (stacked.scalar_type() == at::kDouble) return unstack(stacked, blocks, dim);
-  if (blocks.size() == 1 && factors.empty() && is_ready(blocks[0], stacked)) return {stacked};
-  std::vector<Tensor> out;
-  Pieces pieces;
-  int64_t first = 0;
-  for (size_t k = 0; k < blocks.size(); ++k) {
-    const Tensor& block = blocks[k];
-    Tensor part =
-        at::empty(block.sizes(), (is_readable(block, stacked) ? block : stacked).options());
-    pieces.add(stacked.narrow(dim, first, block.size(dim)), part,
-               factors.empty() ? 1.0 : factors[k]);
-    first += block.size(dim);
-    out.push_back(std::move(part));
-  }
-  pieces.run();
-  for (size_t k = 0; k < blocks.size(); ++k)
-    if (!is_readable(blocks[k], stacked)) out[k] = out[k].to(blocks[k].options());
-  return out;
 }
 
 // ---- Dropout ------------------------------------------------------------------------------------

@@ -180,8 +180,7 @@ TEST(OpOnCuda, TakesAnyNumberOfRows) {
 TEST(OpOnCuda, PassesTheCheckOfItsKernels) {
   std::vector<at::ScalarType> types = {at::kBFloat16};
   if (std::getenv("RESLORA_FULL")) types = {at::kBFloat16, at::kHalf, at::kFloat, at::kDouble};
-  for (const auto type : types)
-    EXPECT_EQ(disagreement(kFusedKernels, at::kCPU, type), "") << type;
+  for (const auto type : types) EXPECT_EQ(disagreement(kFusedKernels, at::kCPU, type), "") << type;
 }
 
 TEST(OpOnCuda, RecordsNormsInARing) {
