@@ -22,7 +22,7 @@ from .._C import (
     plain_name,
 )
 from ..config import ResLoraConfig, matches
-from ..nn.base_layers import features_of, is_bypassed, is_conv1d
+from ..nn.base_layers import features_of, is_bypassed, is_linear
 
 # What layers are called whose rows are of the other stream where attention crosses over.
 KEYS_AND_VALUES = {
@@ -52,7 +52,7 @@ def describe(model: nn.Module) -> list[ModuleInfo]:
                 path,
                 type(module).__name__,
                 *(features_of(module) or (0, 0)),
-                is_linear=isinstance(base, nn.Linear) or is_conv1d(base),
+                is_linear=is_linear(base),
                 is_head=module is head,
                 is_bypassed=bool(path) and is_bypassed(modules.get(parent), name),
                 is_uniform=_is_uniform(path, modules),

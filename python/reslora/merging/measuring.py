@@ -30,6 +30,7 @@ from ..nn.base_layers import base_weight
 from ..nn.layer import ResLoraLinear
 from ..progress import progress
 from .batches import as_batches, call, evaluating, main_output, masks_of, moved
+from .plain_bases import refuse_other_bases
 from .planning import make_plan
 from .report import LayerReport, MergeReport
 from .stand_ins import Planned, planned_pair, standing_in
@@ -58,6 +59,7 @@ def merge_report(
     injection = injection_of(model, "merge_report")
     if injection.applied is not None:
         raise ValueError("[merge_report] the model must not be merged; got a merged one (unmerge)")
+    refuse_other_bases(injection, "merge_report")
     plan = make_plan(injection, merge_method, "merge_report")
     report = describe(plan)
     measure(model, injection, plan, report, batches, progressbar=progressbar)

@@ -37,6 +37,7 @@ from ..progress import bar
 from .batches import as_batches
 from .calibration import calibrate
 from .measuring import describe, measure
+from .plain_bases import refuse_other_bases
 from .planning import chosen_method, make_plan, warn_unfinished
 from .quantized import dense_layers, note_dense
 from .refinement import refine
@@ -210,6 +211,7 @@ def _merge(model: nn.Module, request: MergeRequest, dense: dict[str, nn.Linear])
         raise ValueError(f"[{op}] adapters must not be merged yet; got a merged model (unmerge it)")
     _check_limits(request)
     _check_weights(model, injection, op, dense)
+    refuse_other_bases(injection, op, set(dense))
     with earlier_fits_after_errors(injection):
         prepare(model, injection, request)
         weights = {name: layer.weight for name, layer in dense.items()}

@@ -24,6 +24,20 @@ def base_weight(base: nn.Module) -> Tensor | None:
     return weight.t() if is_conv1d(base) else weight
 
 
+# Subclasses of nn.Linear whose output is no x W^T + b: routers that return more than scores, layers
+# of groups, layers in two parts.
+NOT_LINEAR = {
+    "Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear",
+}  # fmt: skip
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a dense linear layer, by its class."""
+    if type(module).__name__ in NOT_LINEAR:
+        return False
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def typical_tensor(base: nn.Module) -> Tensor:
     """Return a parameter whose device, and precision if floating, the adapter takes."""
     parameters = list(base.parameters())
@@ -77,6 +91,8 @@ def features_of(module: Any) -> tuple[int, int] | None:
     """Return (in, out) of a layer that can be adapted, else None."""
     if is_conv1d(module):
         return module.weight.shape[0], module.weight.shape[1]
+    if type(module).__name__ in NOT_LINEAR:
+        return None
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(inputs, int) and isinstance(outputs, int) and inputs > 0 and outputs > 0:
         return inputs, outputs

@@ -246,7 +246,16 @@ class ResLoraLinear(nn.Module):
     def evaluate_base(self, x: Tensor) -> Base:
         """Return (weight, bias, None) of a plain base layer, else (None, None, its output)."""
         base = self.plain_base()
-        return (None, None, self.base_layer(x)) if base is None else (*base, None)
+        if base is not None:
+            return (*base, None)
+        out = self.base_layer(x)
+        if not isinstance(out, Tensor):
+            raise ValueError(
+                f"[adapt] a base layer must return one tensor; got {type(out).__name__} from "
+                f"{type(self.base_layer).__name__} (layer {self.name}: leave it out by "
+                "exclude_modules)"
+            )
+        return None, None, out
 
     def member(self, x: Tensor, base: Base, taps: list[Tensor]) -> ops.Member:
         """Return this layer as the op takes it."""
