@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.func import functional_call
 
 from ..injection.adapted import Injection
 from ..nn.base_layers import base_weight, is_conv1d
 from ..nn.layer import ResLoraLinear
 
 
-def refuse_other_bases(injection: Injection, op: str, replaced: set[str] = frozenset()) -> None:
+def refuse_other_bases(injection: Injection, op: str, replaced: Collection[str] = ()) -> None:
     """Refuse layers whose output would not follow what is written into their weight.
 
     Such are weights that are made anew in each forward (parametrizations, weight norm, pruning),
@@ -51,13 +53,16 @@ def _is_linear(base: nn.Module, weight: Tensor) -> bool:
     """Try one row: a class of its own, or a hook that observes, may well be linear."""
     x = torch.arange(weight.shape[1], device=weight.device).cos().to(weight.dtype)[None]
     bias = getattr(base, "bias", None)
+    outputs, inputs = weight.shape
+    plain = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    own = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     with torch.no_grad():
         try:
             got = base(x)
         except Exception:  # made for other rows, or for the model's own calls
             return False
-        want = functional.linear(x, weight, bias).float()
+        want = functional_call(plain, own, (x,)).float()
         if not isinstance(got, Tensor) or got.shape != want.shape:
             return False
-        error = (got.float() - want).norm() / want.norm().clamp_min(1e-30)
-    return bool(error <= max(1e-3, 8 * torch.finfo(weight.dtype).eps))
+        tolerance = max(1e-3, 8 * torch.finfo(weight.dtype).eps) * float(want.abs().max())
+        return torch.allclose(got.float(), want, rtol=0.0, atol=tolerance)
