@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .._C import Fit, FitSums, MergePlan, factor_names, tensors_sum
 from ..config import ResLoraConfig
@@ -104,6 +105,10 @@ def find_layers(model: nn.Module) -> list[ResLoraLinear]:
     return [layer for layer in layers if layer.is_in_use]
 
 
+# What holds a model as its `module`.
+HOLDERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+
+
 def plain_model(model: nn.Module) -> nn.Module:
     """Return the model that was adapted: what wrappers of torch and PEFT hold.
 
@@ -111,7 +116,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     """
     while True:
         inner = getattr(model, "_orig_mod", None)  # torch.compile
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        if inner is None and isinstance(model, HOLDERS):
             inner = model.module
         if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             inner = model.get_base_model()  # type: ignore[operator]

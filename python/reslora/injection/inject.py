@@ -22,7 +22,7 @@ from .._C import Matching, ModuleInfo, fill_factors, match_saved, warning_withou
 from ..config import ResLoraConfig, matches
 from ..nn.grouping import Group, find_groups
 from ..nn.session import Session
-from .adapted import Injection, find_layers
+from .adapted import HOLDERS, Injection, find_layers
 from .calls import leave_fused_paths, watch_first_step
 from .chains import make_chains, root_name
 from .heads import refuse_tied, saved_parameters
@@ -109,6 +109,11 @@ def _adapt(
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"[inject] model must be a torch module; got {type(model).__name__}")
+    if isinstance(model, HOLDERS):
+        raise ValueError(
+            f"[inject] a model must be adapted before it is wrapped; got a {type(model).__name__}, "
+            "which would not know the adapters: adapt the model that it holds, then wrap it"
+        )
     if find_layers(model):
         raise ValueError(
             "[inject] model must be plain; got one that is adapted already (unload it first)"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import Net, adapted, randomize
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 import reslora
 from reslora import _C
@@ -99,6 +100,20 @@ def test_a_head_of_a_compiled_model_is_saved_by_its_plain_name(tmp_path):
     wanted = model(x)
     reslora.save_pretrained(model, tmp_path)
     torch.testing.assert_close(reslora.load(copy.deepcopy(base), tmp_path)(x), wanted)
+
+
+@pytest.mark.parametrize("hold", [AveragedModel, torch.nn.DataParallel])
+def test_a_model_in_a_holder_is_saved_by_its_plain_names(tmp_path, hold):
+    base, x = torch.nn.Sequential(Net(), torch.nn.Linear(6, 2)), torch.randn(3, 6)
+    config = reslora.ResLoraConfig(target_modules=["lin"], modules_to_save=["1"], res_mode="is")
+    model = hold(reslora.inject(copy.deepcopy(base), config))
+    wanted = randomize(model).eval()(x)
+    reslora.save_pretrained(model, tmp_path / "adapter")
+    loaded = reslora.load(copy.deepcopy(base), tmp_path / "adapter")
+    torch.testing.assert_close(loaded.eval()(x), wanted)
+    reslora.export_lora(model, tmp_path / "lora", merge_method="weight")
+    with pytest.raises(ValueError, match=f"before it is wrapped; got a {hold.__name__}"):
+        reslora.inject(hold(base), config)
 
 
 @pytest.mark.parametrize("part", ["_orig_mod", "_checkpoint_wrapped_module"])
