@@ -297,8 +297,8 @@ CMAKE = """#!/bin/sh
 case "$1" in
   --version) echo "cmake version 3.31.0" ;;
   --build) mkdir -p "$2/python" "$2/src"
-    cp {package}/_C*.so "$2/python" && cp {package}/libreslora.so "$2/src"
-    cp {package}/_build_info.py "$2/python/build_info.py" ;;
+    cp {built}/_C*.so "$2/python" && cp {built}/libreslora.so "$2/src"
+    cp {info} "$2/python/build_info.py" ;;
   *) echo "$*" >{log} ;;
 esac
 """
@@ -317,11 +317,12 @@ class Trial:
     """gpu.sh on the CPU, with stand-ins for CMake and CUDA's tools, into a folder."""
 
     def __init__(self, folder: Path) -> None:
-        import reslora
+        from reslora import _C, _build_info  # in an editable install not beside the sources
 
         tools = folder / "bin"
         self.output, self.cmake_log = folder / "out", folder / "cmake.log"
-        texts = {"cmake": CMAKE.format(package=Path(reslora.__file__).parent, log=self.cmake_log)}
+        built, info = Path(_C.__file__).parent, _build_info.__file__
+        texts = {"cmake": CMAKE.format(built=built, info=info, log=self.cmake_log)}
         for name in ("cmake", "ncu", "compute-sanitizer"):
             tools.mkdir(exist_ok=True)
             (tools / name).write_text(texts.get(name, TOOL))
