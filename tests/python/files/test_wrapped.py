@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 from models import Net, adapted, randomize
+from older_files import rename_saved
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
 import reslora
-from reslora import _C
 from reslora.injection.adapted import find_layers
 
 compiled = partial(torch.compile, backend="eager")
@@ -126,26 +126,7 @@ def test_older_folders_with_names_of_wrappers_are_read(tmp_path, part):
     def older(name):
         return name.replace("layers.", f"{part}.layers.").replace(".lin", f".{part}.lin")
 
-    path = tmp_path / "adapter_model.safetensors"
-    read = _C.load_adapter(path)
-    statistics = _C.statistics_beside(tmp_path, read)
-    chains = [
-        (
-            older(key),
-            [
-                _C.LayerShape(older(s.name), s.in_features, s.out_features, s.r, s.scaling)
-                for s in layers
-            ],
-        )
-        for key, layers in read.chains
-    ]
-    tensors = {older(key): tensor for key, tensor in read.tensors.items()}
-    _C.save_adapter(path, read.config_json, chains, tensors)
-    _C.save_statistics(
-        tmp_path / "adapter_statistics.safetensors",
-        _C.tensors_sum(tensors),
-        {older(name): own for name, own in statistics.items()},
-    )
+    rename_saved(tmp_path, older)
     base = reslora.unload(copy.deepcopy(model))
     loaded = reslora.load(base, tmp_path)
     assert torch.equal(loaded(x), model(x))

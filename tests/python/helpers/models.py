@@ -52,10 +52,30 @@ class Net(nn.Module):
         return x
 
 
+class Towers(nn.Module):
+    """Two nets on one input: two numbers in the path of each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(Net(depth=3) for _ in range(2))
+
+    def forward(self, x):
+        return sum(tower(x) for tower in self.towers)
+
+
 # The first tokens of every vocabulary here. Defaults are those of large vocabularies, and what a
 # model does with an id outside of its own differs between versions of transformers.
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NON_REENTRANT = {"use_reentrant": False}
+
+
+@torch.no_grad()
+def silence_others(model: nn.Module, targets: list[str]) -> None:
+    """Let linear layers of other names add nothing, so that rows pass through a residual model."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] not in targets:
+            for parameter in module.parameters():
+                parameter.zero_()
 
 
 def randomize(model: nn.Module, deviation: float = 0.5) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import adapted
+from models import adapted, silence_others
 from torch import nn
 
 from reslora import _C, ResLoraConfig, inject
@@ -53,11 +53,7 @@ def seen_by_layers(model, size):
 def test_a_tap_is_of_the_same_patches(family, res_mode, pre_num):
     """Without what blocks add, each block sees the patches as they were: rows can be compared."""
     base, targets = made(family)
-    with torch.no_grad():
-        for path, module in base.named_modules():
-            if isinstance(module, nn.Linear) and path.rpartition(".")[2] not in targets:
-                for parameter in module.parameters():
-                    parameter.zero_()
+    silence_others(base, targets)
     model = adapted(base, res_mode=res_mode, pre_num=pre_num, target_modules=targets)
     seen = seen_by_layers(model, model.config.image_size)
     links = 0

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from models import Net, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from models import Towers, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from torch import nn
 
 from reslora import ResLoraConfig, ResLoraLinear, inject
@@ -72,14 +72,6 @@ def test_exclude_modules_and_layers_to_transform():
 
 
 def test_layers_pattern_says_which_number_is_the_layers():
-    class Towers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.towers = nn.ModuleList(Net(depth=3) for _ in range(2))
-
-        def forward(self, x):
-            return sum(tower(x) for tower in self.towers)
-
     options = {"target_modules": ["lin"], "layers_to_transform": [1], "res_mode": "none"}
     first = names(inject(Towers(), ResLoraConfig(**options)))
     assert first == [f"towers.1.layers.{n}.lin" for n in range(3)]

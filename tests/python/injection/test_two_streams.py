@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import adapted, randomize
+from models import adapted, randomize, silence_others
 from torch import nn
 
 from reslora import _C, ResLoraConfig, inject
@@ -91,11 +91,7 @@ def test_a_tap_is_of_the_same_points(make, targets, query, key, res_mode, pre_nu
     """Without what layers add, each of them sees the points as they were: rows can be compared."""
     torch.manual_seed(0)
     base = make()
-    with torch.no_grad():
-        for path, module in base.named_modules():
-            if isinstance(module, nn.Linear) and path.rpartition(".")[2] not in targets:
-                for parameter in module.parameters():
-                    parameter.zero_()
+    silence_others(base, targets)
     model = adapted(base, res_mode=res_mode, pre_num=pre_num, target_modules=targets)
     seen = {layer.name: [] for layer in find_layers(model)}
     for layer in find_layers(model):

@@ -4,26 +4,13 @@ import copy
 
 import pytest
 import torch
-from models import Net, adapted, tiny_llama, tokens
-from torch import nn
+from models import Net, Towers, adapted, tiny_llama, tokens
 
 import reslora
 from reslora.injection.adapted import find_layers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 from peft_models import wrapped  # noqa: E402
-
-
-class Towers(nn.Module):
-    """Two nets: two numbers in the path of each layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.towers = nn.ModuleList(Net(depth=3) for _ in range(2))
-
-    def forward(self, x):
-        return sum(tower(x) for tower in self.towers)
-
 
 LINEAR = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj",
           "self_attn.q_proj", "self_attn.v_proj"]  # fmt: skip

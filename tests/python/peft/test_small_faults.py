@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 from models import adapted, tiny_llama, tokens
+from older_files import rename_saved
 from safetensors.torch import load_file, save_file
 
 import reslora
-from reslora import _C
 from reslora.injection.adapted import find_layers
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -138,30 +138,6 @@ def former(name):
     return name.replace("lm_head", "language_model.lm_head")
 
 
-def saved_formerly(model, folder):
-    """Save an adapted LLaVA as an older version did, with statistics and a head."""
-    reslora.save_pretrained(model, folder, statistics=True)
-    path, beside = folder / "adapter_model.safetensors", folder / "adapter_statistics.safetensors"
-    read = _C.load_adapter(path)
-    statistics = _C.statistics_beside(folder, read)
-    chains = [
-        (
-            former(key),
-            [
-                _C.LayerShape(former(s.name), s.in_features, s.out_features, s.r, s.scaling)
-                for s in layers
-            ],
-        )
-        for key, layers in read.chains
-    ]
-    tensors = {former(key): tensor for key, tensor in read.tensors.items()}
-    _C.save_adapter(path, read.config_json, chains, tensors)
-    factors = {key: tensor for key, tensor in tensors.items() if ".reslora_" in key}
-    stored = {former(name): own for name, own in statistics.items()}
-    _C.save_statistics(beside, _C.tensors_sum(factors), stored)
-    return tensors
-
-
 @pytest.mark.parametrize("is_adapted", [True, False])
 def test_names_of_older_checkpoints_are_read_by_the_core(tmp_path, is_adapted):
     pytest.importorskip("transformers", minversion="5")
@@ -170,7 +146,8 @@ def test_names_of_older_checkpoints_are_read_by_the_core(tmp_path, is_adapted):
     base, ids = tiny_llava(), torch.randint(3, 30, (2, 7))
     model = adapted(copy.deepcopy(base), modules_to_save=["lm_head"], **options)
     model.train()(input_ids=ids)  # norms
-    tensors = saved_formerly(model.eval(), tmp_path)
+    reslora.save_pretrained(model.eval(), tmp_path, statistics=True)
+    tensors = rename_saved(tmp_path, former)
     assert "language_model.lm_head.weight" in tensors
     other = copy.deepcopy(base)
     if is_adapted:
