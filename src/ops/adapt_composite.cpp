@@ -81,30 +81,22 @@ Tensor project(const Tensor& x, Mask& mask, at::TensorList blocks, at::ArrayRef<
   return u;
 }
 
-/// s and tap of the columns of a member.
-std::pair<Tensor, Tensor> take_taps_of(const Tensor& u, const Member& member, int64_t R) {
-  const bool has_tap_rows = u.size(1) > R;
-  const Tensor own = has_tap_rows ? u.narrow(1, 0, R) : u;
-  Tensor s = own, tap;
-  for (const Tensor& one : member.taps) {
-    const Tensor addend = as_matrix(one).to(u.options());
-    s = s.is_same(own) ? at::add(own, addend) : s.add_(addend);
-  }
-  if (has_tap_rows) {
-    tap = u.narrow(1, R, u.size(1) - R);
-  } else if (member.keep_tap) {
-    tap = u;
-  }
-  return {s, tap};
-}
-
 TapsTaken take_taps(const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<Range> own) {
   TapsTaken taken;
   for (size_t g = 0; g < members.size(); ++g) {
-    const int64_t end = g + 1 < members.size() ? own[g + 1].first : u.size(1);
-    const bool is_whole = members.size() == 1;
-    const Tensor part = is_whole ? u : u.narrow(1, own[g].first, end - own[g].first);
-    auto [s, tap] = take_taps_of(part, members[g], own[g].size);
+    const Range rest = tap_columns(own, g, u.size(1));
+    const bool is_all = own[g].size == u.size(1);
+    const Tensor part = is_all ? u : u.narrow(1, own[g].first, own[g].size);
+    Tensor s = part, tap;
+    for (const Tensor& one : members[g].taps) {
+      const Tensor addend = as_matrix(one).to(u.options());
+      s = s.is_same(part) ? at::add(part, addend) : s.add_(addend);
+    }
+    if (rest.size > 0) {
+      tap = u.narrow(1, rest.first, rest.size);
+    } else if (members[g].keep_tap) {
+      tap = part;
+    }
     // u itself may be one result of a member that is alone.
     if (s.is_alias_of(u) && !s.is_same(u)) s = s.clone(at::MemoryFormat::Contiguous);
     if (tap.defined() && (!tap.is_same(u) || s.is_same(u)))

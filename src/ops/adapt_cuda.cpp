@@ -12,6 +12,7 @@
 
 #include "ops/fused_kernels.h"
 #include "ops/kernel_choice.h"
+#include "ops/pieces.h"
 
 namespace reslora::ops {
 
@@ -57,15 +58,10 @@ class MayWait {
   const c10::cuda::SyncDebugMode before_ = c10::cuda::warning_state().get_sync_debug_mode();
 };
 
-bool has_kernels_for(const Tensor& x) {
-  const auto type = x.scalar_type();
-  return type == at::kBFloat16 || type == at::kHalf || type == at::kFloat || type == at::kDouble;
-}
-
 /// The kernels for x; the first use of a type on a device checks them.
 const DeviceKernels& kernels_for(const Tensor& x) {
   // The dispatcher comes here for any argument on CUDA; x may be elsewhere, with its products.
-  if (!x.is_cuda() || !has_kernels_for(x)) return kAtenKernels;
+  if (!x.is_cuda() || !has_element(x)) return kAtenKernels;
   if (choice().knows(x)) return choice().of(x, true);
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
     return choice().of(x, false);

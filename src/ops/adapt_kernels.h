@@ -119,6 +119,13 @@ struct Range {
   int64_t size;
 };
 
+/// The columns of u that are the tap of member g: those between its own and the next member's.
+/// `own` says where the members' own columns are, `width` is that of u.
+inline Range tap_columns(at::ArrayRef<Range> own, size_t g, int64_t width) {
+  const int64_t first = own[g].first + own[g].size;
+  return {first, (g + 1 < own.size() ? own[g + 1].first : width) - first};
+}
+
 /// s [T, R] of each member, and the tap that it hands on, or an undefined tensor.
 using TapsTaken = c10::SmallVector<std::pair<Tensor, Tensor>, 3>;
 

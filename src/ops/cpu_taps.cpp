@@ -38,8 +38,7 @@ TapsTaken take_taps_on_cpu(const Tensor& u, at::ArrayRef<Member> members, at::Ar
   TapsTaken taken;
   for (size_t g = 0; g < members.size(); ++g) {
     const Member& member = members[g];
-    const int64_t end = g + 1 < members.size() ? own[g + 1].first : u.size(1);
-    const Range rest = {own[g].first + own[g].size, end - own[g].first - own[g].size};
+    const Range rest = tap_columns(own, g, u.size(1));
     // u itself may be one result of a member that is alone.
     const bool is_s = members.size() == 1 && rest.size == 0 && member.taps.empty();
     const bool is_tap = members.size() == 1 && member.keep_tap && !is_s;

@@ -139,9 +139,9 @@ TapsTaken take_taps(const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<
   std::vector<Tensor> alive;
   for (size_t g = 0; g < members.size(); ++g) {
     const Member& member = members[g];
-    const int64_t R = own[g].size, end = g + 1 < own.size() ? own[g + 1].first : u.size(1);
-    const int64_t rest = end - own[g].first - R;
-    const bool is_whole = members.size() == 1 && rest == 0 && member.taps.empty();
+    const int64_t R = own[g].size;
+    const Range rest = tap_columns(own, g, u.size(1));
+    const bool is_whole = members.size() == 1 && rest.size == 0 && member.taps.empty();
     Tensor s = u, tap;
     if (!is_whole) {
       s = at::empty({u.size(0), R}, u.options());
@@ -158,8 +158,8 @@ TapsTaken take_taps(const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<
     }
     if (member.keep_tap && members.size() == 1 && !is_whole) {
       tap = u;  // which nothing else is
-    } else if (rest > 0 || member.keep_tap) {
-      const Range columns = rest > 0 ? Range{own[g].first + R, rest} : own[g];
+    } else if (rest.size > 0 || member.keep_tap) {
+      const Range& columns = rest.size > 0 ? rest : own[g];
       tap = at::empty({u.size(0), columns.size}, u.options());
       pieces.add(u.narrow(1, columns.first, columns.size), tap);
     }

@@ -8,11 +8,9 @@
 namespace reslora::ops {
 namespace {
 
-/// True where a piece can read or write t: floats of 16, 32 or 64 bits, on x's device.
+/// True where a piece can read or write t beside x.
 bool is_readable(const Tensor& t, const Tensor& x) {
-  const auto type = t.scalar_type();
-  const bool is_known = type == at::kFloat || type == at::kDouble || is_16_bit(t);
-  return is_known && t.device() == x.device();
+  return has_element(t) && t.device() == x.device();
 }
 
 /// True where a block can be read as it lies, without a copy.
@@ -25,6 +23,10 @@ bool is_ready(const Tensor& block, const Tensor& x) {
 
 bool is_16_bit(const Tensor& x) {
   return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+}
+
+bool has_element(const Tensor& t) {
+  return is_16_bit(t) || t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
 }
 
 cuda::Element element_of(const Tensor& t) {

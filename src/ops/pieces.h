@@ -10,6 +10,9 @@
 namespace reslora::ops {
 
 bool is_16_bit(const Tensor& x);
+/// True for the types of cuda::Element: floats of 16, 32 or 64 bits.
+bool has_element(const Tensor& t);
+/// The type of a tensor that has one.
 cuda::Element element_of(const Tensor& t);
 /// t, 2-D, for a kernel that reads it.
 cuda::Strided strided(const Tensor& t);
