@@ -316,30 +316,8 @@ __device__ void each(F f) {
 
 // ---- Sums over blocks
 
-/// fp32 [parts, rows, columns]: what each block has summed.
-struct Partials {
-  float* data;
-  int64_t parts;
-  int64_t rows;
-  int64_t columns;
-
-  __host__ __device__ float* at(int64_t part, int64_t row) const {
-    return data + (part * rows + row) * columns;
-  }
-};
-
-constexpr int kSumThreads = 128;
-
-/// out = alpha * sum of the parts, in the order of the parts.
-template <typename T>
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(Partials from, View<T> out, float alpha) {
-  const int64_t size = from.rows * from.columns;
-  const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
-  if (i >= size) return;
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int64_t part = 0; part < from.parts; ++part) sum += load(from.data + part * size + i);
-  store(out.at(i / from.columns, i % from.columns), from_float<T>(alpha * sum));
+__device__ inline float* row_of(const Parts& parts, int64_t part, int64_t row) {
+  return parts.data + part * parts.part_stride + row * parts.row_stride;
 }
 
 /// The sum over a warp, in lane 0; a fixed tree.
@@ -347,6 +325,20 @@ __device__ inline float warp_sum(float value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2)
     value += __shfl_down_sync(0xffffffffu, value, distance);
   return value;
+}
+
+/// The sum over a block of kThreads, in thread 0; a fixed order. `memory` holds a float for each
+/// warp.
+template <int kThreads>
+__device__ float block_sum(float value, float* memory) {
+  const float sum = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  float total = 0.0f;
+  if (threadIdx.x == 0)
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) total += memory[warp];
+  __syncthreads();  // `memory` is used again
+  return total;
 }
 
 }  // namespace reslora::cuda

@@ -41,7 +41,7 @@ struct Piece {
 };
 
 /// Several pieces in one launch: blocks of adapters that are stacked or cut apart, taps that are
-/// added, sums over parts.
+/// added, sums over the parts that blocks have left.
 struct PiecesArgs {
   Piece pieces[kMaxPieces];
   int count = 0;
@@ -56,10 +56,12 @@ struct DropArgs {
   Mask mask;      // not kNone
 };
 
-/// out[2 g] = sqrt(*squares) and out[2 g + 1] = the Frobenius norm of some columns of u.
+/// out[2 g] = the root of the sum of `squares`, and out[2 g + 1] = the Frobenius norm of some
+/// columns of u.
 struct NormsArgs {
-  const float* squares;  // [1]
-  Strided u;             // [T, .], 16-bit or fp32
+  const float* squares;  // [squares_count]
+  int64_t squares_count;
+  Strided u;  // [T, .], 16-bit or fp32
   int64_t rows;
   int64_t first[kMaxPieces];  // the columns of each norm
   int64_t columns[kMaxPieces];

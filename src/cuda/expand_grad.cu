@@ -1,8 +1,8 @@
-// ds = alpha * gy B and dB = alpha * gy^T s in one read of gy.
+// ds = gy B and dB = gy^T s in one read of gy.
 //
 // A block owns a span of columns of gy and a range of its rows, through which it walks 16 at a
 // time. Its part of dB stays in registers; each step's part of ds is added up over the warps and
-// written. Two kernels then add up ds over the spans and dB over the ranges, in order.
+// written. So each span leaves a part of ds, and each range a part of dB.
 #include "start.cuh"
 
 namespace reslora::cuda {
@@ -37,8 +37,8 @@ struct Job {
   View<const T> gy;
   View<const T> B;
   View<const T> s;
-  Partials ds;    // a part for each span of columns
-  Partials dB;    // a part for each range of rows
+  Parts ds;       // one for each span of columns
+  Parts dB;       // one for each range of rows
   int64_t range;  // steps of one block
 };
 
@@ -82,12 +82,12 @@ __device__ void write_ds(const Job<T>& job, int64_t first_row, const float* memo
 #pragma unroll
   for (int first = 0; first < kRows * kRank; first += kThreads) {
     const int i = first + threadIdx.x, r = i / kRank, c = i % kRank;
-    if (first_row + r >= job.ds.rows || c >= job.ds.columns) continue;
+    if (first_row + r >= job.gy.rows || c >= job.s.columns) continue;
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp)
       sum += memory[warp * L::kDsTile + r * L::kDsPitch + c];
-    store(job.ds.at(blockIdx.x, first_row + r) + c, sum);
+    store(row_of(job.ds, blockIdx.x, first_row + r) + c, sum);
   }
 }
 
@@ -108,8 +108,8 @@ __device__ void write_dB(const Job<T>& job, int64_t first_row,
     for (int i = threadIdx.x % kWarp; i < kTile * kRank; i += kWarp) {
       const int r = i / kRank, c = i % kRank;
       const int64_t row = first_row + warp * kOwn + k * kTile + r;
-      if (row < job.dB.rows && c < job.dB.columns)
-        store(job.dB.at(blockIdx.y, row) + c, tile[r * L::kDsPitch + c]);
+      if (row < job.gy.columns && c < job.s.columns)
+        store(row_of(job.dB, blockIdx.y, row) + c, tile[r * L::kDsPitch + c]);
     }
     __syncwarp();  // the tile is used again
   }
@@ -180,17 +180,10 @@ template <typename T, int kRank>
 struct ExpandGradLauncher {
   static cudaError_t run(const ExpandGradArgs& args, cudaStream_t stream) {
     const Cut cut = cut_of(args);
-    auto* sums = static_cast<float*>(args.workspace);
-    const Partials ds = {sums, cut.tiles, args.ds.rows, args.ds.columns};
-    const Partials dB = {ds.at(cut.tiles, 0), cut.ranges, args.dB.rows, args.dB.columns};
-    if (cut.tiles > 0) {
-      const Job<T> job = {
-          view_of<T>(args.gy), view_of<T>(args.B), view_of<T>(args.s), ds, dB, cut.range};
-      const cudaError_t error = start_blocks(job, cut, stream);
-      if (error != cudaSuccess) return error;
-    }
-    const cudaError_t error = start_sum(ds, view_of<T>(args.ds), args.alpha, stream);
-    return error == cudaSuccess ? start_sum(dB, view_of<T>(args.dB), args.alpha, stream) : error;
+    if (cut.tiles == 0) return cudaSuccess;
+    const Job<T> job = {
+        view_of<T>(args.gy), view_of<T>(args.B), view_of<T>(args.s), args.ds, args.dB, cut.range};
+    return start_blocks(job, cut, stream);
   }
 
   /// Three stages, where the device has the shared memory for them; else two.
@@ -215,12 +208,6 @@ struct ExpandGradLauncher {
 Cut cut_of(const ExpandGradArgs& args) {
   return cut_into(ceil_div(args.gy.columns, kColumns), ceil_div(args.gy.rows, kRows),
                   args.multiprocessors);
-}
-
-size_t workspace_bytes(const ExpandGradArgs& args) {
-  const Cut cut = cut_of(args);
-  return sizeof(float) *
-         (cut.tiles * args.ds.rows * args.ds.columns + cut.ranges * args.dB.rows * args.dB.columns);
 }
 
 cudaError_t launch_expand_grad(const ExpandGradArgs& args, cudaStream_t stream) {

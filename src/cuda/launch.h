@@ -1,10 +1,10 @@
 // The CUDA kernels beside the big GEMMs: what each computes, on raw pointers, without torch.
 //
-// Contract: matrices are bf16 or fp16 and lie on the current device; products accumulate in fp32;
-// sums over blocks are taken in a fixed order, so equal inputs give equal bits on one device. The
-// caller owns all memory, among it a workspace of workspace_bytes(args) bytes (16-byte aligned,
-// null where that is 0). A launch enqueues on `stream`, waits for nothing and returns the first
-// error. "Kept x" is x with dropped elements 0. Rank: u, s, ds have R <= kMaxRank columns.
+// Contract: matrices are bf16 or fp16 and lie on the current device; products accumulate in fp32.
+// Where several blocks have a share in a result, each leaves a part of the sum, and `pieces`
+// (elementwise.h) adds the parts up in their order, so equal inputs give equal bits on one device.
+// The caller owns all memory. A launch enqueues on `stream`, waits for nothing and returns the
+// first error. "Kept x" is x with dropped elements 0. Rank: u, s, ds have R <= kMaxRank columns.
 #pragma once
 
 #include <driver_types.h>
@@ -36,6 +36,14 @@ struct Matrix {
   int64_t stride;
 };
 
+/// Parts of a sum: element (i, j) of part p lies at data[p * part_stride + i * row_stride + j].
+/// How many parts there are is a matter of `cut_of`.
+struct Parts {
+  float* data = nullptr;
+  int64_t part_stride = 0;
+  int64_t row_stride = 0;
+};
+
 /// Where the random numbers start. While a CUDA graph is captured the seed and the offset lie in
 /// device memory, so that each replay draws anew: then the pointers are set, and `offset` is added
 /// to *offset_at.
@@ -65,8 +73,9 @@ struct Mask {
   Philox philox;
 };
 
-/// u = alpha * kept x A^T, and *squares = sum of x^2 before dropout. Reads x once, writes T x R
-/// and the drawn bits.
+/// u = alpha * kept x A^T, and the squares of x before dropout, summed up by each block. Reads x
+/// once, writes T x R and the drawn bits. A cut into several ranges needs `parts`: then these hold
+/// what u is alpha times the sum of, and u is not written.
 struct ProjectArgs {
   Type type;
   ConstMatrix x;  // [T, in]
@@ -74,33 +83,29 @@ struct ProjectArgs {
   Matrix u;       // [T, R]
   float alpha;
   Mask mask;
-  float* squares;  // [1], or null
-  void* workspace;
+  float* squares;       // [tiles * ranges], or null
+  Parts parts;          // [ranges] of [T, R]; data null: none
   int multiprocessors;  // of the device
 };
 
-/// ds = alpha * gy B and dB = alpha * gy^T s. Reads gy once. R <= kMaxExpandGradRank.
+/// ds = gy B and dB = gy^T s, in parts. Reads gy once. R <= kMaxExpandGradRank.
 struct ExpandGradArgs {
   Type type;
   ConstMatrix gy;  // [T, out]
   ConstMatrix B;   // [out, R]
   ConstMatrix s;   // [T, R]
-  Matrix ds;       // [T, R]
-  Matrix dB;       // [out, R]
-  float alpha;
-  void* workspace;
+  Parts ds;        // [tiles] of [T, R]
+  Parts dB;        // [ranges] of [out, R]
   int multiprocessors;
 };
 
-/// dA = alpha * du^T kept x. Reads x once, and given bits.
+/// dA = du^T kept x, in parts. Reads x once, and given bits.
 struct ProjectGradArgs {
   Type type;
-  ConstMatrix du;  // [T, R]
-  ConstMatrix x;   // [T, in]
-  Matrix dA;       // [R, in]
-  float alpha;
+  ConstMatrix du;       // [T, R]
+  ConstMatrix x;        // [T, in]
+  Parts dA;             // [ranges] of [R, in]
   const uint8_t* bits;  // null keeps all
-  void* workspace;
   int multiprocessors;
 };
 
@@ -116,6 +121,7 @@ struct ExpandArgs {
 };
 
 /// How a launch is divided: into `ranges` blocks for each tile of the dimension that blocks own.
+/// The sizes of the wide matrix and the device decide, not the rank.
 struct Cut {
   int64_t tiles;
   int64_t range;  // steps along the other dimension that a block takes
@@ -125,10 +131,6 @@ struct Cut {
 Cut cut_of(const ProjectArgs& args);
 Cut cut_of(const ExpandGradArgs& args);
 Cut cut_of(const ProjectGradArgs& args);
-
-size_t workspace_bytes(const ProjectArgs& args);
-size_t workspace_bytes(const ExpandGradArgs& args);
-size_t workspace_bytes(const ProjectGradArgs& args);
 
 cudaError_t launch_project(const ProjectArgs& args, cudaStream_t stream);
 cudaError_t launch_expand_grad(const ExpandGradArgs& args, cudaStream_t stream);

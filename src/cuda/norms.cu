@@ -9,27 +9,25 @@ namespace {
 
 constexpr int kThreads = 1024;  // one block: u is small, and its sum keeps a fixed order
 
-__global__ void __launch_bounds__(kThreads) norms_kernel(NormsArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) norms_kernel(NormsArgs args) {
   RESLORA_SHARED(memory);
   float* sums = reinterpret_cast<float*>(memory);
+  float own = 0.0f;
+  for (int64_t i = threadIdx.x; i < args.squares_count; i += kThreads)
+    own += load(args.squares + i);
+  const float of_x = sqrtf(block_sum<kThreads>(own, sums));
   for (int g = 0; g < args.count; ++g) {
     const int64_t columns = args.columns[g], size = args.rows * columns;
-    float own = 0.0f;
+    own = 0.0f;
     for (int64_t i = threadIdx.x; i < size; i += kThreads) {
       const float value =
           load_float(args.u, i / columns * args.u.row_stride + args.first[g] + i % columns);
       own += value * value;
     }
-    const float sum = warp_sum(own);
-    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      float total = 0.0f;
-      for (int warp = 0; warp < kThreads / kWarp; ++warp) total += sums[warp];
-      store(args.out + 2 * g, sqrtf(load(args.squares)));
-      store(args.out + 2 * g + 1, sqrtf(total));
-    }
-    __syncthreads();  // `sums` is used again
+    const float sum = block_sum<kThreads>(own, sums);
+    if (threadIdx.x != 0) continue;
+    store(args.out + 2 * g, of_x);
+    store(args.out + 2 * g + 1, sqrtf(sum));
   }
 }
 

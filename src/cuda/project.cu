@@ -1,8 +1,8 @@
 // u = alpha * kept x A^T in one read of x, with the dropout bits and the sum of x^2 on the way.
 //
 // A block owns 64 rows of x and walks along a range of columns, 64 at a time, through a ring of
-// tiles in shared memory. Where few rows leave the device idle the columns are cut into ranges
-// whose partial sums are added in order by a second kernel.
+// tiles in shared memory. Where few rows leave the device idle the columns are cut into ranges,
+// and each range leaves its part of the sum.
 #include "dropout.cuh"
 #include "start.cuh"
 
@@ -13,7 +13,6 @@ constexpr int kThreads = 128;
 constexpr int kRows = 64;   // of x, per block
 constexpr int kDepth = 64;  // columns of x per step
 constexpr int kPitch = kDepth + kPad;
-constexpr int kSquaresThreads = 256;
 using Own = OwnChunks<kRows, kDepth, kThreads>;  // of x
 
 /// Shared memory: kStages pairs of tiles; afterwards the block's part of u, in fp32.
@@ -37,9 +36,9 @@ struct Job {
   View<T> u;
   float alpha;
   Mask mask;
-  float* squares;     // a partial sum for each block, or null
-  Partials partials;  // data null: u is written here
-  int64_t range;      // steps of one block
+  float* squares;  // a sum for each block, or null
+  Parts parts;     // data null: u is written here
+  int64_t range;   // steps of one block
 
   __device__ BitMatrix bits() const { return {mask.bits, x.rows, ceil_div(x.columns, kChunk)}; }
 };
@@ -78,15 +77,8 @@ __device__ void prepare(const Job<T>& job, T* x, const OwnBytes<Own>& own, const
 __device__ inline void write_squares(float* to, const float* own, float* memory) {
   float all = 0.0f;
   for (int i = 0; i < Own::kCount; ++i) all += own[i];
-  const float sum = warp_sum(all);
-  if (threadIdx.x % kWarp == 0) memory[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    float total = 0.0f;
-    for (int warp = 0; warp < kThreads / kWarp; ++warp) total += memory[warp];
-    store(to + int64_t{blockIdx.y} * gridDim.x + blockIdx.x, total);
-  }
-  __syncthreads();  // `memory` is used again
+  const float total = block_sum<kThreads>(all, memory);
+  if (threadIdx.x == 0) store(to + int64_t{blockIdx.y} * gridDim.x + blockIdx.x, total);
 }
 
 /// acc += the warp's 16 rows of the tile of x times the tile of A, transposed.
@@ -104,7 +96,7 @@ __device__ void multiply(const T* x, const T* A, Accumulator* acc) {
   });
 }
 
-/// Writes the warp's 16 rows of u, or of its partial sum.
+/// Writes the warp's 16 rows of u, or of its part of the sum.
 template <int kRank, typename T>
 __device__ void write_u(const Job<T>& job, int64_t first_row, const Accumulator* acc,
                         float* memory) {
@@ -120,9 +112,9 @@ __device__ void write_u(const Job<T>& job, int64_t first_row, const Accumulator*
     const int64_t row = first_row + threadIdx.x / kWarp * kTile + r;
     if (row >= job.u.rows || c >= rank) continue;
     float* values = rows + r * kUPitch + c;
-    if (job.partials.data != nullptr) {
+    if (job.parts.data != nullptr) {
       for (int j = 0; j < kChunk && c + j < rank; ++j)
-        store(job.partials.at(blockIdx.y, row) + c + j, values[j]);
+        store(row_of(job.parts, blockIdx.y, row) + c + j, values[j]);
       continue;
     }
     for (int j = 0; j < kChunk; ++j) values[j] *= job.alpha;
@@ -191,45 +183,15 @@ __global__ void __launch_bounds__(kThreads, Layout<kRank>::kBlocks) project_kern
   write_u<kRank>(job, row, acc, room);
 }
 
-/// *to = the sum of `count` values, in a fixed order.
-__global__ void __launch_bounds__(kSquaresThreads)
-    sum_squares_kernel(const float* from, int64_t count, float* to) {
-  RESLORA_SHARED(memory);
-  float* sums = reinterpret_cast<float*>(memory);
-  float own = 0.0f;
-  for (int64_t i = threadIdx.x; i < count; i += kSquaresThreads) own += load(from + i);
-  const float sum = warp_sum(own);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  float total = 0.0f;
-  for (int warp = 0; warp < kSquaresThreads / kWarp; ++warp) total += sums[warp];
-  store(to, total);
-}
-
-size_t partial_bytes(const ProjectArgs& args, const Cut& cut) {
-  return cut.ranges == 1 ? 0 : sizeof(float) * cut.ranges * args.u.rows * args.u.columns;
-}
-
 template <typename T, int kRank>
 struct ProjectLauncher {
   static cudaError_t run(const ProjectArgs& args, cudaStream_t stream) {
     const Cut cut = cut_of(args);
-    const size_t partial = partial_bytes(args, cut);
-    auto* sums = static_cast<float*>(args.workspace);
-    float* squares = args.squares ? sums + partial / sizeof(float) : nullptr;
-    const Partials partials = {partial ? sums : nullptr, cut.ranges, args.u.rows, args.u.columns};
-    const Job<T> job = {view_of<T>(args.x), view_of<T>(args.A), view_of<T>(args.u),
-                        args.alpha,         args.mask,          squares,
-                        partials,           cut.range};
-    cudaError_t error = cudaSuccess;
-    if (cut.tiles > 0) error = start_blocks(job, cut, args.mask.dropout, stream);
-    if (error == cudaSuccess && partial) error = start_sum(partials, job.u, args.alpha, stream);
-    if (error == cudaSuccess && squares) {
-      error = start(sum_squares_kernel, dim3(1), kSquaresThreads, 128, stream,
-                    static_cast<const float*>(squares), cut.tiles * cut.ranges, args.squares);
-    }
-    return error;
+    if (cut.tiles == 0) return cudaSuccess;
+    if (cut.ranges > 1 && args.parts.data == nullptr) return cudaErrorInvalidValue;
+    const Job<T> job = {view_of<T>(args.x), view_of<T>(args.A), view_of<T>(args.u), args.alpha,
+                        args.mask,          args.squares,       args.parts,         cut.range};
+    return start_blocks(job, cut, args.mask.dropout, stream);
   }
 
   static cudaError_t start_blocks(const Job<T>& job, const Cut& cut, Dropout dropout,
@@ -248,11 +210,6 @@ struct ProjectLauncher {
 Cut cut_of(const ProjectArgs& args) {
   return cut_into(ceil_div(args.x.rows, kRows), ceil_div(args.x.columns, kDepth),
                   args.multiprocessors);
-}
-
-size_t workspace_bytes(const ProjectArgs& args) {
-  const Cut cut = cut_of(args);
-  return partial_bytes(args, cut) + (args.squares ? sizeof(float) * cut.tiles * cut.ranges : 0);
 }
 
 cudaError_t launch_project(const ProjectArgs& args, cudaStream_t stream) {

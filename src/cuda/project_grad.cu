@@ -1,7 +1,7 @@
 // dA = alpha * du^T kept x in one read of x.
 //
 // A block owns 64 columns of dA, which it keeps in registers, and a range of rows of x and du,
-// through which it walks 64 at a time. A second kernel adds the ranges up in order.
+// through which it walks 64 at a time. Each range leaves its part of the sum.
 #include "dropout.cuh"
 #include "start.cuh"
 
@@ -34,7 +34,7 @@ struct Job {
   View<const T> du;
   View<const T> x;
   BitMatrix bits;
-  Partials partials;
+  Parts dA;
   int64_t range;  // steps of one block
 };
 
@@ -67,8 +67,8 @@ __device__ void write_sums(const Job<T>& job, int64_t column, const Accumulator*
   __syncthreads();
   for (int i = threadIdx.x; i < kRank * kColumns; i += kThreads) {
     const int r = i / kColumns, c = i % kColumns;
-    if (r < job.partials.rows && column + c < job.partials.columns)
-      store(job.partials.at(blockIdx.y, r) + column + c, memory[r * kSumPitch + c]);
+    if (r < job.du.columns && column + c < job.x.columns)
+      store(row_of(job.dA, blockIdx.y, r) + column + c, memory[r * kSumPitch + c]);
   }
 }
 
@@ -139,20 +139,16 @@ struct ProjectGradLauncher {
   static cudaError_t run(const ProjectGradArgs& args, cudaStream_t stream) {
     const Cut cut = cut_of(args);
     if (cut.tiles == 0) return cudaSuccess;
-    const Partials partials = {static_cast<float*>(args.workspace), cut.ranges, args.dA.rows,
-                               args.dA.columns};
     auto* bits = const_cast<uint8_t*>(args.bits);  // only read
     const Job<T> job = {view_of<T>(args.du),
                         view_of<T>(args.x),
                         {bits, args.x.rows, ceil_div(args.x.columns, kChunk)},
-                        partials,
+                        args.dA,
                         cut.range};
     const dim3 grid(static_cast<unsigned>(cut.tiles), static_cast<unsigned>(cut.ranges));
     auto kernel = args.bits ? project_grad_kernel<T, kRank, true>  //
                             : project_grad_kernel<T, kRank, false>;
-    const cudaError_t error = start(kernel, grid, kThreads, Layout<kRank>::kBytes, stream, job);
-    if (error != cudaSuccess) return error;
-    return start_sum(partials, view_of<T>(args.dA), args.alpha, stream);
+    return start(kernel, grid, kThreads, Layout<kRank>::kBytes, stream, job);
   }
 };
 
@@ -162,10 +158,6 @@ struct ProjectGradLauncher {
 Cut cut_of(const ProjectGradArgs& args) {
   return cut_into(ceil_div(args.x.columns, kColumns), ceil_div(args.x.rows, kRows),
                   args.multiprocessors);
-}
-
-size_t workspace_bytes(const ProjectGradArgs& args) {
-  return sizeof(float) * cut_of(args).ranges * args.dA.rows * args.dA.columns;
 }
 
 cudaError_t launch_project_grad(const ProjectGradArgs& args, cudaStream_t stream) {

@@ -62,14 +62,6 @@ cudaError_t start(Kernel kernel, dim3 grid, int threads, size_t shared_bytes, cu
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-template <typename T>
-cudaError_t start_sum(const Partials& from, const View<T>& out, float alpha, cudaStream_t stream) {
-  const int64_t blocks = ceil_div(from.rows * from.columns, kSumThreads);
-  if (blocks == 0) return cudaSuccess;
-  return start(sum_kernel<T>, dim3(static_cast<unsigned>(blocks)), kSumThreads, 0, stream, from,
-               out, alpha);
-}
-
 /// Runs the launcher for the rank padded to 16, 32, 64 or 128, up to kMost.
 template <typename T, template <typename, int> class Launcher, int64_t kMost, typename Args>
 cudaError_t for_rank(int64_t rank, const Args& args, cudaStream_t stream) {

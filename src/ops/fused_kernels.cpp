@@ -42,14 +42,14 @@ cuda::Matrix written(const Tensor& t) {
   return {t.mutable_data_ptr(), t.size(0), t.size(1), t.stride(0)};
 }
 
-/// Asks for a workspace and starts the kernel on the current stream.
-template <typename Args>
-void launch(cudaError_t (*launcher)(const Args&, cudaStream_t), Args args, const Tensor& like) {
-  args.multiprocessors = multiprocessors();
-  const auto bytes = static_cast<int64_t>(workspace_bytes(args));
-  const Tensor workspace = bytes ? at::empty({bytes}, like.options().dtype(at::kByte)) : Tensor();
-  args.workspace = bytes ? workspace.mutable_data_ptr() : nullptr;
-  check_launch(launcher(args, current_stream()));
+/// fp32 [count, rows, columns] for what blocks leave to be added up.
+Tensor parts_of(int64_t count, int64_t rows, int64_t columns, const Tensor& like) {
+  return at::empty({count, rows, columns}, like.options().dtype(at::kFloat));
+}
+
+/// The parts for a kernel that writes them.
+cuda::Parts written_in_parts(const Tensor& parts) {
+  return {parts.mutable_data_ptr<float>(), parts.stride(0), parts.stride(1)};
 }
 
 // ---- Dropout ------------------------------------------------------------------------------------
@@ -78,14 +78,19 @@ Tensor dropped(const Tensor& x, Mask& mask) {
 
 // ---- Down ---------------------------------------------------------------------------------------
 
-/// fp32 [2 G] from the sum of x^2 [1] and from u.
+/// fp32 [2 G] from the blocks' sums of x^2 and from u.
 Tensor norms_from(const Tensor& squares, const Tensor& u, at::ArrayRef<Range> own) {
   const auto count = static_cast<int64_t>(own.size());
   Tensor norms = at::empty({2 * count}, squares.options());
   for (int64_t done = 0; done < count; done += cuda::kMaxPieces) {
-    cuda::NormsArgs args = {
-        squares.const_data_ptr<float>(),           strided(u), u.size(0), {}, {}, 0,
-        norms.mutable_data_ptr<float>() + 2 * done};
+    cuda::NormsArgs args = {squares.const_data_ptr<float>(),
+                            squares.numel(),
+                            strided(u),
+                            u.size(0),
+                            {},
+                            {},
+                            0,
+                            norms.mutable_data_ptr<float>() + 2 * done};
     for (int64_t g = done; g < count && args.count < cuda::kMaxPieces; ++g) {
       args.first[args.count] = own[g].first;
       args.columns[args.count++] = own[g].size;
@@ -99,18 +104,27 @@ Tensor norms_from(const Tensor& squares, const Tensor& u, at::ArrayRef<Range> ow
 Tensor project_at_once(const Tensor& x, Mask& mask, const Tensor& rows, at::ArrayRef<Range> own,
                        Tensor* norms) {
   const Tensor dense = with_dense_rows(x);
-  Tensor u = at::empty({x.size(0), rows.size(0)}, x.options());
-  Tensor squares;
-  if (norms) squares = at::empty({1}, x.options().dtype(at::kFloat));
   const auto alpha = static_cast<float>(mask.is_on ? 1 / mask.keep : 1.0);
+  cuda::ProjectArgs args = {type_of(x), read(dense),      {}, {}, alpha, {}, nullptr,
+                            {},         multiprocessors()};
+  const cuda::Cut cut = cut_of(args);
+  const Tensor u = at::empty({x.size(0), rows.size(0)}, x.options());
+  Tensor parts, squares;
+  if (cut.ranges > 1) parts = parts_of(cut.ranges, u.size(0), u.size(1), x);
+  if (norms) squares = at::empty({cut.tiles * cut.ranges}, x.options().dtype(at::kFloat));
   for (int64_t first = 0; first < rows.size(0); first += cuda::kMaxRank) {
     const int64_t count = std::min(cuda::kMaxRank, rows.size(0) - first);
-    float* sum = norms && first == 0 ? squares.mutable_data_ptr<float>() : nullptr;
-    launch(cuda::launch_project,
-           cuda::ProjectArgs{type_of(x), read(dense), read(rows.narrow(0, first, count)),
-                             written(u.narrow(1, first, count)), alpha, mask_for(x, mask), sum,
-                             nullptr, 0},
-           x);
+    args.A = read(rows.narrow(0, first, count));
+    args.u = written(u.narrow(1, first, count));
+    args.mask = mask_for(x, mask);
+    args.squares = norms && first == 0 ? squares.mutable_data_ptr<float>() : nullptr;
+    if (parts.defined()) args.parts = written_in_parts(parts.narrow(2, first, count));
+    check_launch(cuda::launch_project(args, current_stream()));
+  }
+  if (parts.defined()) {
+    Pieces pieces;
+    pieces.add(parts, u, alpha);
+    pieces.run();
   }
   if (norms) *norms = norms_from(squares, u, own);
   return u;
@@ -136,7 +150,6 @@ TapsTaken take_taps(const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<
   if (u.scalar_type() == at::kDouble) return kAtenKernels.take_taps(u, members, own);
   TapsTaken taken;
   Pieces pieces;
-  std::vector<Tensor> alive;
   for (size_t g = 0; g < members.size(); ++g) {
     const Member& member = members[g];
     const int64_t R = own[g].size;
@@ -145,16 +158,8 @@ TapsTaken take_taps(const Tensor& u, at::ArrayRef<Member> members, at::ArrayRef<
     Tensor s = u, tap;
     if (!is_whole) {
       s = at::empty({u.size(0), R}, u.options());
-      const size_t most = cuda::kMaxAddends;
-      cuda::Piece* piece = &pieces.add(u.narrow(1, own[g].first, R), s);
-      for (size_t k = 0; k < member.taps.size(); ++k) {
-        if (k > 0 && k % most == 0) {
-          pieces.run();  // what is added next must be there
-          piece = &pieces.add(s, s);
-        }
-        alive.push_back(readable(as_matrix(member.taps[k]), u));
-        piece->addends[k % most] = strided(alive.back());
-      }
+      pieces.add(u.narrow(1, own[g].first, R), s);
+      for (const Tensor& from : member.taps) pieces.plus(readable(as_matrix(from), u));
     }
     if (member.keep_tap && members.size() == 1 && !is_whole) {
       tap = u;  // which nothing else is
@@ -177,48 +182,58 @@ Tensor expand(const Tensor& s, at::TensorList B, at::ArrayRef<double> scaling, c
   return kAtenKernels.expand(s, {columns}, {alpha}, base);
 }
 
-/// ds = alpha gy B and, where s is given, the stacked alpha gy^T s.
-std::pair<Tensor, Tensor> products_of_gy(const Tensor& gy, const Tensor& columns, double alpha,
-                                         const Tensor* s) {
-  const Tensor ds = at::empty({gy.size(0), columns.size(1)}, gy.options());
-  if (!s || s->size(1) > cuda::kMaxExpandGradRank || !has_kernels(gy, s->size(1))) {
+/// What ds and, where it is wanted, the stacked dB are alpha times: matrices, or parts of them.
+struct ProductsOfGy {
+  Tensor ds;
+  Tensor dB;
+  double alpha;
+};
+
+/// gy B and, where s is given, gy^T s.
+ProductsOfGy products_of_gy(const Tensor& gy, const Tensor& columns, double alpha,
+                            const Tensor* s) {
+  const int64_t T = gy.size(0), out = gy.size(1), R = columns.size(1);
+  if (!s || R > cuda::kMaxExpandGradRank || !has_kernels(gy, R)) {
+    const Tensor ds = at::empty({T, R}, gy.options());
     Tensor(ds).addmm_(gy, columns, 0, alpha);
-    if (!s) return {ds, Tensor()};
-    Tensor dB = at::empty({gy.size(1), s->size(1)}, gy.options());
-    return {ds, dB.addmm_(gy.t(), *s, 0, alpha)};
+    if (!s) return {ds, Tensor(), 1.0};
+    const Tensor dB = at::empty({out, R}, gy.options());
+    Tensor(dB).addmm_(gy.t(), *s, 0, alpha);
+    return {ds, dB, 1.0};
   }
   const Tensor dense = with_dense_rows(gy), entered = with_dense_rows(*s);
-  const Tensor dB = at::empty({gy.size(1), s->size(1)}, gy.options());
-  launch(cuda::launch_expand_grad,
-         cuda::ExpandGradArgs{type_of(gy), read(dense), read(columns), read(entered), written(ds),
-                              written(dB), static_cast<float>(alpha), nullptr, 0},
-         gy);
-  return {ds, dB};
+  cuda::ExpandGradArgs args = {type_of(gy), read(dense), read(columns),    read(entered),
+                               {},          {},          multiprocessors()};
+  const cuda::Cut cut = cut_of(args);
+  const Tensor ds = parts_of(cut.tiles, T, R, gy), dB = parts_of(cut.ranges, out, R, gy);
+  args.ds = written_in_parts(ds), args.dB = written_in_parts(dB);
+  check_launch(cuda::launch_expand_grad(args, current_stream()));
+  return {ds, dB, alpha};
 }
 
-/// Adds gs to ds and gathers du = [ds (+ gtap) | gtap], all that is wanted, in one launch.
-Tensor gather(const MemberGrads& member, const Tensor& ds, const Tensor* du) {
-  Pieces pieces;
+/// Adds gs to ds and gathers du = [ds (+ gtap) | gtap], where it is wanted. Returns ds. Both are
+/// whole when the pieces have run.
+Tensor gather(Pieces& pieces, const MemberGrads& member, const ProductsOfGy& products,
+              const Tensor& like, const Tensor* du) {
   const Tensor gs = member.gs ? as_matrix(*member.gs) : Tensor();
   const Tensor gtap = member.gtap ? as_matrix(*member.gtap) : Tensor();
-  Tensor sum = ds;
-  if (gs.defined()) {
-    sum = at::empty(ds.sizes(), ds.options());
-    pieces.add(ds, sum).addends[0] = strided(gs);
+  const int64_t R = products.ds.size(-1);
+  const auto add_to = [&](const Tensor& to) {
+    pieces.add(products.ds, to, products.alpha);
+    if (gs.defined()) pieces.plus(gs);
+  };
+  Tensor ds = products.ds;
+  if (gs.defined() || ds.dim() == 3) {
+    ds = at::empty({ds.size(-2), R}, like.options());
+    add_to(ds);
   }
-  if (du) {
-    const int64_t R = ds.size(1), rest = du->size(1) - R;
-    cuda::Piece& own = pieces.add(ds, du->narrow(1, 0, R));
-    if (gs.defined()) own.addends[0] = strided(gs);
-    if (member.keep_tap && gtap.defined()) own.addends[1] = strided(gtap);
-    if (rest > 0 && gtap.defined()) {
-      pieces.add(gtap, du->narrow(1, R, rest));
-    } else if (rest > 0) {
-      du->narrow(1, R, rest).zero_();
-    }
-  }
-  pieces.run();
-  return sum;
+  if (!du) return ds;
+  add_to(du->narrow(1, 0, R));
+  if (member.keep_tap && gtap.defined()) pieces.plus(gtap);
+  const int64_t rest = du->size(1) - R;
+  if (rest > 0 && gtap.defined()) pieces.add(gtap, du->narrow(1, R, rest));
+  if (rest > 0 && !gtap.defined()) du->narrow(1, R, rest).zero_();
+  return ds;
 }
 
 std::pair<Tensor, std::vector<Tensor>> expand_grad(const MemberGrads& member, bool needs_dB,
@@ -227,34 +242,38 @@ std::pair<Tensor, std::vector<Tensor>> expand_grad(const MemberGrads& member, bo
     return kAtenKernels.expand_grad(member, needs_dB, du);
   const Tensor gy = as_matrix(*member.gy), s = as_matrix(*member.s);
   const auto [columns, alpha] = stacked_columns(member.B, member.scaling, gy);
-  const bool is_scaled = is_uniform(member.scaling);
-  auto [ds, dB] = products_of_gy(gy, columns, alpha, needs_dB ? &s : nullptr);
-  std::vector<Tensor> blocks;
-  if (needs_dB)
-    blocks = cut_apart(dB, member.B, 1, is_scaled ? at::ArrayRef<double>() : member.scaling);
-  return {gather(member, ds, du), std::move(blocks)};
+  const ProductsOfGy products = products_of_gy(gy, columns, alpha, needs_dB ? &s : nullptr);
+  Pieces pieces;
+  const Tensor ds = gather(pieces, member, products, gy, du);
+  if (!needs_dB) {
+    pieces.run();
+    return {ds, {}};
+  }
+  const auto factors = is_uniform(member.scaling) ? at::ArrayRef<double>() : member.scaling;
+  return {ds, cut_apart(pieces, products.dB, member.B, 1, products.alpha, factors)};
 }
 
 std::vector<Tensor> project_grad(const Tensor& du, const Tensor& x, const Mask& mask,
                                  at::TensorList A) {
-  if (!mask.is_on) return cut_apart(at::mm(du.t(), x), A, 0);
+  Pieces pieces;
+  if (!mask.is_on) return cut_apart(pieces, at::mm(du.t(), x), A, 0);
   Mask given = mask;
-  const Tensor dA = at::empty({du.size(1), x.size(1)}, x.options());
   if (!has_kernels(x, du.size(1))) {
-    Tensor(dA).addmm_(du.t(), dropped(x, given), 0, 1 / mask.keep);
-    return cut_apart(dA, A, 0);
+    Tensor dA = at::empty({du.size(1), x.size(1)}, x.options());
+    dA.addmm_(du.t(), dropped(x, given), 0, 1 / mask.keep);
+    return cut_apart(pieces, dA, A, 0);
   }
   const Tensor columns = with_dense_rows(du), dense = with_dense_rows(x);
-  const cuda::Mask bits = mask_for(x, given);
+  cuda::ProjectGradArgs args = {type_of(x),       {}, read(dense), {}, mask_for(x, given).bits,
+                                multiprocessors()};
+  const Tensor parts = parts_of(cut_of(args).ranges, du.size(1), x.size(1), x);
   for (int64_t first = 0; first < du.size(1); first += cuda::kMaxRank) {
     const int64_t count = std::min(cuda::kMaxRank, du.size(1) - first);
-    launch(cuda::launch_project_grad,
-           cuda::ProjectGradArgs{type_of(x), read(columns.narrow(1, first, count)), read(dense),
-                                 written(dA.narrow(0, first, count)),
-                                 static_cast<float>(1 / mask.keep), bits.bits, nullptr, 0},
-           x);
+    args.du = read(columns.narrow(1, first, count));
+    args.dA = written_in_parts(parts.narrow(1, first, count));
+    check_launch(cuda::launch_project_grad(args, current_stream()));
   }
-  return cut_apart(dA, A, 0);
+  return cut_apart(pieces, parts, A, 0, 1 / mask.keep);
 }
 
 Tensor project_back(const Tensor& du, at::TensorList A, const Mask& mask) {

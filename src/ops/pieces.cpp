@@ -43,10 +43,10 @@ cuda::Element element_of(const Tensor& t) {
 }
 
 cuda::Strided strided(const Tensor& t) {
-  return {t.const_data_ptr(), element_of(t), t.stride(0), t.stride(1)};
+  return {t.const_data_ptr(), element_of(t), t.stride(-2), t.stride(-1)};
 }
 
-cuda::Piece& Pieces::add(const Tensor& from, const Tensor& to, double alpha) {
+void Pieces::add(const Tensor& from, const Tensor& to, double alpha) {
   if (args_.count == cuda::kMaxPieces) run();
   cuda::Piece& piece = args_.pieces[args_.count++];
   piece = {};
@@ -55,13 +55,29 @@ cuda::Piece& Pieces::add(const Tensor& from, const Tensor& to, double alpha) {
   piece.to.data = to.mutable_data_ptr();
   piece.rows = to.size(0), piece.columns = to.size(1);
   piece.alpha = static_cast<float>(alpha);
-  return piece;
+  if (from.dim() == 3) piece.parts = from.size(0), piece.part_stride = from.stride(0);
+  alive_.push_back(from), alive_.push_back(to);
+  to_ = to;
+}
+
+void Pieces::plus(const Tensor& addend) {
+  cuda::Strided* free = args_.pieces[args_.count - 1].addends;
+  cuda::Strided* end = free + cuda::kMaxAddends;
+  while (free != end && free->data) ++free;
+  if (free == end) {
+    run();  // what is added next must be there
+    add(to_, to_);
+    free = args_.pieces[0].addends;
+  }
+  *free = strided(addend);
+  alive_.push_back(addend);
 }
 
 void Pieces::run() {
   if (args_.count == 0) return;
   check_launch(cuda::launch_pieces(args_, current_stream()));
   args_.count = 0;
+  alive_.clear();
 }
 
 Tensor readable(const Tensor& block, const Tensor& x) {
@@ -73,11 +89,9 @@ Tensor stacked_rows(at::TensorList A, const Tensor& x) {
   if (A.size() == 1 && is_ready(A[0], x)) return A[0];
   Tensor out = at::empty({total_size(A, 0), A[0].size(1)}, x.options());
   Pieces pieces;
-  std::vector<Tensor> alive;  // until the launch
   int64_t first = 0;
   for (const Tensor& block : A) {
-    alive.push_back(readable(block, x));
-    pieces.add(alive.back(), out.narrow(0, first, block.size(0)));
+    pieces.add(readable(block, x), out.narrow(0, first, block.size(0)));
     first += block.size(0);
   }
   pieces.run();
@@ -90,32 +104,34 @@ std::pair<Tensor, double> stacked_columns(at::TensorList B, at::ArrayRef<double>
   const bool is_same = is_uniform(scaling);
   Tensor out = at::empty({B[0].size(0), total_size(B, 1)}, x.options());
   Pieces pieces;
-  std::vector<Tensor> alive;
   int64_t first = 0;
   for (size_t k = 0; k < B.size(); ++k) {
-    alive.push_back(readable(B[k], x));
-    pieces.add(alive.back(), out.narrow(1, first, B[k].size(1)), is_same ? 1.0 : scaling[k]);
+    const Tensor columns = out.narrow(1, first, B[k].size(1));
+    pieces.add(readable(B[k], x), columns, is_same ? 1.0 : scaling[k]);
     first += B[k].size(1);
   }
   pieces.run();
   return {out, is_same ? scaling[0] : 1.0};
 }
 
-std::vector<Tensor> cut_apart(const Tensor& stacked, at::TensorList blocks, int64_t dim,
-                              at::ArrayRef<double> factors) {
-  if (stacked.scalar_type() == at::kDouble) return unstack(stacked, blocks, dim);
-  if (blocks.size() == 1 && factors.empty() && is_ready(blocks[0], stacked)) return {stacked};
+std::vector<Tensor> cut_apart(Pieces& pieces, const Tensor& stacked, at::TensorList blocks,
+                              int64_t dim, double alpha, at::ArrayRef<double> factors) {
+  const bool is_sum = stacked.dim() == 3;
   std::vector<Tensor> out;
-  Pieces pieces;
-  int64_t first = 0;
-  for (size_t k = 0; k < blocks.size(); ++k) {
-    const Tensor& block = blocks[k];
-    Tensor part =
-        at::empty(block.sizes(), (is_readable(block, stacked) ? block : stacked).options());
-    pieces.add(stacked.narrow(dim, first, block.size(dim)), part,
-               factors.empty() ? 1.0 : factors[k]);
-    first += block.size(dim);
-    out.push_back(std::move(part));
+  if (stacked.scalar_type() == at::kDouble) {
+    out = unstack(stacked, blocks, dim);
+  } else if (blocks.size() == 1 && !is_sum && factors.empty() && is_ready(blocks[0], stacked)) {
+    out = {stacked};
+  } else {
+    int64_t first = 0;
+    for (size_t k = 0; k < blocks.size(); ++k) {
+      const Tensor& block = blocks[k];
+      out.push_back(
+          at::empty(block.sizes(), (is_readable(block, stacked) ? block : stacked).options()));
+      pieces.add(stacked.narrow(dim + (is_sum ? 1 : 0), first, block.size(dim)), out.back(),
+                 factors.empty() ? alpha : alpha * factors[k]);
+      first += block.size(dim);
+    }
   }
   pieces.run();
   for (size_t k = 0; k < blocks.size(); ++k)

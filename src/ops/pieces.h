@@ -14,19 +14,24 @@ bool is_16_bit(const Tensor& x);
 bool has_element(const Tensor& t);
 /// The type of a tensor that has one.
 cuda::Element element_of(const Tensor& t);
-/// t, 2-D, for a kernel that reads it.
+/// A matrix, or a stack of them, for a kernel that reads it.
 cuda::Strided strided(const Tensor& t);
 
 /// Several small matrices that are copied, cast, scaled or added up in one launch.
 class Pieces {
  public:
-  /// to = alpha * from; addends may follow. The tensors must live until `run`.
-  cuda::Piece& add(const Tensor& from, const Tensor& to, double alpha = 1.0);
+  /// to = alpha * from, where `from` is a matrix, or parts of one [parts, rows, columns] that are
+  /// added up. `to` may be `from`; it must overlap nothing else.
+  void add(const Tensor& from, const Tensor& to, double alpha = 1.0);
+  /// Adds a matrix to what was added last.
+  void plus(const Tensor& addend);
   /// Launches what was added.
   void run();
 
  private:
   cuda::PiecesArgs args_;
+  Tensor to_;                          // of what was added last
+  c10::SmallVector<Tensor, 8> alive_;  // until the launch
 };
 
 /// A block that a piece can read beside x (floats of 16, 32 or 64 bits, on x's device): the block
@@ -41,9 +46,10 @@ Tensor stacked_rows(at::TensorList A, const Tensor& x);
 std::pair<Tensor, double> stacked_columns(at::TensorList B, at::ArrayRef<double> scaling,
                                           const Tensor& x);
 
-/// Cuts a stacked gradient into one for each block, in the block's dtype; block k is multiplied
-/// with factors[k], where they are given (not in fp64).
-std::vector<Tensor> cut_apart(const Tensor& stacked, at::TensorList blocks, int64_t dim,
-                              at::ArrayRef<double> factors = {});
+/// Cuts alpha times a stacked gradient, or the parts that it is the sum of, into a gradient for
+/// each block, in the block's dtype; block k is multiplied with factors[k] too, where they are
+/// given (no alpha and no factors in fp64). Runs the pieces.
+std::vector<Tensor> cut_apart(Pieces& pieces, const Tensor& stacked, at::TensorList blocks,
+                              int64_t dim, double alpha = 1.0, at::ArrayRef<double> factors = {});
 
 }  // namespace reslora::ops

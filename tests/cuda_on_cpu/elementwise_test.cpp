@@ -106,11 +106,9 @@ TEST(Drop, DrawsTheBitsOfProjectAndAppliesThem) {
   const Philox philox{11, 8};
   const Mask mask{Dropout::kDrawn, drawn.bytes.get(), 40000, philox};
   ASSERT_EQ(launch_drop({Element::kBFloat16, x, out, mask}, nullptr), cudaSuccess);
-  ProjectArgs args{Type::kBFloat16, x, A, u, 1.0f, mask, nullptr, nullptr, 1};
+  ProjectArgs args{Type::kBFloat16, x, A, u, 1.0f, mask, nullptr, {}, 1};
   args.mask.bits = by_project.bytes.get();
-  Workspace workspace(workspace_bytes(args));
-  args.workspace = workspace.get();
-  ASSERT_EQ(launch_project(args, nullptr), cudaSuccess);
+  run(args);
   EXPECT_TRUE(
       std::equal(drawn.bytes.get(), drawn.bytes.get() + drawn.count, by_project.bytes.get()));
   for (int64_t i = 0; i < T; ++i)
@@ -143,17 +141,17 @@ TEST(Norms, AreOfTheColumnsOfEachLayer) {
   std::mt19937 random(5);
   Buffer u(300, 24, Type::kHalf, 1);
   u.fill(random);
-  const float squares = 49.0f;
+  const std::vector<float> squares(2500, 4.0f);  // more than a block has threads
   Numbers<float> out(4);
-  NormsArgs args = {&squares,      {u.data(), Element::kHalf, u.stride, 1}, 300, {0, 16}, {8, 5}, 2,
-                    out.data.get()};
+  const Strided columns = {u.data(), Element::kHalf, u.stride, 1};
+  NormsArgs args = {squares.data(), 2500, columns, 300, {0, 16}, {8, 5}, 2, out.data.get()};
   ASSERT_EQ(launch_norms(args, nullptr), cudaSuccess);
   for (int g = 0; g < 2; ++g) {
     double sum = 0;
     for (int64_t i = 0; i < 300; ++i)
       for (int64_t k = 0; k < args.columns[g]; ++k)
         sum += u.value(i, args.first[g] + k) * u.value(i, args.first[g] + k);
-    EXPECT_EQ(out[2 * g], 7.0f);
+    EXPECT_EQ(out[2 * g], 100.0f);
     EXPECT_NEAR(out[2 * g + 1], std::sqrt(sum), 1e-5 * std::sqrt(sum));
   }
 }

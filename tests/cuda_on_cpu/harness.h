@@ -20,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/elementwise.h"
 #include "cuda/launch.h"
 #include "emulator.h"
 
@@ -186,14 +187,70 @@ inline Exact kept(Exact e, const Bits& bits) {
   return e;
 }
 
-/// Memory that a launch asks for, to the byte.
-struct Workspace {
-  explicit Workspace(size_t bytes) : memory(std::make_unique<float[]>(bytes / sizeof(float))) {
-    std::fill_n(memory.get(), bytes / sizeof(float), NAN);
+// ---- Launches
+
+/// Memory for the parts of a sum, to the float.
+class Sum {
+ public:
+  Sum(int64_t count, int64_t rows, int64_t columns)
+      : count_(count),
+        rows_(rows),
+        columns_(columns),
+        memory_(std::make_unique<float[]>(static_cast<size_t>(count * rows * columns))) {
+    std::fill_n(memory_.get(), count * rows * columns, NAN);
   }
-  void* get() { return memory.get(); }
-  std::unique_ptr<float[]> memory;
+  reslora::cuda::Parts parts() { return {memory_.get(), rows_ * columns_, columns_}; }
+  float* data() { return memory_.get(); }
+  size_t bytes() const { return sizeof(float) * static_cast<size_t>(count_ * rows_ * columns_); }
+
+  /// to = alpha * the sum of the parts.
+  void add_up(const reslora::cuda::Matrix& to, Type type, float alpha) {
+    using reslora::cuda::Element;
+    reslora::cuda::PiecesArgs args;
+    args.count = 1;
+    reslora::cuda::Piece& piece = args.pieces[0];
+    piece.from = {memory_.get(), Element::kFloat, columns_, 1};
+    piece.parts = count_, piece.part_stride = rows_ * columns_;
+    piece.to = {to.data, type == Type::kHalf ? Element::kHalf : Element::kBFloat16, to.stride, 1};
+    piece.rows = rows_, piece.columns = columns_, piece.alpha = alpha;
+    ASSERT_EQ(launch_pieces(args, nullptr), cudaSuccess);
+  }
+
+ private:
+  int64_t count_, rows_, columns_;
+  std::unique_ptr<float[]> memory_;
 };
+
+/// Runs project, and adds up what its blocks leave. Returns the sum of squares.
+inline double run(reslora::cuda::ProjectArgs args) {
+  const reslora::cuda::Cut cut = cut_of(args);
+  Sum u(cut.ranges > 1 ? cut.ranges : 0, args.u.rows, args.u.columns);
+  Sum squares(cut.tiles * cut.ranges, 1, 1);
+  if (cut.ranges > 1) args.parts = u.parts();
+  args.squares = squares.data();
+  EXPECT_EQ(launch_project(args, nullptr), cudaSuccess);
+  if (cut.ranges > 1) u.add_up(args.u, args.type, args.alpha);
+  double sum = 0;
+  for (int64_t i = 0; i < cut.tiles * cut.ranges; ++i) sum += squares.data()[i];
+  return sum;
+}
+
+/// Runs expand_grad: ds and dB are alpha times the sums of what its blocks leave.
+inline void run(reslora::cuda::ExpandGradArgs args, Buffer& ds, Buffer& dB, float alpha) {
+  const reslora::cuda::Cut cut = cut_of(args);
+  Sum of_ds(cut.tiles, ds.rows, ds.columns), of_dB(cut.ranges, dB.rows, dB.columns);
+  args.ds = of_ds.parts(), args.dB = of_dB.parts();
+  ASSERT_EQ(launch_expand_grad(args, nullptr), cudaSuccess);
+  of_ds.add_up(ds, args.type, alpha), of_dB.add_up(dB, args.type, alpha);
+}
+
+/// Runs project_grad: dA is alpha times the sum of what its blocks leave.
+inline void run(reslora::cuda::ProjectGradArgs args, Buffer& dA, float alpha) {
+  Sum of_dA(cut_of(args).ranges, dA.rows, dA.columns);
+  args.dA = of_dA.parts();
+  ASSERT_EQ(launch_project_grad(args, nullptr), cudaSuccess);
+  of_dA.add_up(dA, args.type, alpha);
+}
 
 // ---- Shapes
 

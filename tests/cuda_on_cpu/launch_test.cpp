@@ -89,7 +89,7 @@ TEST_F(Launches, TakeEveryStepOnce) {
           EXPECT_EQ(cut.tiles, tiles);
           EXPECT_GE(cut.range * cut.ranges, steps);
           EXPECT_LT(cut.range * (cut.ranges - 1), steps);
-          EXPECT_GE(cut.range, std::min<int64_t>(steps, 2)) << "a range costs a partial sum";
+          EXPECT_GE(cut.range, std::min<int64_t>(steps, 2)) << "a range leaves a part of the sum";
         }
       }
     }
@@ -108,10 +108,7 @@ Gradients run_expand_grad(int64_t R, Type type) {
   std::mt19937 random{4};
   Buffer gy(T, n, type), B(n, R, type), s(T, R, type), ds(T, R, type), dB(n, R, type);
   gy.fill(random), B.fill(random), s.fill(random);
-  ExpandGradArgs args{type, gy, B, s, ds, dB, 1.0f, nullptr, 1};
-  Workspace workspace(workspace_bytes(args));
-  args.workspace = workspace.get();
-  EXPECT_EQ(launch_expand_grad(args, nullptr), cudaSuccess);
+  run(ExpandGradArgs{type, gy, B, s, {}, {}, 1}, ds, dB, 1.0f);
   return {ds.content(), dB.content()};
 }
 
@@ -122,17 +119,12 @@ void run_all(int64_t R, Type type) {
   Buffer x(T, n, type), A(R, n, type), u(T, R, type), dA(R, n, type);
   x.fill(random), A.fill(random), u.fill(random);
   Bits bits(T, n);
-  std::vector<float> workspace(1 << 16);
-  for (Dropout dropout : {Dropout::kNone, Dropout::kDrawn, Dropout::kGiven})
-    EXPECT_EQ(launch_project({type, x, A, u, 1.0f, Mask{dropout, bits.bytes.get(), 60000, {}},
-                              nullptr, workspace.data(), 1},
-                             nullptr),
-              cudaSuccess)
-        << R;
+  for (Dropout dropout : {Dropout::kNone, Dropout::kDrawn, Dropout::kGiven}) {
+    const Mask mask{dropout, bits.bytes.get(), 60000, {}};
+    run(ProjectArgs{type, x, A, u, 1.0f, mask, nullptr, {}, 1});
+  }
   for (const uint8_t* kept : {bits.bytes.get(), static_cast<uint8_t*>(nullptr)}) {
-    EXPECT_EQ(launch_project_grad({type, u, x, dA, 1.0f, kept, workspace.data(), 1}, nullptr),
-              cudaSuccess)
-        << R;
+    run(ProjectGradArgs{type, u, x, {}, kept, 1}, dA, 1.0f);
     EXPECT_EQ(launch_expand({type, u, A, x, {}, 1.0f, kept}, nullptr), cudaSuccess) << R;
   }
   if (R <= kMaxExpandGradRank) run_expand_grad(R, type);
@@ -173,9 +165,7 @@ TEST_F(Launches, ReturnTheErrorWhereNoKernelHasRoom) {
   cuda_on_cpu::options().device = 3;
   cuda_on_cpu::options().shared_bytes = 64 * 1024;
   Buffer gy(2, 8, Type::kHalf), B(8, 4, Type::kHalf), s(2, 4, Type::kHalf);
-  std::vector<float> workspace(1024);
-  EXPECT_EQ(launch_expand_grad({Type::kHalf, gy, B, s, s, B, 1.0f, workspace.data(), 1}, nullptr),
-            cudaErrorInvalidValue);
+  EXPECT_EQ(launch_expand_grad({Type::kHalf, gy, B, s, {}, {}, 1}, nullptr), cudaErrorInvalidValue);
 }
 
 }  // namespace

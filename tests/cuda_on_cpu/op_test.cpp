@@ -154,6 +154,8 @@ TEST(OpOnCuda, TakesAnyNumberOfRows) {
     for (const double dropout : {0.0, 0.25})
       expect_same(Layer("is", at::kBFloat16, at::kFloat, r, 24, 40, 32), dropout, true,
                   "is, r " + std::to_string(r) + ": ");
+  // Two reads whose columns are cut into ranges.
+  expect_same(Layer("is", at::kBFloat16, at::kBFloat16, 80, 24, 1100, 32), 0.25, true, "parts: ");
 }
 
 TEST(OpOnCuda, PassesTheCheckOfItsKernels) {

@@ -43,15 +43,10 @@ class TrafficOf : public testing::Test {
   static double written(const std::string& name) {
     return static_cast<double>(cuda_on_cpu::traffic_of(name).written);
   }
-  template <typename Args>
-  double workspace_traffic(cudaError_t (*launcher)(const Args&, cudaStream_t), Args args) {
-    const size_t bytes = workspace_bytes(args);
-    Workspace workspace(bytes);
-    args.workspace = workspace.get();
-    if (bytes) cuda_on_cpu::watch("workspace", workspace.get(), bytes);
-    EXPECT_EQ(launcher(args, nullptr), cudaSuccess);
-    return bytes ? read("workspace") + written("workspace") : 0;
+  static void watch(const std::string& name, Sum& sum) {
+    cuda_on_cpu::watch(name, sum.data(), sum.bytes());
   }
+  static double traffic(const std::string& name) { return read(name) + written(name); }
 
   static constexpr double kX = 2.0 * kT * kN, kA = 2.0 * kR * kN, kU = 2.0 * kT * kR;
   Buffer wide_{kT, kN, kType}, rows_{kR, kN, kType}, columns_{kN, kR, kType}, thin_{kT, kR, kType};
@@ -61,41 +56,52 @@ class TrafficOf : public testing::Test {
 };
 
 TEST_F(TrafficOf, Project) {
-  float squares = 0;
-  const double between = workspace_traffic(
-      launch_project,
-      ProjectArgs{kType, wide_, rows_, thin_out_, 1.0f,
-                  Mask{Dropout::kDrawn, bits_.bytes.get(), 60000, {1, 0}}, &squares, nullptr, 1});
+  const Mask mask{Dropout::kDrawn, bits_.bytes.get(), 60000, {1, 0}};
+  ProjectArgs args{kType, wide_, rows_, thin_out_, 1.0f, mask, nullptr, {}, 1};
+  ASSERT_EQ(cut_of(args).ranges, 1);
+  Sum squares(cut_of(args).tiles, 1, 1);
+  args.squares = squares.data();
+  watch("squares", squares);
+  ASSERT_EQ(launch_project(args, nullptr), cudaSuccess);
   expect_budget("project: x", read("wide"), kX);
   expect_budget("project: bits written", written("bits"), kX / 16);
-  expect_budget("project: all",
-                read("wide") + read_once("rows") + written("thin out") + written("bits") + between,
-                kX + kA + kU + kX / 16);
+  expect_budget(
+      "project: all",
+      read("wide") + read_once("rows") + written("thin out") + written("bits") + written("squares"),
+      kX + kA + kU + kX / 16);
 }
 
 TEST_F(TrafficOf, ExpandGrad) {
-  const double between = workspace_traffic(
-      launch_expand_grad,
-      ExpandGradArgs{kType, wide_, columns_, thin_, thin_out_, columns_out_, 1.0f, nullptr, 1});
+  ExpandGradArgs args{kType, wide_, columns_, thin_, {}, {}, 1};
+  const Cut cut = cut_of(args);
+  Sum ds(cut.tiles, kT, kR), dB(cut.ranges, kN, kR);
+  watch("parts of ds", ds), watch("parts of dB", dB);
+  args.ds = ds.parts(), args.dB = dB.parts();
+  ASSERT_EQ(launch_expand_grad(args, nullptr), cudaSuccess);
+  ds.add_up(thin_out_, kType, 1.0f), dB.add_up(columns_out_, kType, 1.0f);
   expect_budget("expand_grad: gy", read("wide"), kX);
   expect_budget("expand_grad: all but sums",
                 read("wide") + read_once("columns") + read_once("thin") + written("thin out") +
                     written("columns out"),
                 kX + 2 * kA + 2 * kU);
   // ds for each 512 columns and dB once, in fp32, written and read.
-  expect_budget("expand_grad: sums", between, 2 * (kN / 512 * 2 * kU + 2 * kA));
+  expect_budget("expand_grad: sums", traffic("parts of ds") + traffic("parts of dB"),
+                2 * (kN / 512 * 2 * kU + 2 * kA));
 }
 
 TEST_F(TrafficOf, ProjectGrad) {
-  const double between = workspace_traffic(
-      launch_project_grad,
-      ProjectGradArgs{kType, thin_, wide_, rows_out_, 1.0f, bits_.bytes.get(), nullptr, 1});
+  ProjectGradArgs args{kType, thin_, wide_, {}, bits_.bytes.get(), 1};
+  Sum dA(cut_of(args).ranges, kR, kN);
+  watch("parts of dA", dA);
+  args.dA = dA.parts();
+  ASSERT_EQ(launch_project_grad(args, nullptr), cudaSuccess);
+  dA.add_up(rows_out_, kType, 1.0f);
   expect_budget("project_grad: x", read("wide"), kX);
   expect_budget("project_grad: bits", read("bits"), kX / 16);
   expect_budget("project_grad: all but sums",
                 read("wide") + read("bits") + read_once("thin") + written("rows out"),
                 kX + kX / 16 + kU + kA);
-  expect_budget("project_grad: sums", between, 2 * 2 * kA);
+  expect_budget("project_grad: sums", traffic("parts of dA"), 2 * 2 * kA);
 }
 
 TEST_F(TrafficOf, Expand) {
