@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -39,6 +40,18 @@ def base_name(model: nn.Module, given: str | None) -> str | None:
     return getattr(config, "_name_or_path", None) or None
 
 
+# What YAML allows in a string only as an escape, beside what JSON escapes: control characters, line
+# ends of Unicode, byte order marks, and what Python makes of a path's bytes that are no UTF-8.
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+
+
 def base_line(base: str | None) -> str:
-    """Return the line of a model card that names the base: JSON's strings are YAML's too."""
-    return f"base_model: {json.dumps(base, ensure_ascii=False)}\n" if base else ""
+    """Return the line of a model card that names the base: JSON's strings are nearly YAML's."""
+    if not base:
+        return ""
+    quoted = _ESCAPED.sub(_escape, json.dumps(base, ensure_ascii=False))
+    return f"base_model: {quoted}\n"
+
+
+def _escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"

@@ -173,7 +173,10 @@ def test_a_lora_of_an_older_checkpoint_is_a_start(tmp_path):
     torch.testing.assert_close(logits(model, ids), logits(lora, ids))
 
 
-@pytest.mark.parametrize("base", ["a: b", "@user/base", "base #2", "-base", "1e3", 'a"b', "C:\\b"])
+NAMES = ["a: b", "@user/base", "base #2", "-base", "1e3", 'a"b', "C:\\b", "a\x7fb\x85c", "\u2028\ufeff"]
+
+
+@pytest.mark.parametrize("base", NAMES)
 def test_the_card_names_any_base(tmp_path, base):
     model = adapted(tiny_llama(), target_modules=["q_proj"], res_mode="bs")
     model.config._name_or_path = base
