@@ -169,11 +169,18 @@ void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
   if (is_adapted()) set_norms(window);
 }
 
-/// torch::load would take tensors of any shape, and those of another formula.
+/// torch::load would take tensors of any shape, and those of another formula, and says in its own
+/// words what is missing.
 void ResLoraLinearImpl::check_archived(torch::serialize::InputArchive& archive) const {
   for (const auto& item : named_parameters(/*recurse=*/false)) {
     at::Tensor stored;
-    if (!item.value().defined() || !archive.try_read(item.key(), stored)) continue;
+    if (!item.value().defined()) continue;
+    const bool is_stored = archive.try_read(item.key(), stored);
+    RESLORA_CHECK(is_stored || !is_adapted(),
+                  "[load] an archive must hold every tensor of an adapted layer; got no {} for {} "
+                  "(load an archive of the plain model before the model is adapted)",
+                  item.key(), name());
+    if (!is_stored) continue;
     RESLORA_CHECK(stored.sizes() == item.value().sizes(),
                   "[load] an archive must be of the same layer; got {} for {}, which is {}{}",
                   detail::described(stored), item.key(), detail::described(item.value()),

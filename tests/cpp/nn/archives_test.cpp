@@ -61,6 +61,16 @@ TEST(Archives, OfTheSameFormulaBringTheirOutputs) {
   }
 }
 
+TEST(Archives, OfAPlainModelDoNotFitAnAdaptedOne) {
+  Net plain, net;
+  const Adapters adapters = inject(*net, config_of("is"));
+  randomise(adapters);
+  std::stringstream stream;
+  torch::save(plain, stream);
+  EXPECT_TRUE(refuses([&] { torch::load(net, stream); },
+                      "must hold every tensor of an adapted layer; got no reslora_A for layers.0"));
+}
+
 TEST(BaseTensors, OfTheModelItselfMayTakeEachOthersPlaces) {
   Net net;
   std::map<std::string, at::Tensor> tensors = base_tensors(*net);
