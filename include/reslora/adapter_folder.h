@@ -51,4 +51,9 @@ RESLORA_API void check_formula(const ResLoraConfig& model, const ResLoraConfig& 
 RESLORA_API void check_tensors(const std::map<std::string, at::Tensor>& model,
                                const std::map<std::string, at::Tensor>& file);
 
+/// Throws c10::ValueError for a tensor of modules_to_save that an adapter's file cannot hold
+/// (complex, empty, sparse), so that it is refused before the training. One on meta gets its values
+/// later. Reads no values.
+RESLORA_API void check_head(const std::string& key, const at::Tensor& head);
+
 }  // namespace reslora

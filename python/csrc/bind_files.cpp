@@ -116,6 +116,8 @@ void bind_folder(py::module_& m) {
       "Raise ValueError where options (JSON) differ that change what given A and B compute.");
   m.def("check_tensors", &check_tensors, py::arg("model"), py::arg("file"),
         "Raise ValueError unless a file holds exactly the tensors that a model loads.");
+  m.def("check_head", &check_head, py::arg("key"), py::arg("head"),
+        "Raise ValueError for a tensor of modules_to_save that an adapter's file cannot hold.");
 }
 
 void bind_stage(py::module_& m) {

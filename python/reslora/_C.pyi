@@ -638,6 +638,9 @@ def check_formula(model: str, file: str) -> None:
 def check_tensors(model: dict[str, Tensor], file: dict[str, Tensor]) -> None:
     """Raise ValueError unless a file holds exactly the tensors that a model loads."""
 
+def check_head(key: str, head: Tensor) -> None:
+    """Raise ValueError for a tensor of modules_to_save that an adapter's file cannot hold."""
+
 class AdapterFile:
     """An unmerged ResLoRA adapter, as read from a file."""
 

@@ -10,6 +10,7 @@
 #include "core/tensor_checks.h"
 #include "io/factor_names.h"
 #include "io/folders.h"
+#include "io/tensor_types.h"
 
 namespace reslora {
 namespace {
@@ -89,6 +90,14 @@ void check_tensors(const std::map<std::string, at::Tensor>& model,
         tensor.defined() && file.at(key).defined() && file.at(key).sizes() == tensor.sizes(),
         "[load] shapes must fit the model; got {} for {}, which is {}",
         detail::described(file.at(key)), key, detail::described(tensor));
+}
+
+void check_head(const std::string& key, const at::Tensor& head) try {
+  const bool is_meta = head.defined() && head.is_meta();
+  detail::entry_of(key, is_meta ? at::empty_like(head, at::kCPU) : head);
+} catch (const detail::ContentError& error) {
+  RESLORA_CHECK(false, "[inject] modules_to_save must fit into an adapter's file: {}",
+                error.what());
 }
 
 }  // namespace reslora

@@ -1,7 +1,7 @@
 // Describes a model to the rules for names (matching.h), and makes chains of the layers they find.
 #include "nn/injection.h"
 
-#include <ATen/Functions.h>
+#include <reslora/adapter_folder.h>
 #include <reslora/config_json.h>
 #include <reslora/matching.h>
 #include <torch/nn/modules/activation.h>
@@ -14,7 +14,6 @@
 #include <unordered_set>
 #include <utility>
 
-#include "io/tensor_types.h"
 #include "nn/adapters_state.h"
 #include "nn/chain_state.h"
 
@@ -94,14 +93,6 @@ void check_plain(const std::vector<Path>& modules) {
     RESLORA_CHECK(!layer || !layer->is_adapted(),
                   "[inject] the model must be plain; got {}, which is adapted already", path);
   }
-}
-
-/// Refuses a head that `save` would refuse after the training; one on meta gets its values later.
-void check_head(const std::string& path, const at::Tensor& head) try {
-  entry_of(path, head.is_meta() ? at::empty_like(head, at::kCPU) : head);
-} catch (const ContentError& error) {
-  RESLORA_CHECK(false, "[inject] modules_to_save must fit into an adapter's file: {}",
-                error.what());
 }
 
 /// Parameters and buffers of the modules at `saved`, by path.

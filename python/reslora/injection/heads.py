@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-from .._C import plain_name
+from .._C import check_head, plain_name
+from ..nn.sharding import is_sharded
 from .adapted import Injection
 
 
@@ -48,6 +49,14 @@ def refuse_tied(model: nn.Module, saved: list[str], op: str) -> None:
                 f"model.{own}.detach().clone()), model.config.tie_word_embeddings = False; "
                 f"reslora.peft trains a copy of {module})"
             )
+
+
+def refuse_unsavable(model: nn.Module, saved: list[str]) -> None:
+    """Refuse modules_to_save with a tensor that no file can hold, before anything is trained."""
+    for name in saved:
+        for key, tensor in saved_module(model, name).state_dict().items():
+            if isinstance(tensor, Tensor) and not is_sharded(tensor):
+                check_head(f"{name}.{key}", tensor)
 
 
 def saved_parameters(model: nn.Module, names: list[str]) -> list[nn.Parameter]:

@@ -25,7 +25,7 @@ from ..nn.session import Session
 from .adapted import HOLDERS, Injection, find_layers
 from .calls import leave_fused_paths, watch_first_step
 from .chains import make_chains, root_name
-from .heads import refuse_tied, saved_parameters
+from .heads import refuse_tied, refuse_unsavable, saved_parameters
 from .targets import describe, find_targets, modules_of, warn_fused_experts
 from .wrappers import refuse_compiled_in_checkpoints
 
@@ -90,6 +90,7 @@ def _adapt(
     """Replace the layers that were matched; where anything fails, put the model back."""
     warn_fused_experts(model, config, "inject")
     refuse_tied(model, matching.saved, "inject")
+    refuse_unsavable(model, matching.saved)
     injection = Injection(config)
     injection.chains = make_chains(model, modules, config, matching.layers)
     injection.saved_modules = matching.saved

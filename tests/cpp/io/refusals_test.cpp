@@ -107,6 +107,10 @@ TEST_F(IoRefusals, Tensors) {
                     check_tensors({{"x", good}}, {{"x", x}});
                   },
                   {Wrong::kDtype, Wrong::kMeta, Wrong::kSparse});
+  std::set<Wrong> fits = kHeld;
+  fits.insert(Wrong::kMeta);  // it gets its values later
+  refuses_tensors(
+      "check_head", "head", good, [](const at::Tensor& x) { check_head("x", x); }, fits);
   write_text(path("text"), "no tensors");
   refuses_call(
       "load_tensors", "content", [&] { load_tensors(path("text")); }, "load_tensors");

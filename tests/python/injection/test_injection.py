@@ -116,6 +116,16 @@ def test_strict_links_refuses_unequal_layers():
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("buffer", [torch.zeros(2, dtype=torch.complex64), torch.empty(0)])
+def test_heads_that_no_file_can_hold_are_refused_before_the_training(buffer):
+    model = tiny_bert()
+    model.classifier.register_buffer("table", buffer)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"modules_to_save must fit .*classifier\.table"):
+        inject(model, ResLoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    assert snapshot(model) == before
+
+
 # ---- What is changed, and undone
 
 
