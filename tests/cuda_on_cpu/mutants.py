@@ -50,7 +50,7 @@ MUTANTS = (
     Mutant("project: no barrier before u takes the ring's room", "project.cu",
            "  __syncthreads();  // the ring becomes room for u\n", "",
            "Shapes/Project.*", "thread"),
-    Mutant("project: no barrier after the squares", "project.cu",
+    Mutant("no barrier after the sum of a block", "device.cuh",
            "  __syncthreads();  // `memory` is used again\n", "", "Shapes/Project.*", "thread"),
     Mutant("project: no barrier between a warp's tile and its rows", "project.cu",
            "  __syncwarp();\n", "", "Shapes/Project.*", "thread"),
