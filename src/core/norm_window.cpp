@@ -1,5 +1,6 @@
 // The ring of norms: made, wrapped and read here; `adapt` writes it.
 #include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
 #include <c10/core/ScalarType.h>
 #include <reslora/norm_window.h>
 
