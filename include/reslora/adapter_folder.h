@@ -11,6 +11,8 @@
 #include <reslora/config.h>
 #include <reslora/export.h>
 #include <reslora/module_names.h>
+#include <reslora/stage.h>
+#include <reslora/statistics_io.h>
 
 #include <map>
 #include <string>
@@ -34,13 +36,26 @@ RESLORA_API std::string key_of_b(const std::string& layer);
 /// True for the key of an A or B; everything else in an adapter's file is of a trained head.
 RESLORA_API bool is_factor(std::string_view key);
 
-/// Reads and checks a folder that `Adapters::save` or Python's save_pretrained wrote. The options
-/// of ResLoraConfig must be the same in both files. `config_json` is what the weights' file says,
-/// but for the base's `revision`: people change it in adapter_config.json by hand, and it changes
-/// nothing that the adapter computes. `match` reads the regular expressions. Throws c10::Error
-/// where a file is missing, c10::ValueError where files are damaged or do not agree.
+/// Writes an adapter's files for one commit: weights, statistics (or none, and those in the folder
+/// go) and options. The weights decide: the other two note their sum, so that a reader knows which
+/// of them belong there. Throws as `save_adapter` and `save_statistics` do.
+RESLORA_API void stage_adapter(Stage& stage, const AdapterFile& adapter,
+                               const std::map<std::string, LayerStatistics>& statistics = {});
+
+/// Reads and checks a folder that `Adapters::save` or Python's save_pretrained wrote; what a writer
+/// that died had begun is finished or removed, where the folder can be written.
+///
+/// `config_json` is what the weights' file says, but for the base's `revision`: people change it in
+/// adapter_config.json by hand, and it changes nothing that the adapter computes. The options of
+/// ResLoraConfig must be the same in both files; an adapter_config.json that another save wrote is
+/// left out, with a warning. `match` reads the regular expressions. Throws c10::Error where a file
+/// is missing, c10::ValueError where files are damaged or do not agree.
 RESLORA_API AdapterFile load_adapter_folder(const std::string& folder,
                                             const ExpressionMatch& match = matches_ecma_script);
+
+/// True where a folder's weights are still those that were read: what was read beside them before
+/// belongs to them too. Reads the header alone.
+RESLORA_API bool is_current(const std::string& folder, const AdapterFile& adapter);
 
 /// Throws c10::ValueError where options that change what given A and B compute differ between a
 /// model and the file that it loads; see `formula_difference`.

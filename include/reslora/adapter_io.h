@@ -52,6 +52,7 @@ struct AdapterFile {
   std::vector<ChainRecord> chains;            ///< in the order of the model
   std::map<std::string, at::Tensor> tensors;  ///< by key
   std::string former_sum = {};  ///< tensors_sum of A and B by their names in the file, if others
+  std::string sum = {};         ///< reslora.sha256 of the file that was read
 };
 
 /// The format that save_adapter writes and the newest that load_adapter reads.
@@ -61,13 +62,17 @@ constexpr int64_t kAdapterFormat = 1;
 /// reslora.chains = [{"name", "layers": [{"name", "in", "out", "r", "scaling"}]}] and
 /// reslora.sha256. The sum covers all that has a meaning: config, chains, then for each tensor by
 /// name its name, dtype, shape ("3,4") and bytes; each text stands as "<length>:<text>". Refuses
-/// tensors that do not fit the chains.
-RESLORA_API void save_adapter(const std::string& path, const AdapterFile& adapter);
+/// tensors that do not fit the chains. Returns the sum.
+RESLORA_API std::string save_adapter(const std::string& path, const AdapterFile& adapter);
 
 /// Reads and checks an adapter: format known, checksum right, exactly the A [r, in] and B [out, r]
 /// that the chains name. Throws c10::ValueError for a file that is not an adapter of ours; warns
 /// where every B is zero, since such an adapter changes nothing.
 RESLORA_API AdapterFile load_adapter(const std::string& path);
+
+/// Returns the sum of a file that `save_adapter` wrote, by its header alone; empty for another
+/// file.
+RESLORA_API std::string sum_in_header(const std::string& path);
 
 /// The SHA-256 of tensors by name: name, dtype, shape and bytes, as in save_adapter. Tells whether
 /// statistics belong to an adapter.

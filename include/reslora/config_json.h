@@ -12,6 +12,9 @@ namespace reslora {
 
 /// What `peft_type` says in our files.
 constexpr const char* kPeftType = "RESLORA";
+/// The key of the sum of the weights that an adapter_config.json was saved with. It is no option:
+/// who writes a folder adds it (adapter_folder.h).
+constexpr const char* kWeightsSumKey = "reslora_sum";
 
 /// Returns the text of an adapter_config.json (peft_type "RESLORA"). Throws c10::ValueError for
 /// text that is not UTF-8 and numbers that are not finite.

@@ -9,17 +9,23 @@
 /// @endcode
 ///
 /// What is written lies in a hidden folder beside its place, on the same disk, and is renamed at
-/// the end; a file that takes another's place takes its mode too. Errors: c10::Error where the
-/// system refuses, c10::ValueError where the place cannot serve. They name the place where a file
-/// will be, not the hidden one.
+/// the end; a file that takes another's place takes its mode too. A writer that dies leaves its
+/// hidden folder; the next one finishes what was decided and removes the rest. Errors: c10::Error
+/// where the system refuses, c10::ValueError where the place cannot serve. They name the place
+/// where a file will be, not the hidden one.
 #pragma once
 
 #include <reslora/export.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace reslora {
+
+namespace detail {
+class FolderLock;
+}
 
 /// What becomes visible at once; see above.
 class RESLORA_API Stage {
@@ -45,13 +51,16 @@ class RESLORA_API Stage {
   // What follows throws c10::ValueError once the stage is over.
 
   /// Where to write the file that will have this name, or this path below the folder (without "."
-  /// and ".."). Files are put in place in the order in which their paths were asked for, so that
-  /// the last one may tell that all are there.
+  /// and ".."). Files are put in place in the order in which their paths were asked for, and the
+  /// first decides: where the program dies after it, the next commit to this folder finishes this
+  /// one, and where it dies before, nothing has changed. So ask for that file first by which a
+  /// reader can tell whether the others belong to it.
   std::string path(const std::string& name);
   /// Lets `commit` remove the file of this name, where there is one (kFiles).
   void remove(const std::string& name);
-  /// Puts all in place and syncs the folder. Throws, with nothing moved, where a folder lies under
-  /// the name of a file.
+  /// Puts all in place and syncs it; of several commits to one folder each waits for the one
+  /// before. Throws, with nothing moved, where a folder lies under the name of a file. Where the
+  /// system refuses once the first file is in place, the others follow in the next commit.
   void commit();
   /// Removes what was not committed, and `folder` where this object made it and nothing is in it.
   void discard();
@@ -65,7 +74,7 @@ class RESLORA_API Stage {
   std::string hidden_;  // empty: there is nothing to discard
   Kind kind_;
   bool is_new_ = false;
-  int lock_ = -1;
+  std::unique_ptr<detail::FolderLock> lock_;  // of the hidden folder
   std::vector<std::string> names_;
   std::vector<std::string> removed_;
 };

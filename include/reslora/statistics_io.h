@@ -32,17 +32,21 @@ struct LayerStatistics {
 /// Writes statistics by layer. Tensors: `<layer>.norms` [2, N], `.norm_count` [1], `.fit_A`,
 /// `.fit_B`, `.affine_A`, `.offset`, `.fit` (fp64: alpha*, residual, affine residual, rows, refine
 /// steps), and of sums `.xx` (once for layers that share it), `.vx`, `.x_sum`, `.v_sum`, `.sums`
-/// (fp64: vv, rows); the metadata has their SHA-256. Throws as save_tensors does, and
-/// c10::ValueError for statistics that load_statistics would refuse.
+/// (fp64: vv, rows); the metadata has their SHA-256. `weights_sum` is that of the file of weights
+/// that they are saved with (`AdapterFile::sum`); a folder's statistics with another one are those
+/// of another save. Throws as save_tensors does, and c10::ValueError for statistics that
+/// load_statistics would refuse.
 RESLORA_API void save_statistics(const std::string& path, const std::string& adapter_sum,
-                                 const std::map<std::string, LayerStatistics>& statistics);
+                                 const std::map<std::string, LayerStatistics>& statistics,
+                                 const std::string& weights_sum = "");
 
 /// Reads statistics. Throws c10::ValueError for a file that is malformed, none of ours, or of
 /// another adapter than the one with `adapter_sum`.
 RESLORA_API std::map<std::string, LayerStatistics> load_statistics(const std::string& path,
                                                                    const std::string& adapter_sum);
 
-/// Reads the statistics in the folder of an adapter that was read; empty where there are none.
+/// Reads the statistics in the folder of an adapter that was read; empty where there are none, and,
+/// with a warning, where they were saved with other weights.
 /// Throws as `load_statistics` does, and for statistics of a layer that the adapter has not and a
 /// fit of another shape.
 RESLORA_API std::map<std::string, LayerStatistics> statistics_beside(const std::string& folder,

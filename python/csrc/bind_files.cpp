@@ -51,6 +51,7 @@ void bind_adapter(py::module_& m) {
                                return chains;
                              })
       .def_readonly("tensors", &AdapterFile::tensors)
+      .def_readonly("sum", &AdapterFile::sum)
       .def_property_readonly("transposed_chains", &transposed_chains);
   m.def(
       "save_adapter",
@@ -67,10 +68,9 @@ void bind_adapter(py::module_& m) {
   m.def(
       "statistics_beside",
       [](const Path& folder, const AdapterFile& adapter) {
-        return statistics_beside(folder.string(), adapter);
+        return with_warnings([&] { return statistics_beside(folder.string(), adapter); });
       },
-      py::arg("folder"), py::arg("adapter"), NoGil(),
-      "Read the statistics in the folder of an adapter.");
+      py::arg("folder"), py::arg("adapter"), "Read the statistics in the folder of an adapter.");
 }
 
 AdapterFile adapter_in(const std::filesystem::path& folder, const ExpressionMatch& match) {
@@ -107,6 +107,12 @@ void bind_folder(py::module_& m) {
         return with_warnings([&] { return adapter_in(folder, match); });
       },
       py::arg("folder"), py::arg("match"), "Read and check an adapter's folder.");
+  m.def(
+      "is_current",
+      [](const Path& folder, const AdapterFile& adapter) {
+        return is_current(folder.string(), adapter);
+      },
+      py::arg("folder"), py::arg("adapter"), "Tell whether a folder's weights are still these.");
   m.def(
       "check_formula",
       [](const std::string& model, const std::string& file) {
@@ -149,6 +155,15 @@ void bind_stage(py::module_& m) {
             });
           },
           py::arg("kind"), py::arg("error"), py::arg("trace"));
+  m.def(
+      "stage_adapter",
+      [](Stage& stage, const std::string& config_json, const std::vector<NamedChain>& chains,
+         const std::map<std::string, Tensor>& tensors,
+         const std::map<std::string, LayerStatistics>& statistics) {
+        stage_adapter(stage, {config_json, records_from(chains), tensors}, statistics);
+      },
+      py::arg("stage"), py::arg("config_json"), py::arg("chains"), py::arg("tensors"),
+      py::arg("statistics"), NoGil(), "Write an adapter's files for one commit.");
   m.def(
       "write_text",
       [](const Path& path, const std::string& text) {

@@ -638,6 +638,9 @@ def check_formula(model: str, file: str) -> None:
 def check_tensors(model: dict[str, Tensor], file: dict[str, Tensor]) -> None:
     """Raise ValueError unless a file holds exactly the tensors that a model loads."""
 
+def is_current(folder: str | os.PathLike[str], adapter: AdapterFile) -> bool:
+    """Tell whether a folder's weights are still these."""
+
 def check_head(key: str, head: Tensor) -> None:
     """Raise ValueError for a tensor of modules_to_save that an adapter's file cannot hold."""
 
@@ -650,6 +653,8 @@ class AdapterFile:
     def chains(self) -> list[tuple[str, list[LayerShape]]]: ...
     @property
     def tensors(self) -> dict[str, Tensor]: ...
+    @property
+    def sum(self) -> str: ...
     @property
     def transposed_chains(self) -> list[str]:
         """Return the chains whose base files hold W^T."""
@@ -674,6 +679,15 @@ class Stage:
         """Return where to write the file that will have this name."""
     def remove(self, name: str) -> None:
         """Let the file of this name go at the end."""
+
+def stage_adapter(
+    stage: Stage,
+    config_json: str,
+    chains: Sequence[NamedChain],
+    tensors: dict[str, Tensor],
+    statistics: dict[str, LayerStatistics],
+) -> None:
+    """Write an adapter's files for one commit; without statistics those in the folder go."""
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file atomically; OSError where the system refuses."""

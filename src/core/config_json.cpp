@@ -157,7 +157,7 @@ ResLoraConfig read_config(const std::string& text, const std::string& source) {
     if (const auto own = readers.find(key); own != readers.end()) return own->second(json);
     if (key == kTypeKey) {
       type = json.peek() == '"' ? json.string() : json.raw();
-    } else if (key == kVersionKey) {
+    } else if (key == kVersionKey || key == kWeightsSumKey) {
       json.skip();  // the file's own; the writer gives its own again
     } else {
       config.other_options().emplace_back(key, json.raw());

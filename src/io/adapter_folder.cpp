@@ -1,9 +1,11 @@
 // Names and keys of an adapter's files, and reading a folder whose files must belong together.
+#include <ATen/Functions.h>
 #include <reslora/adapter_folder.h>
 #include <reslora/config_json.h>
 
 #include <algorithm>
 #include <iterator>
+#include <optional>
 #include <vector>
 
 #include "core/check.h"
@@ -11,6 +13,8 @@
 #include "io/factor_names.h"
 #include "io/folders.h"
 #include "io/tensor_types.h"
+#include "io/unfinished.h"
+#include "safetensors/json.h"
 
 namespace reslora {
 namespace {
@@ -27,11 +31,63 @@ std::vector<std::string> keys_without(const std::map<std::string, at::Tensor>& a
   return keys;
 }
 
+std::map<std::string, at::Tensor> factors_in(const std::map<std::string, at::Tensor>& tensors) {
+  std::map<std::string, at::Tensor> factors;
+  for (const auto& [key, tensor] : tensors)
+    if (is_factor(key)) factors.emplace(key, tensor);
+  return factors;
+}
+
 /// Replaces the base's revision by that of the other options.
 void take_revision(Patterns<std::string>& options, const Patterns<std::string>& others) {
   const auto is_revision = [](const auto& option) { return option.first == kRevision; };
   options.erase(std::remove_if(options.begin(), options.end(), is_revision), options.end());
   std::copy_if(others.begin(), others.end(), std::back_inserter(options), is_revision);
+}
+
+/// A JSON object with one more member.
+std::string with_sum(const std::string& json, const std::string& sum) {
+  const size_t end = json.rfind('}');
+  const size_t last = end == std::string::npos || end == 0 ? std::string::npos
+                                                           : json.find_last_not_of(" \n", end - 1);
+  if (last == std::string::npos) return json;
+  const char* comma = json[last] == '{' ? "" : ",";
+  return json.substr(0, last + 1) +
+         fmt::format("{}\n  \"{}\": \"{}\"\n}}\n", comma, kWeightsSumKey, sum);
+}
+
+/// The sum of the weights that options were saved with; empty where they do not say.
+std::string sum_in(const std::string& json) {
+  std::string sum;
+  detail::JsonReader reader(json, kConfigName);
+  reader.object([&](const std::string& key) {
+    if (key == kWeightsSumKey && reader.peek() == '"') {
+      sum = reader.string();
+    } else {
+      reader.skip();
+    }
+  });
+  return sum;
+}
+
+/// The options that lie beside weights of this sum: those that were saved with them, or those that
+/// do not say with which. None where they are of another save.
+std::optional<ResLoraConfig> options_beside(const std::string& folder, const std::string& sum,
+                                            const ExpressionMatch& match) {
+  const std::string path = detail::in_folder(folder, kConfigName);
+  std::optional<ResLoraConfig> unmarked;
+  for (const std::string& place : detail::places_of(folder, kConfigName)) {
+    const std::string text = detail::file_text(place);
+    if (text.empty()) continue;
+    ResLoraConfig config = config_from_json(text, path, match);
+    const std::string own = sum_in(text);
+    if (own == sum) return config;
+    if (own.empty() && place == path) unmarked = std::move(config);
+  }
+  if (!unmarked && detail::is_file(path))
+    TORCH_WARN("[load] ", detail::shown(path, 4096), " was saved with other weights than ",
+               kWeightsName, ", which has options of its own: these are used");
+  return unmarked;
 }
 
 std::string counted(const std::vector<std::string>& keys) {
@@ -53,21 +109,44 @@ bool is_factor(std::string_view key) {
 AdapterFile load_adapter_folder(const std::string& folder, const ExpressionMatch& match) {
   const std::string config_path = detail::in_folder(folder, kConfigName);
   const std::string path = detail::in_folder(folder, kWeightsName);
-  for (const char* name : {kConfigName, kWeightsName})
-    TORCH_CHECK(detail::is_file(detail::in_folder(folder, name)),
-                fmt::format("[load] an adapter's folder must hold {}; got {}", name,
-                            folder.empty() ? "." : folder));
+  detail::finish_dead_if_possible(folder);
+  for (const char* name : {kConfigName, kWeightsName}) {
+    const std::vector<std::string> places = detail::places_of(folder, name);
+    TORCH_CHECK(
+        std::any_of(places.begin(), name == kWeightsName ? places.begin() + 1 : places.end(),
+                    detail::is_file),
+        fmt::format("[load] an adapter's folder must hold {}; got {}", name,
+                    folder.empty() ? "." : folder));
+  }
   AdapterFile adapter = load_adapter(path);
   ResLoraConfig config = config_from_json(adapter.config_json, path, match);
-  const ResLoraConfig beside = config_from_json(detail::file_text(config_path), config_path, match);
-  ResLoraConfig same = beside;
-  same.other_options() = config.other_options();
-  if (const std::string name = first_difference(config, same); !name.empty())
-    RESLORA_CHECK(false, "[load] {} and {} must agree on {}; got {} and {} in {}", kConfigName,
-                  kWeightsName, name, option_json(beside, name), option_json(config, name), folder);
-  take_revision(config.other_options(), beside.other_options());
+  if (const auto beside = options_beside(folder, adapter.sum, match)) {
+    ResLoraConfig same = *beside;
+    same.other_options() = config.other_options();
+    if (const std::string name = first_difference(config, same); !name.empty())
+      RESLORA_CHECK(false, "[load] {} and {} must agree on {}; got {} and {} in {}", kConfigName,
+                    kWeightsName, name, option_json(*beside, name), option_json(config, name),
+                    folder);
+    take_revision(config.other_options(), beside->other_options());
+  }
   adapter.config_json = config_to_json(config);
   return adapter;
+}
+
+void stage_adapter(Stage& stage, const AdapterFile& adapter,
+                   const std::map<std::string, LayerStatistics>& statistics) {
+  const std::string sum = save_adapter(stage.path(kWeightsName), adapter);
+  if (statistics.empty()) {
+    stage.remove(kStatisticsName);  // those of another adapter
+  } else {
+    const std::string of_factors = tensors_sum(factors_in(adapter.tensors));
+    save_statistics(stage.path(kStatisticsName), of_factors, statistics, sum);
+  }
+  write_text(stage.path(kConfigName), with_sum(adapter.config_json, sum));
+}
+
+bool is_current(const std::string& folder, const AdapterFile& adapter) {
+  return sum_in_header(detail::in_folder(folder, kWeightsName)) == adapter.sum;
 }
 
 void check_formula(const ResLoraConfig& model, const ResLoraConfig& file) {

@@ -273,19 +273,21 @@ void save_tensors(const std::string& path, const TensorFile& file) {
   on_file("save_tensors", path, [&] { write_file(path, file); });
 }
 
-void save_adapter(const std::string& path, const AdapterFile& adapter) {
-  on_file("save_adapter", path, [&] {
+std::string save_adapter(const std::string& path, const AdapterFile& adapter) {
+  return on_file("save_adapter", path, [&] {
     check_adapter(adapter);
     TensorFile file;
     file.tensors = with_prefix(adapter.tensors);
     const std::string chains = chains_json(adapter.chains);
+    const std::string sum = checksum(adapter.config_json, chains, adapter.tensors);
     file.metadata = {{"format", "pt"},  // what readers of the safetensors package look for
                      {kFormatKey, std::to_string(kAdapterFormat)},
                      {kVersionKey, RESLORA_VERSION},
                      {kConfigKey, adapter.config_json},
                      {kChainsKey, chains},
-                     {kSumKey, checksum(adapter.config_json, chains, adapter.tensors)}};
+                     {kSumKey, sum}};
     write_file(path, file);
+    return sum;
   });
 }
 
@@ -332,12 +334,22 @@ AdapterFile load_adapter(const std::string& path) {
         kSumKey);
     AdapterFile adapter;
     adapter.config_json = config;
+    adapter.sum = file.metadata.at(kSumKey);
     adapter.chains = read_chains(chains);
     adapter.tensors = std::move(file.tensors);
     check_adapter(adapter);
     use_plain_names(adapter);
     warn_if_idle(path, adapter);
     return adapter;
+  });
+}
+
+std::string sum_in_header(const std::string& path) {
+  return on_file("load_adapter", path, [&] {
+    detail::InputFile input(path);
+    const detail::Header header = detail::read_header(input);
+    const auto found = header.metadata.find(kSumKey);
+    return found == header.metadata.end() ? std::string() : found->second;
   });
 }
 

@@ -3,16 +3,22 @@
 
 #include <reslora/adapter_folder.h>
 
+#include "core/check.h"
 #include "io/folders.h"
 
 namespace reslora::detail {
 
 SavedAdapter read_folder(const std::string& folder) {
-  SavedAdapter saved;
-  saved.file = load_adapter_folder(folder);
-  saved.config = config_from_json(saved.file.config_json, in_folder(folder, kConfigName));
-  saved.statistics = statistics_beside(folder, saved.file);
-  return saved;
+  constexpr int kAttempts = 10;  // each time another save has come between
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    SavedAdapter saved;
+    saved.file = load_adapter_folder(folder);
+    saved.config = config_from_json(saved.file.config_json, in_folder(folder, kConfigName));
+    saved.statistics = statistics_beside(folder, saved.file);
+    if (is_current(folder, saved.file)) return saved;
+  }
+  RESLORA_CHECK(false, "[load] a folder must not be written all the time while it is read; got {}",
+                folder);
 }
 
 }  // namespace reslora::detail

@@ -2,44 +2,22 @@
 #include <fcntl.h>
 #include <ftw.h>
 #include <reslora/stage.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 
 #include "io/folders.h"
 #include "io/tensor_types.h"
+#include "io/unfinished.h"
 #include "safetensors/safetensors.h"
 
 namespace reslora {
 namespace {
 
+using detail::FolderLock;
+using detail::refuse_system;
 using detail::shown;
-
-/// Tells what the system refused, with its reason.
-[[noreturn]] void refuse(const std::string& path, const char* what, int error) {
-  TORCH_CHECK(false,
-              fmt::format("[save] {}: {} ({})", shown(path, 4096), what, std::strerror(error)));
-}
-
-/// Removes all that lies in a folder; links are removed, not followed. Not 0: errno says why.
-int remove_below(const std::string& folder) {
-  const auto remove = [](const char* path, const struct stat*, int, struct FTW* at) {
-    return at->level > 0 ? std::remove(path) : 0;
-  };
-  return ::nftw(folder.c_str(), remove, 16, FTW_DEPTH | FTW_PHYS);
-}
-
-/// True where the open folder still has this path, which its earlier writer may have renamed.
-bool is_at(int descriptor, const std::string& path) {
-  struct stat own, there;
-  return ::fstat(descriptor, &own) == 0 && ::lstat(path.c_str(), &there) == 0 &&
-         own.st_dev == there.st_dev && own.st_ino == there.st_ino;
-}
 
 /// Demands a path that stays below the folder.
 void check_name(const std::string& name) {
@@ -57,7 +35,20 @@ void keep_mode(const std::string& replaced, const std::string& written) {
   struct stat found;
   if (::stat(replaced.c_str(), &found) != 0) return;
   if (::chmod(written.c_str(), found.st_mode & 07777) != 0)
-    refuse(replaced, "its mode could not be kept", errno);
+    refuse_system(replaced, "its mode could not be kept", errno);
+}
+
+/// Syncs all that lies in a folder, and the folder. Not 0: errno says why.
+int sync_below(const std::string& folder) {
+  const auto sync = [](const char* path, const struct stat*, int type, struct FTW*) {
+    if (type != FTW_F && type != FTW_DP) return 0;
+    const int descriptor = ::open(path, O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0) return -1;
+    const int result = ::fsync(descriptor);
+    ::close(descriptor);
+    return result;
+  };
+  return ::nftw(folder.c_str(), sync, 16, FTW_DEPTH | FTW_PHYS);
 }
 
 std::string parent_of(const std::string& path) {
@@ -68,7 +59,7 @@ std::string parent_of(const std::string& path) {
 }  // namespace
 
 Stage::Stage(const std::string& folder, Kind kind)
-    : folder_(folder.empty() ? "." : folder), kind_(kind) {
+    : folder_(folder.empty() ? "." : folder), kind_(kind), lock_(std::make_unique<FolderLock>()) {
   while (folder_.size() > 1 && folder_.back() == '/') folder_.pop_back();
   if (kind_ == Kind::kFolder) {
     open_folder();
@@ -76,9 +67,7 @@ Stage::Stage(const std::string& folder, Kind kind)
   }
   is_new_ = !detail::exists(folder_);
   detail::make_folder(folder_);
-  std::string hidden = folder_ + "/" + detail::kHidden + "XXXXXX";
-  if (::mkdtemp(hidden.data()) == nullptr) refuse(folder_, "no file can be made there", errno);
-  hidden_ = hidden;
+  hidden_ = detail::make_hidden(folder_, *lock_);
 }
 
 void Stage::open_folder() {
@@ -86,22 +75,16 @@ void Stage::open_folder() {
   const std::string hidden =
       parent + "." + folder_.substr(folder_.rfind('/') + 1) + detail::kUnfinished;
   if (::mkdir(hidden.c_str(), 0777) != 0 && errno != EEXIST)
-    refuse(hidden, "the folder could not be made", errno);
-  lock_ = ::open(hidden.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-  if (lock_ < 0) refuse(hidden, "the folder could not be opened", errno);
-  const bool is_locked = ::flock(lock_, LOCK_EX | LOCK_NB) == 0;
-  const int error = is_locked ? 0 : errno;
-  if (!is_locked || !is_at(lock_, hidden)) {
-    ::close(lock_);
-    if (error != 0 && error != EWOULDBLOCK) refuse(hidden, "the folder could not be locked", error);
-    TORCH_CHECK_VALUE(false, fmt::format("[merge] one merge may write {} at a time; got another",
-                                         shown(folder_, 4096)));
-  }
-  if (remove_below(hidden) != 0) {
-    const int reason = errno;
-    ::close(lock_);
-    refuse(hidden, "what an earlier merge left could not be removed", reason);
-  }
+    refuse_system(hidden, "the folder could not be made", errno);
+  struct stat found;
+  if (::lstat(hidden.c_str(), &found) == 0 && !S_ISDIR(found.st_mode))
+    refuse_system(hidden, "the folder could not be opened", ENOTDIR);
+  *lock_ = FolderLock(hidden, FolderLock::Kind::kTry);
+  TORCH_CHECK_VALUE(
+      lock_->is_held(),
+      fmt::format("[merge] one merge may write {} at a time; got another", shown(folder_, 4096)));
+  if (detail::remove_below(hidden) != 0)
+    refuse_system(hidden, "what an earlier merge left could not be removed", errno);
   hidden_ = hidden;
 }
 
@@ -131,9 +114,9 @@ void Stage::commit() {
     discard();
     return;
   }
-  detail::on_file("save", folder_, [&] { detail::sync_folder(hidden_); });
+  if (sync_below(hidden_) != 0) refuse_system(folder_, "its files could not be synced", errno);
   if (::rename(hidden_.c_str(), folder_.c_str()) != 0)
-    refuse(folder_, "the folder could not be put in place", errno);
+    refuse_system(folder_, "the folder could not be put in place", errno);
   hidden_.clear();
   discard();
   detail::on_file("save", folder_, [&] { detail::sync_folder(parent_of(folder_)); });
@@ -147,25 +130,32 @@ void Stage::commit_files() {
           fmt::format("[save] {} must be a file to write; got something else there",
                       shown(folder_ + "/" + name, 4096)));
   for (const std::string& name : names_) {
-    const std::string target = folder_ + "/" + name, written = hidden_ + "/" + name;
-    keep_mode(target, written);
-    if (::rename(written.c_str(), target.c_str()) != 0)
-      refuse(target, "the file could not be written", errno);
+    if (!detail::exists(hidden_ + "/" + name))
+      refuse_system(folder_ + "/" + name, "the file could not be written", ENOENT);
+    keep_mode(folder_ + "/" + name, hidden_ + "/" + name);
   }
-  for (const std::string& name : removed_) detail::remove_file(folder_ + "/" + name);
+  const detail::Commit commit = {names_, removed_};
+  detail::on_file("save", folder_, [&] { detail::note_commit(hidden_, commit); });
+  const FolderLock lock(folder_, FolderLock::Kind::kWait);
+  detail::finish_dead(folder_);
+  try {
+    detail::put_in_place(folder_, hidden_, commit);
+  } catch (...) {
+    // Once the first file is there, the rest stays where a reader and the next writer find it.
+    if (detail::is_decided(hidden_, commit)) hidden_.clear();
+    throw;
+  }
   is_new_ = false;
-  detail::on_file("save", folder_, [&] { detail::sync_folder(folder_); });
 }
 
 void Stage::discard() {
   if (!hidden_.empty()) {
-    remove_below(hidden_);
+    detail::remove_below(hidden_);
     ::rmdir(hidden_.c_str());
     if (is_new_) ::rmdir(folder_.c_str());  // stays where something is in it
     hidden_.clear();
   }
-  if (lock_ >= 0) ::close(lock_);
-  lock_ = -1;
+  lock_->release();
 }
 
 void write_text(const std::string& path, const std::string& text) {

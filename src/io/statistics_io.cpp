@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <set>
 #include <utility>
 
@@ -14,7 +15,9 @@
 #include "core/tensor_checks.h"
 #include "io/folders.h"
 #include "io/tensor_types.h"
+#include "io/unfinished.h"
 #include "safetensors/json.h"
+#include "safetensors/safetensors.h"
 
 namespace reslora {
 namespace {
@@ -24,7 +27,8 @@ using detail::require;
 using detail::shown;
 
 constexpr const char* kFormatKey = "reslora.statistics";
-constexpr const char* kFormat = "1";
+constexpr const char* kFormats[] = {"1", "2"};  // 2 may say which weights it was saved with
+constexpr const char* kWeightsKey = "reslora.weights_sha256";
 constexpr const char* kSumKey = "reslora.adapter_sum";
 constexpr const char* kContentKey = "reslora.sha256";
 constexpr const char* kOwnersKey = "reslora.shared_xx";
@@ -181,7 +185,8 @@ std::map<std::string, LayerStatistics> read(TensorFile file) {
 }  // namespace
 
 void save_statistics(const std::string& path, const std::string& adapter_sum,
-                     const std::map<std::string, LayerStatistics>& statistics) {
+                     const std::map<std::string, LayerStatistics>& statistics,
+                     const std::string& weights_sum) {
   TensorFile file;
   std::map<std::string, std::string> owners;
   std::map<const void*, std::string> owner_of;
@@ -209,10 +214,11 @@ void save_statistics(const std::string& path, const std::string& adapter_sum,
     file.tensors[name + ".sums"] = numbers({sums.vv, static_cast<double>(sums.rows)});
   }
   file.metadata = {{"format", "pt"},
-                   {kFormatKey, kFormat},
+                   {kFormatKey, kFormats[1]},
                    {kSumKey, adapter_sum},
                    {kOwnersKey, owners_json(owners)},
                    {kContentKey, tensors_sum(file.tensors)}};
+  if (!weights_sum.empty()) file.metadata[kWeightsKey] = weights_sum;
   // What `load_statistics` would refuse is not written.
   detail::on_file("save_statistics", path, [&] { read(file); });
   save_tensors(path, file);
@@ -228,7 +234,8 @@ std::map<std::string, LayerStatistics> load_statistics(const std::string& path,
     for (const char* key : {kSumKey, kOwnersKey, kContentKey}) {
       require(file.metadata.count(key) > 0, "the metadata must have {}; got none", key);
     }
-    require(format->second == kFormat, "statistics must be of format {}; got {}", kFormat,
+    require(std::count(std::begin(kFormats), std::end(kFormats), format->second) > 0,
+            "statistics must be of format {}; got {}", fmt::join(kFormats, " or "),
             shown(format->second));
     require(file.metadata.at(kSumKey) == adapter_sum,
             "statistics must be of the adapter that they are loaded for; got those of another one: "
@@ -244,10 +251,41 @@ std::map<std::string, LayerStatistics> load_statistics(const std::string& path,
   });
 }
 
+namespace {
+
+/// The sum of the weights that a file of statistics was saved with; empty where it does not say.
+std::string weights_sum_in(const std::string& path) {
+  return detail::on_file("load_statistics", path, [&] {
+    detail::InputFile file(path);
+    const detail::Header header = detail::read_header(file);
+    const auto found = header.metadata.find(kWeightsKey);
+    return found == header.metadata.end() ? std::string() : found->second;
+  });
+}
+
+/// The file of the statistics that belong to weights of this sum, or that do not say to which;
+/// empty where there is none.
+std::string place_of_statistics(const std::string& folder, const std::string& sum) {
+  const std::string path = detail::in_folder(folder, kStatisticsName);
+  std::string unmarked;
+  for (const std::string& place : detail::places_of(folder, kStatisticsName)) {
+    if (!detail::is_file(place)) continue;
+    const std::string own = weights_sum_in(place);
+    if (own == sum) return place;
+    if (own.empty() && place == path) unmarked = path;
+  }
+  if (unmarked.empty() && detail::is_file(path))
+    TORCH_WARN("[load] ", shown(path, 4096), " was saved with other weights than ", kWeightsName,
+               " and is left out: calibrate again, or merge by a rule that needs no data");
+  return unmarked;
+}
+
+}  // namespace
+
 std::map<std::string, LayerStatistics> statistics_beside(const std::string& folder,
                                                          const AdapterFile& adapter) {
-  const std::string path = detail::in_folder(folder, kStatisticsName);
-  if (!detail::is_file(path)) return {};
+  const std::string path = place_of_statistics(folder, adapter.sum);
+  if (path.empty()) return {};
   std::map<std::string, Tensor> factors;
   for (const auto& [key, tensor] : adapter.tensors)
     if (is_factor(key)) factors.emplace(key, tensor);

@@ -92,19 +92,16 @@ void Adapters::save(const std::string& folder, bool statistics) const {
         known.emplace(view.chain.layer(n).name, std::move(own));
     }
   }
-  const bool has_statistics = statistics && !known.empty();
-  const std::string sum = has_statistics ? detail::adapter_sum(*state_) : "";
+  if (!statistics) known.clear();
   const bool has_fits = std::any_of(known.begin(), known.end(),
                                     [](const auto& item) { return item.second.fit.A.defined(); });
-  if (has_statistics && has_fits)
-    check_current(state_->fits_sum, sum, "save", "save without statistics");
+  if (has_fits)
+    check_current(state_->fits_sum, detail::adapter_sum(*state_), "save",
+                  "save without statistics");
   file.tensors = detail::factors_of(*state_);
   for (const auto& [name, tensor] : state_->heads) file.tensors.emplace(name, tensor.detach());
   Stage stage(folder);
-  if (has_statistics) save_statistics(stage.path(kStatisticsName), sum, known);
-  save_adapter(stage.path(kWeightsName), file);
-  write_text(stage.path(kConfigName), file.config_json);
-  if (!has_statistics) stage.remove(kStatisticsName);  // those of another adapter
+  stage_adapter(stage, file, known);
   stage.commit();
 }
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import CONFIG_NAME, WEIGHTS_NAME, Stage, factor_names, save_adapter, write_text
+from .._C import Stage, factor_names, stage_adapter
 from ..config import ResLoraConfig
 from ..files.base_files import meta_model
 from ..files.checkpoint import transposed_chains
@@ -68,8 +68,7 @@ def convert_folder(source: PathLike, directory: PathLike, base: str | nn.Module)
         fan_in_fan_out=transposed_chains(injection) or None,
     )
     with Stage(directory) as stage:
-        save_adapter(stage.path(WEIGHTS_NAME), text, injection.chain_records, tensors)
-        write_text(stage.path(CONFIG_NAME), text)
+        stage_adapter(stage, text, injection.chain_records, tensors, {})
     return injection
 
 

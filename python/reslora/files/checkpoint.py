@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from .._C import (
     CONFIG_NAME,
-    STATISTICS_NAME,
-    WEIGHTS_NAME,
     AdapterFile,
     LayerShape,
     Stage,
@@ -30,12 +28,12 @@ from .._C import (
     check_formula,
     check_tensors,
     find_chains,
+    is_current,
     is_factor,
     load_adapter_folder,
     plain_name,
-    save_adapter,
-    save_statistics,
     saved_part,
+    stage_adapter,
     statistics_beside,
     write_text,
 )
@@ -50,9 +48,11 @@ from ..nn.sharding import is_sharded, whole, writes
 from ..text_files import read_object
 from .beside import warn_not_saved
 from .embeddings import saved_embeddings, stored_embeddings
-from .folders import PathLike, adapter_folder, base_line, base_name
+from .folders import CARD_NAME, PathLike, adapter_folder, base_line, base_name, card_for
 from .former_names import present_names
-from .statistics import Statistics, give_statistics, statistics_of, sum_of_factors
+from .statistics import Statistics, give_statistics, statistics_of
+
+ATTEMPTS = 10  # to read a folder: each time another save has come between
 
 
 def save_pretrained(
@@ -98,13 +98,10 @@ def save_pretrained(
     if not writes(own):
         return
     with Stage(directory) as stage:
-        save_adapter(stage.path(WEIGHTS_NAME), text, injection.chain_records, tensors)
-        if layers:
-            save_statistics(stage.path(STATISTICS_NAME), sum_of_factors(tensors), layers)
-        else:
-            stage.remove(STATISTICS_NAME)
-        write_text(stage.path(CONFIG_NAME), text)
-        write_text(stage.path("README.md"), _card(injection, base))
+        stage_adapter(stage, text, injection.chain_records, tensors, layers)
+        card = card_for(directory, _card(injection, base))
+        if card is not None:
+            write_text(stage.path(CARD_NAME), card)
 
 
 def _saved_config(model: nn.Module, injection: Injection) -> ResLoraConfig:
@@ -142,13 +139,12 @@ def load(
             unchanged.
     """
     folder = adapter_folder(directory, "load", revision, subfolder)
-    adapter, config = read_adapter(folder)
-    stored = _stored(plain_model(model), adapter, config, statistics_beside(folder, adapter))
+    stored = _stored(plain_model(model), *read_whole(folder))
     if find_layers(model):
         _copy_adapter(plain_model(model), injection_of(model, "load"), stored)
     else:
         heads = [key for key in stored.tensors if not is_factor(key)]
-        inject_saved(model, config, stored.chains, heads)
+        inject_saved(model, stored.config, stored.chains, heads)
         try:
             _copy_adapter(model, injection_of(model, "load"), stored)
         except BaseException:
@@ -172,6 +168,18 @@ def read_adapter(folder: Path) -> tuple[AdapterFile, ResLoraConfig]:
         read_object(folder / CONFIG_NAME, "config")  # what is damaged, in a sentence for JSON
     adapter = load_adapter_folder(folder, matches)
     return adapter, ResLoraConfig.from_json(adapter.config_json, os.fspath(folder / CONFIG_NAME))
+
+
+def read_whole(folder: Path) -> tuple[AdapterFile, ResLoraConfig, Statistics]:
+    """Read an adapter's folder as `read_adapter` does, and the statistics that belong to it."""
+    for _ in range(ATTEMPTS):
+        adapter, config = read_adapter(folder)
+        statistics = statistics_beside(folder, adapter)
+        if is_current(folder, adapter):
+            return adapter, config, statistics
+    raise ValueError(
+        f"[load] a folder must not be written all the time while it is read; got {folder}"
+    )
 
 
 @dataclass

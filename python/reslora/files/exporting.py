@@ -45,7 +45,7 @@ from ..text_files import read_object
 from .beside import warn_not_saved
 from .checkpoint import saved_tensors
 from .embeddings import resizing, saved_embeddings
-from .folders import PathLike, adapter_folder, base_line, base_name
+from .folders import CARD_NAME, PathLike, adapter_folder, base_line, base_name, card_for
 from .model_folder import heads_of, plan_from_files
 
 logger = logging.getLogger("reslora")
@@ -217,7 +217,9 @@ def _write_lora(
         directory, layers, heads, targets, list(saved), fan_in_fan_out,
         base or "", task_type or "", (config.revision or "") if base else "",
     )  # fmt: skip
-    write_text(Path(directory) / "README.md", _card(config.res_mode, layers, base))
+    card = card_for(directory, _card(config.res_mode, layers, base))
+    if card is not None:
+        write_text(Path(directory) / CARD_NAME, card)
     return R
 
 

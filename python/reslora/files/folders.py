@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,9 +10,17 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .._C import CONFIG_NAME, MODEL_PREFIX, STATISTICS_NAME, WEIGHTS_NAME, load_tensors
+from .._C import (
+    CONFIG_NAME,
+    MODEL_PREFIX,
+    STATISTICS_NAME,
+    WEIGHTS_NAME,
+    load_tensors,
+)
 from .hub import local_folder
 
+CARD_NAME = "README.md"
+_CARD_MARK = "\n<!-- written by reslora, sum {} -->\n"
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, STATISTICS_NAME)
 PathLike = str | os.PathLike[str]
 
@@ -30,6 +39,27 @@ def load_tensors_of(path: PathLike) -> dict[str, Tensor]:
     """Return the tensors of an adapter's file that PEFT wrote, under the names of the model."""
     tensors, _ = load_tensors(path)
     return {key.removeprefix(MODEL_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def card_for(folder: PathLike, text: str) -> str | None:
+    """Return a model card as it is to be written, None where the folder has one to keep.
+
+    Kept is a card that somebody else wrote or changed. A comment at the end of ours tells: it has
+    the sum of what stands above it.
+    """
+    found = Path(folder) / CARD_NAME
+    if found.is_file() and not _is_untouched(found.read_bytes()):
+        return None
+    return text + _CARD_MARK.format(_sum(text.encode()))
+
+
+def _is_untouched(card: bytes) -> bool:
+    text, mark, rest = card.rpartition(_CARD_MARK.partition("{")[0].encode())
+    return bool(mark) and rest.startswith(_sum(text).encode())
+
+
+def _sum(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def base_name(model: nn.Module, given: str | None) -> str | None:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from .._C import (
     STATISTICS_NAME,
     Fit,
     FitSums,
     LayerStatistics,
     check_current,
-    is_factor,
     load_statistics,
     save_statistics,
-    tensors_sum,
 )
 from ..injection.adapted import Calibrated, Injection, adapter_sum
 
@@ -87,8 +83,3 @@ def give_statistics(injection: Injection, statistics: Statistics) -> None:
             sums[layer.name] = own.sums
     if fits:
         injection.calibrated = Calibrated(fits, adapter_sum(injection), sums)
-
-
-def sum_of_factors(tensors: dict[str, Tensor]) -> str:
-    """Return what `adapter_sum` does, of an adapter's tensors with those of its heads."""
-    return tensors_sum({key: tensor for key, tensor in tensors.items() if is_factor(key)})

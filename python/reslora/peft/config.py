@@ -15,16 +15,14 @@ from .._build_info import VERSION
 from .._C import (
     CONFIG_NAME,
     PEFT_TYPE,
-    STATISTICS_NAME,
     WEIGHTS_NAME,
     Stage,
     config_to_json,
     factor_names,
     is_factor,
     plain_name,
-    save_adapter,
     saved_part,
-    write_text,
+    stage_adapter,
 )
 from ..config import PATTERNS
 from ..config import ResLoraConfig as CoreConfig
@@ -51,6 +49,9 @@ class ResLoraConfig(CoreConfig, PeftConfig):
     )
     reslora_version: str | None = field(
         default=None, metadata={"help": "Version of reslora, leave empty to auto-fill."}
+    )
+    reslora_sum: str | None = field(
+        default=None, metadata={"help": "Of the weights that a file was saved with."}
     )
 
     def __post_init__(self) -> None:
@@ -80,9 +81,7 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         values |= {name: getattr(self, name) for name in PATTERNS}  # PEFT sorts what has an order
         text = config_to_json(json.dumps({**values, "modules_to_save": own or None}))
         with Stage(folder) as stage:
-            stage.remove(STATISTICS_NAME)  # of another adapter
-            save_adapter(stage.path(WEIGHTS_NAME), text, chains, tensors)
-            write_text(stage.path(CONFIG_NAME), text)
+            stage_adapter(stage, text, chains, tensors, {})
         if (folder / "README.md").is_file():
             card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
             if CARD.strip() not in card.text:

@@ -116,10 +116,17 @@ TEST_F(IoRefusals, Tensors) {
       "load_tensors", "content", [&] { load_tensors(path("text")); }, "load_tensors");
   refuses_call(
       "load_adapter", "content", [&] { load_adapter(path("base")); }, "not an unmerged");
+  refuses_call(
+      "sum_in_header", "content", [&] { sum_in_header(path("text")); }, "load_adapter");
+  write_text(path("adapter/") + kWeightsName, "no tensors");
+  refuses_call(
+      "is_current", "content", [&] { is_current(path("adapter"), {}); }, "load_adapter");
 }
 
 TEST_F(IoRefusals, Adapters) {
   of_factors("save_adapter", [&](const auto& adapter) { save_adapter(path("a"), adapter); });
+  Stage stage(path("staged"));
+  of_factors("stage_adapter", [&](const auto& adapter) { stage_adapter(stage, adapter); });
   of_factors("plan_adapter", [](const auto& adapter) { plan_adapter(adapter, {}, ""); });
   of_factors("AdaptedFiles::plan", [&](const auto& adapter) {
     AdaptedFiles(ModelFiles({path("base")}), adapter).plan({}, "");

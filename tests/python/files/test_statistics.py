@@ -339,13 +339,12 @@ def of_another(path):
 
 NAME = "layers.2.lin"
 DAMAGE = [
-    (of_another, "must be of the adapter that they are loaded for"),
     (truncate, STATISTICS_NAME),
     (flip, STATISTICS_NAME),
     (foreign, "is no file of statistics"),
     (lambda path: path.write_bytes(b""), STATISTICS_NAME),
     (lambda path: path.write_bytes(b"\xff" * 99), STATISTICS_NAME),
-    (rewrite(lambda t: None, {"reslora.statistics": "2"}), "must be of format 1; got '2'"),
+    (rewrite(lambda t: None, {"reslora.statistics": "3"}), "format 1 or 2; got '3'"),
     (rewrite(lambda t: None, {"reslora.adapter_sum": "0"}), "got those of another one"),
     (rewrite(lambda t: None, {"reslora.shared_xx": "{"}), STATISTICS_NAME),
     (rewrite(lambda t: None, {"reslora.shared_xx": '{"layers.2.lin": "x"}'}), "x.xx"),
@@ -363,6 +362,16 @@ DAMAGE = [
     (put(f"{NAME}.norms", torch.ones(3, 4)), f"{NAME}.norms"),
     (put(f"{NAME}.norm_count", torch.tensor([-1])), "norm"),
 ]  # fmt: skip
+
+
+def test_statistics_of_another_save_are_left_out(tmp_path):
+    model = with_fits()
+    save_pretrained(model, tmp_path / "adapter", statistics=True)
+    of_another(tmp_path / "adapter" / STATISTICS_NAME)
+    with pytest.warns(UserWarning, match="was saved with other weights .* is left out"):
+        read = load(base_of(model), tmp_path / "adapter")
+    assert injection_of(read, "test").calibrated is None
+    assert all(layer.norms is None for layer in find_layers(read))
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])

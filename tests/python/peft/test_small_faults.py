@@ -173,7 +173,17 @@ def test_a_lora_of_an_older_checkpoint_is_a_start(tmp_path):
     torch.testing.assert_close(logits(model, ids), logits(lora, ids))
 
 
-NAMES = ["a: b", "@user/base", "base #2", "-base", "1e3", 'a"b', "C:\\b", "a\x7fb\x85c", "\u2028\ufeff"]
+NAMES = [
+    "a: b",
+    "@user/base",
+    "base #2",
+    "-base",
+    "1e3",
+    'a"b',
+    "C:\\b",
+    "a\x7fb\x85c",
+    "\u2028\ufeff",
+]
 
 
 @pytest.mark.parametrize("base", NAMES)

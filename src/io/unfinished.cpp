@@ -1,0 +1,179 @@
+// Commits that a writer died in, by POSIX calls; see unfinished.h.
+#include "io/unfinished.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "io/folders.h"
+#include "io/tensor_types.h"
+#include "safetensors/safetensors.h"
+
+namespace reslora::detail {
+namespace {
+
+constexpr const char* kNote = ".commit";
+constexpr char kPut = '+', kRemove = '-';
+constexpr int kAttempts = 16;
+
+/// True where the open folder still has this path, which another process may have removed.
+bool is_at(int descriptor, const std::string& path) {
+  struct stat own, there;
+  return ::fstat(descriptor, &own) == 0 && ::stat(path.c_str(), &there) == 0 &&
+         own.st_dev == there.st_dev && own.st_ino == there.st_ino;
+}
+
+void sync(const std::string& folder) {
+  on_file("save", folder, [&] { sync_folder(folder); });
+}
+
+bool is_folder(const std::string& path) {
+  struct stat found;
+  return ::lstat(path.c_str(), &found) == 0 && S_ISDIR(found.st_mode);
+}
+
+/// The hidden folders in a folder; links that are called so are not.
+std::vector<std::string> hidden_in(const std::string& folder) {
+  std::vector<std::string> found;
+  const std::unique_ptr<DIR, int (*)(DIR*)> open(::opendir(folder.c_str()), ::closedir);
+  if (!open) return found;
+  while (const dirent* item = ::readdir(open.get()))
+    if (std::strncmp(item->d_name, kHidden, std::strlen(kHidden)) == 0 &&
+        is_folder(in_folder(folder, item->d_name)))
+      found.push_back(in_folder(folder, item->d_name));
+  return found;
+}
+
+/// What a hidden folder's commit does; nothing where it was not reached.
+Commit noted_commit(const std::string& hidden) {
+  Commit commit;
+  const std::string text = file_text(in_folder(hidden, kNote));
+  for (size_t begin = 0, end = 0; begin < text.size(); begin = end + 1) {
+    end = text.find('\0', begin);
+    if (end == std::string::npos || end == begin) break;
+    std::vector<std::string>& names = text[begin] == kPut ? commit.names : commit.removed;
+    names.push_back(text.substr(begin + 1, end - begin - 1));
+  }
+  return commit;
+}
+
+}  // namespace
+
+void refuse_system(const std::string& path, const char* what, int error) {
+  TORCH_CHECK(false,
+              fmt::format("[save] {}: {} ({})", shown(path, 4096), what, std::strerror(error)));
+}
+
+int remove_below(const std::string& folder) {
+  const auto remove = [](const char* path, const struct stat*, int, struct FTW* at) {
+    return at->level > 0 ? std::remove(path) : 0;
+  };
+  return ::nftw(folder.c_str(), remove, 16, FTW_DEPTH | FTW_PHYS);
+}
+
+// ---- Locks --------------------------------------------------------------------------------------
+
+FolderLock::FolderLock(const std::string& folder, Kind kind) {
+  descriptor_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor_ < 0) return;
+  const int how = LOCK_EX | (kind == Kind::kTry ? LOCK_NB : 0);
+  int result = 0;
+  do {
+    result = ::flock(descriptor_, how);
+  } while (result != 0 && errno == EINTR);
+  is_certain_ = result == 0;
+  const bool is_anothers = result != 0 && errno == EWOULDBLOCK;
+  if (is_anothers || !is_at(descriptor_, folder)) release();
+}
+
+FolderLock::~FolderLock() { release(); }
+
+FolderLock::FolderLock(FolderLock&& other) noexcept { *this = std::move(other); }
+
+FolderLock& FolderLock::operator=(FolderLock&& other) noexcept {
+  std::swap(descriptor_, other.descriptor_);
+  std::swap(is_certain_, other.is_certain_);
+  return *this;
+}
+
+void FolderLock::release() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+  descriptor_ = -1;
+  is_certain_ = false;
+}
+
+std::string make_hidden(const std::string& folder, FolderLock& lock) {
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    std::string hidden = in_folder(folder, kHidden) + "XXXXXX";
+    if (::mkdtemp(hidden.data()) == nullptr)
+      refuse_system(folder, "no file can be made there", errno);
+    lock = FolderLock(hidden, FolderLock::Kind::kTry);
+    if (lock.is_held()) return hidden;  // else somebody took it for a dead one
+  }
+  refuse_system(folder, "no file can be made there", EAGAIN);
+}
+
+// ---- Commits ------------------------------------------------------------------------------------
+
+void note_commit(const std::string& hidden, const Commit& commit) {
+  std::string text;
+  for (const std::string& name : commit.names) text += kPut + name + '\0';
+  for (const std::string& name : commit.removed) text += kRemove + name + '\0';
+  AtomicFile file(in_folder(hidden, kNote));
+  file.write(text.data(), text.size());
+  file.commit();
+}
+
+bool is_decided(const std::string& hidden, const Commit& commit) {
+  return commit.names.empty() || !exists(in_folder(hidden, commit.names.front()));
+}
+
+void put_in_place(const std::string& folder, const std::string& hidden, const Commit& commit) {
+  for (const std::string& name : commit.names) {
+    const std::string target = in_folder(folder, name), written = in_folder(hidden, name);
+    if (::rename(written.c_str(), target.c_str()) != 0 && errno != ENOENT)
+      refuse_system(target, "the file could not be written", errno);
+    if (&name == &commit.names.front()) sync(folder);
+  }
+  for (const std::string& name : commit.removed) remove_file(in_folder(folder, name));
+  sync(folder);
+}
+
+void finish_dead(const std::string& folder) {
+  for (const std::string& hidden : hidden_in(folder)) {
+    const FolderLock lock(hidden, FolderLock::Kind::kTry);
+    if (!lock.is_held() || !lock.is_certain()) continue;
+    const Commit commit = noted_commit(hidden);
+    const bool is_noted = !commit.names.empty() || !commit.removed.empty();
+    if (is_noted && is_decided(hidden, commit)) put_in_place(folder, hidden, commit);
+    if (remove_below(hidden) != 0 || ::rmdir(hidden.c_str()) != 0)
+      refuse_system(hidden, "what an earlier save left could not be removed", errno);
+  }
+}
+
+void finish_dead_if_possible(const std::string& folder) noexcept {
+  try {
+    if (hidden_in(folder).empty()) return;
+    const FolderLock lock(folder, FolderLock::Kind::kTry);
+    if (lock.is_held() && lock.is_certain()) finish_dead(folder);
+  } catch (const std::exception&) {  // read-only: a reader finds what it needs where it is
+  }
+}
+
+std::vector<std::string> places_of(const std::string& folder, const std::string& name) {
+  std::vector<std::string> places = {in_folder(folder, name)};
+  for (const std::string& hidden : hidden_in(folder.empty() ? "." : folder))
+    places.push_back(in_folder(hidden, name));
+  return places;
+}
+
+}  // namespace reslora::detail
