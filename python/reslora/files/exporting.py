@@ -225,6 +225,12 @@ def _write_lora(
 
 def _planned(model: nn.Module, injection: Injection, request: MergeRequest) -> MergePlan:
     op, merge_method, applied = request.op, request.merge_method, injection.applied
+    for layer in injection.layers:
+        if (count := injection.number_of_places(layer)) > 1:
+            raise ValueError(
+                f"[{op}] a plain LoRA adapts one place of a module; got {layer.name}, which hangs "
+                f"at {count} places (merge_and_unload is right at all of them)"
+            )
     if applied is None:
         with earlier_fits_after_errors(injection):
             prepare(model, injection, request)

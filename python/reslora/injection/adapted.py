@@ -89,6 +89,10 @@ class Injection:
                 encoder.use_nested_tensor = takes_nested
         self.sessions, self.hooks, self.nested = [], [], []
 
+    def number_of_places(self, layer: ResLoraLinear) -> int:
+        """Return at how many places of the model a layer hangs."""
+        return sum(own is layer for _, _, own in self.places)
+
     def undo(self) -> None:
         """Put the base layers back, remove the hooks, restore which parameters train."""
         for parent, attribute, layer in reversed(self.places):

@@ -279,7 +279,8 @@ class Session:
             raise RuntimeError(
                 f"[session] {layer.name} runs without gradients inside a training forward, as "
                 "reentrant checkpointing does: pass use_reentrant=False to the checkpointing (in "
-                "transformers gradient_checkpointing_kwargs={'use_reentrant': False})"
+                "transformers gradient_checkpointing_kwargs={'use_reentrant': False}), or, where "
+                "the model does so by itself (reversible layers), use res_mode 'none' or 'bs'"
             )
 
 

@@ -219,8 +219,12 @@ class PeftLinear(nn.Module, BaseTunerLayer):
         return delta.t() if is_conv1d(self.base_layer) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT's convert_to_lora that W* - W exists; `export_lora` gives it without an SVD."""
-        return True
+        """Tell PEFT's convert_to_lora that W* - W exists; `export_lora` gives it without an SVD.
+
+        A LoRA adapts one place of a layer that hangs at several.
+        """
+        adapter: Any = self.reslora_adapters[adapter_name]
+        return self._injection(adapter_name).number_of_places(adapter) <= 1
 
     def _injection(self, name: str) -> Injection:
         adapter: Any = self.reslora_adapters[name]

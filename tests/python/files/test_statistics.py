@@ -368,7 +368,7 @@ def test_statistics_of_another_save_are_left_out(tmp_path):
     model = with_fits()
     save_pretrained(model, tmp_path / "adapter", statistics=True)
     of_another(tmp_path / "adapter" / STATISTICS_NAME)
-    with pytest.warns(UserWarning, match="was saved with other weights .* is left out"):
+    with pytest.warns(UserWarning, match=r"was saved with other weights .* is left out"):
         read = load(base_of(model), tmp_path / "adapter")
     assert injection_of(read, "test").calibrated is None
     assert all(layer.norms is None for layer in find_layers(read))

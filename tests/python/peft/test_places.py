@@ -138,3 +138,22 @@ def test_a_module_that_reads_one_tensor_several_times_is_fitted_on_every_call(re
     with pytest.raises(ValueError, match=r"more than one pass .* several places.* read once"):
         reslora.unmerge(model)
         reslora.calibrate(model, iter([x]))
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+def test_a_plain_lora_of_a_layer_at_two_places_is_refused(tmp_path):
+    convert_to_lora = pytest.importorskip("peft", minversion="0.19").convert_to_lora
+    base, model = made(Twice, ["first", "entry"], "bs")
+    model.save_pretrained(tmp_path / "adapter")
+    core = reslora.load(copy.deepcopy(base), tmp_path / "adapter")
+    for adapted in (core, model):
+        with pytest.raises(ValueError, match=r"adapts one place .* first, which hangs at 2 places"):
+            reslora.export_lora(adapted, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=2)
+    base, model = made(with_a_block_twice, ["lin"], "bs")  # one place, in a block that has two
+    reslora.export_lora(model, tmp_path / "block")
+    x = torch.randn(3, 4)
+    lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "block").eval()
+    torch.testing.assert_close(lora(x), model(x), rtol=1e-5, atol=1e-6)
