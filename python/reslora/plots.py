@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ._C import LayerMerge, statistics_beside, window_in_order
+from ._C import LayerMerge, window_in_order
 from .injection.adapted import injection_of
 from .merging.planning import make_plan
 from .merging.report import MergeReport
@@ -283,11 +283,11 @@ def _windows(source: Source, revision: str | None, subfolder: str | None) -> dic
         layers = injection_of(source, "plots").layers
         found = {layer.name: (layer.norms, layer.norm_count) for layer in layers}
     else:
-        from .files.checkpoint import read_adapter
+        from .files.checkpoint import read_whole
         from .files.folders import adapter_folder
 
         folder = adapter_folder(source, "plots", revision, subfolder)
-        stored = statistics_beside(folder, read_adapter(folder)[0])
+        stored = read_whole(folder)[2]
         found = {name: (own.norms, own.count) for name, own in stored.items()}
     windows = {}
     for name, (norms, count) in found.items():

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .._C import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, LayerShape, ModelFiles, statistics_beside
+from .._C import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, LayerShape, ModelFiles
 from ..files.base_files import STEMS, weight_files
-from ..files.checkpoint import read_adapter
+from ..files.checkpoint import read_whole
 from ..files.exporting import DIFFUSERS_NAME
 from ..files.folders import PathLike, adapter_folder
 from ..text_files import read_object, read_value
@@ -213,14 +213,13 @@ def _count(found: Inspection, tensors: dict[str, Tensor]) -> None:
 
 
 def _inspect_adapter(folder: Path, shown: str) -> Inspection:
-    adapter, config = read_adapter(folder)
+    adapter, config, statistics = read_whole(folder)
     found = Inspection(shown, "ResLoRA adapter")
     _count(found, adapter.tensors)
     keys = ("res_mode", "pre_num", "r", "lora_alpha", "lora_dropout", "finished_from")
     found.options = {key: value for key in keys if (value := getattr(config, key)) is not None}
     for name, layers in adapter.chains:
         found.chains.append(_describe(name, layers, adapter.tensors))
-    statistics = statistics_beside(folder, adapter)
     fits = [own.fit for own in statistics.values() if own.fit is not None]
     windows = sum(own.norms is not None for own in statistics.values())
     if statistics:

@@ -127,12 +127,11 @@ def run_plot(options: argparse.Namespace) -> Outcome:
 
 def _rule_of_alphas(adapter: str, place: dict[str, Any]) -> str:
     """Return the best rule at hand that has alpha*; `weight`, if chosen, asks for --base."""
-    from .._C import statistics_beside
-    from ..files.checkpoint import read_adapter
+    from ..files.checkpoint import read_whole
     from ..files.folders import adapter_folder
 
     folder = adapter_folder(adapter, "plot", **place)
-    stored = statistics_beside(folder, read_adapter(folder)[0]).values()
+    stored = read_whole(folder)[2].values()
     return "input" if any(own.norms is not None for own in stored) else "weight"
 
 

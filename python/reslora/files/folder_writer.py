@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,27 +118,45 @@ def _is_other(path: Path) -> bool:
     return not (path.name.endswith(WEIGHT_FILES) or path.name.startswith("."))
 
 
+def _rest(source: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield what is no weight, by its path in the folder, and whether it is copied.
+
+    A link to a file is: a Hub's cache consists of them. A link to a folder is not, since it may
+    lead anywhere, nor is what is no file, such as a device.
+    """
+    for folder, names, files in os.walk(source):
+        place = Path(folder)
+        names[:] = sorted(name for name in names if _is_other(Path(name)))
+        links = [name for name in names if (place / name).is_symlink()]
+        for name in sorted([*links, *files]):
+            if _is_other(Path(name)):
+                yield (place / name).relative_to(source), (place / name).is_file()
+
+
 def size_of_rest(source: Path) -> int:
     """Return the bytes that `copy_rest` copies, about."""
-    return sum(p.stat().st_size for p in source.rglob("*") if p.is_file() and _is_other(p))
+    return sum((source / path).stat().st_size for path, is_copied in _rest(source) if is_copied)
 
 
 def copy_rest(source: Path, folder: Path, dtype: str | None) -> None:
     """Copy what is no weight: configuration, tokenizer, licence."""
-
-    def ignored(_: str, names: list[str]) -> list[str]:
-        return [name for name in names if not _is_other(Path(name))]
-
-    for path in sorted(source.iterdir()):
-        if not _is_other(path):
+    left_out = []
+    for path, is_copied in _rest(source):
+        if not is_copied:
+            left_out.append(os.fspath(path))
             continue
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, ignore=ignored)
-        elif path.name == "config.json" and dtype is not None:
-            values = read_object(path, "merge")
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        if path == Path("config.json") and dtype is not None:
+            values = read_object(source / path, "merge")
             for key in ("dtype", "torch_dtype"):
                 if key in values:
                     values[key] = dtype
-            write_text(folder / path.name, json.dumps(values, indent=2) + "\n")
+            write_text(folder / path, json.dumps(values, indent=2) + "\n")
         else:
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(source / path, folder / path)
+    if left_out:
+        warnings.warn(
+            f"[merge] links to folders and what is no file are not copied from BASE; got "
+            f"{', '.join(left_out[:3])} ({len(left_out)})",
+            stacklevel=3,
+        )

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._C import AdapterFile, MergePlan, Stage, is_factor, plan_adapter, statistics_beside
+from .._C import AdapterFile, MergePlan, Stage, is_factor, plan_adapter
 from ..config import ResLoraConfig, matches
 from ..text_files import read_object
 from .base_files import base_folder, open_base
-from .checkpoint import read_adapter
+from .checkpoint import read_whole
 from .folder_writer import Layout, copy_rest, size_of_rest
 from .folders import PathLike, adapter_folder
 
@@ -85,12 +85,12 @@ def merge_folder(
         OSError: where the disk is full or files cannot be read. Nothing is left then.
     """
     place = adapter_folder(adapter, "merge", revision, subfolder)
-    read, config = read_adapter(place)
+    read, config, statistics = read_whole(place)
     source, target = base_folder(base, base_revision, config.revision), Path(output)
     _check_target(source, target)
     _check_device(device)
     weights, files, adapted = open_base(source, read)
-    plan = adapted.plan(statistics_beside(place, read), merge_method or "")
+    plan = adapted.plan(statistics, merge_method or "")
     _warn_of_stopgap(plan)
     edits = adapted.edits(plan, _ties_heads(source, read), device)
     layout = Layout(files, weights, edits, dtype=dtype, shard_size=shard_size)
@@ -163,8 +163,8 @@ def plan_from_files(
             f"[merge] a revision of the base needs a base; got {base_revision!r} alone"
         )
     folder = adapter_folder(adapter, "merge", revision, subfolder)
-    read, config = read_adapter(folder)
-    statistics, method = statistics_beside(folder, read), merge_method or ""
+    read, config, statistics = read_whole(folder)
+    method = merge_method or ""
     try:
         if base is None:
             plan = plan_adapter(read, statistics, method, matches)
