@@ -175,12 +175,21 @@ def read_whole(folder: Path) -> tuple[AdapterFile, ResLoraConfig, Statistics]:
 
     Where other saves come between again and again, statistics may be left out, with a warning.
     """
-    for attempt in range(1, ATTEMPTS + 1):
-        adapter, config = read_adapter(folder)
-        statistics = statistics_beside(folder, adapter)
-        if attempt == ATTEMPTS or is_current(folder, adapter):
-            break
-    return adapter, config, statistics
+    attempt = 0
+    while True:
+        attempt += 1
+        adapter = None
+        try:
+            adapter, config = read_adapter(folder)
+            statistics = statistics_beside(folder, adapter)
+            if attempt == ATTEMPTS or is_current(folder, adapter):
+                return adapter, config, statistics
+        except RuntimeError:  # a file has gone since it was looked for
+            if attempt == ATTEMPTS:
+                raise
+        except ValueError:  # statistics of the save that came between
+            if attempt == ATTEMPTS or adapter is None or is_current(folder, adapter):
+                raise
 
 
 @dataclass
