@@ -51,7 +51,6 @@ void bind_adapter(py::module_& m) {
                                return chains;
                              })
       .def_readonly("tensors", &AdapterFile::tensors)
-      .def_readonly("sum", &AdapterFile::sum)
       .def_property_readonly("transposed_chains", &transposed_chains);
   m.def(
       "save_adapter",

@@ -654,8 +654,6 @@ class AdapterFile:
     @property
     def tensors(self) -> dict[str, Tensor]: ...
     @property
-    def sum(self) -> str: ...
-    @property
     def transposed_chains(self) -> list[str]:
         """Return the chains whose base files hold W^T."""
 

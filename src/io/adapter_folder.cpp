@@ -31,13 +31,6 @@ std::vector<std::string> keys_without(const std::map<std::string, at::Tensor>& a
   return keys;
 }
 
-std::map<std::string, at::Tensor> factors_in(const std::map<std::string, at::Tensor>& tensors) {
-  std::map<std::string, at::Tensor> factors;
-  for (const auto& [key, tensor] : tensors)
-    if (is_factor(key)) factors.emplace(key, tensor);
-  return factors;
-}
-
 /// Replaces the base's revision by that of the other options.
 void take_revision(Patterns<std::string>& options, const Patterns<std::string>& others) {
   const auto is_revision = [](const auto& option) { return option.first == kRevision; };
@@ -107,17 +100,15 @@ bool is_factor(std::string_view key) {
 }
 
 AdapterFile load_adapter_folder(const std::string& folder, const ExpressionMatch& match) {
-  const std::string config_path = detail::in_folder(folder, kConfigName);
   const std::string path = detail::in_folder(folder, kWeightsName);
   detail::finish_dead_if_possible(folder);
-  for (const char* name : {kConfigName, kWeightsName}) {
-    const std::vector<std::string> places = detail::places_of(folder, name);
-    TORCH_CHECK(
-        std::any_of(places.begin(), name == kWeightsName ? places.begin() + 1 : places.end(),
-                    detail::is_file),
-        fmt::format("[load] an adapter's folder must hold {}; got {}", name,
-                    folder.empty() ? "." : folder));
-  }
+  const auto demand = [&](const char* name, const std::vector<std::string>& places) {
+    TORCH_CHECK(std::any_of(places.begin(), places.end(), detail::is_file),
+                fmt::format("[load] an adapter's folder must hold {}; got {}", name,
+                            folder.empty() ? "." : folder));
+  };
+  demand(kConfigName, detail::places_of(folder, kConfigName));
+  demand(kWeightsName, {path});
   AdapterFile adapter = load_adapter(path);
   ResLoraConfig config = config_from_json(adapter.config_json, path, match);
   if (const auto beside = options_beside(folder, adapter.sum, match)) {
@@ -139,7 +130,7 @@ void stage_adapter(Stage& stage, const AdapterFile& adapter,
   if (statistics.empty()) {
     stage.remove(kStatisticsName);  // those of another adapter
   } else {
-    const std::string of_factors = tensors_sum(factors_in(adapter.tensors));
+    const std::string of_factors = detail::sum_of_factors(adapter.tensors);
     save_statistics(stage.path(kStatisticsName), of_factors, statistics, sum);
   }
   write_text(stage.path(kConfigName), with_sum(adapter.config_json, sum));

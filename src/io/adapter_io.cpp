@@ -293,13 +293,6 @@ std::string save_adapter(const std::string& path, const AdapterFile& adapter) {
 
 namespace {
 
-std::map<std::string, at::Tensor> factors_in(const AdapterFile& adapter) {
-  std::map<std::string, at::Tensor> factors;
-  for (const auto& [key, tensor] : adapter.tensors)
-    if (is_factor(key)) factors.emplace(key, tensor);
-  return factors;
-}
-
 /// Takes the parts of wrappers out of the names.
 void use_plain_names(AdapterFile& adapter) {
   std::map<std::string, at::Tensor> tensors;
@@ -311,7 +304,7 @@ void use_plain_names(AdapterFile& adapter) {
             "names must differ without the parts of wrappers; got {} twice", plain_name(key));
   }
   if (is_plain) return;
-  adapter.former_sum = tensors_sum(factors_in(adapter));
+  adapter.former_sum = detail::sum_of_factors(adapter.tensors);
   adapter.tensors = std::move(tensors);
   for (ChainRecord& chain : adapter.chains) {
     chain.name = plain_name(chain.name);
@@ -351,6 +344,13 @@ std::string sum_in_header(const std::string& path) {
     const auto found = header.metadata.find(kSumKey);
     return found == header.metadata.end() ? std::string() : found->second;
   });
+}
+
+std::string detail::sum_of_factors(const std::map<std::string, at::Tensor>& tensors) {
+  std::map<std::string, at::Tensor> factors;
+  for (const auto& [key, tensor] : tensors)
+    if (is_factor(key)) factors.emplace(key, tensor);
+  return tensors_sum(factors);
 }
 
 std::string tensors_sum(const std::map<std::string, at::Tensor>& tensors) {

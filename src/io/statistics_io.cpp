@@ -13,6 +13,7 @@
 
 #include "core/check.h"
 #include "core/tensor_checks.h"
+#include "io/factor_names.h"
 #include "io/folders.h"
 #include "io/tensor_types.h"
 #include "io/unfinished.h"
@@ -286,12 +287,10 @@ std::map<std::string, LayerStatistics> statistics_beside(const std::string& fold
                                                          const AdapterFile& adapter) {
   const std::string path = place_of_statistics(folder, adapter.sum);
   if (path.empty()) return {};
-  std::map<std::string, Tensor> factors;
-  for (const auto& [key, tensor] : adapter.tensors)
-    if (is_factor(key)) factors.emplace(key, tensor);
   const std::string& former = adapter.former_sum;
   std::map<std::string, LayerStatistics> statistics;
-  for (auto& [name, own] : load_statistics(path, former.empty() ? tensors_sum(factors) : former))
+  for (auto& [name, own] :
+       load_statistics(path, former.empty() ? detail::sum_of_factors(adapter.tensors) : former))
     statistics.emplace(plain_name(name), std::move(own));
   std::map<std::string, LayerShape> layers;
   for (const ChainRecord& chain : adapter.chains)
