@@ -55,14 +55,16 @@ struct AdapterFile {
   std::string sum = {};         ///< reslora.sha256 of the file that was read
 };
 
-/// The format that save_adapter writes and the newest that load_adapter reads.
-constexpr int64_t kAdapterFormat = 1;
+/// The newest format that load_adapter reads. save_adapter writes it where a layer leaves links
+/// out, which older versions would read, and format 1 otherwise.
+constexpr int64_t kAdapterFormat = 2;
 
 /// Writes an adapter. Metadata: format = "pt", reslora.format, reslora.version, reslora.config,
-/// reslora.chains = [{"name", "layers": [{"name", "in", "out", "r", "scaling"}]}] and
-/// reslora.sha256. The sum covers all that has a meaning: config, chains, then for each tensor by
-/// name its name, dtype, shape ("3,4") and bytes; each text stands as "<length>:<text>". Refuses
-/// tensors that do not fit the chains. Returns the sum.
+/// reslora.chains = [{"name", "layers": [{"name", "in", "out", "r", "scaling"}]}] (a layer that
+/// leaves links out also has "left_out", an array of positions) and reslora.sha256. The sum covers
+/// all that has a meaning: config, chains, then for each tensor by name its name, dtype, shape
+/// ("3,4") and bytes; each text stands as "<length>:<text>". Refuses tensors that do not fit the
+/// chains. Returns the sum.
 RESLORA_API std::string save_adapter(const std::string& path, const AdapterFile& adapter);
 
 /// Reads and checks an adapter: format known, checksum right, exactly the A [r, in] and B [out, r]

@@ -41,9 +41,14 @@ struct LayerShape {
   int64_t out_features = 0;  ///< rows of B
   int64_t r = 0;             ///< rank
   double scaling = 1;        ///< lora_alpha / r, or / sqrt(r)
+  /// Positions of layers before this one whose taps it does not read, though the shortcut reaches
+  /// them: the two layers are called unequally often in a forward of the model, so that it is
+  /// unknown which of their calls see the same tokens.
+  std::vector<int64_t> left_out = {};
 };
 
-/// True where name, sizes, rank and scaling are the same.
+/// True where name, sizes, rank and scaling are the same. Links that are left out are no part of
+/// it, since a model finds them out while it runs.
 RESLORA_API bool operator==(const LayerShape& a, const LayerShape& b);
 /// The opposite of `==`.
 inline bool operator!=(const LayerShape& a, const LayerShape& b) { return !(a == b); }
@@ -103,12 +108,18 @@ class RESLORA_API Chain {
   std::vector<int64_t> reached(int64_t n) const;
   /// True where merging is exact: none, bs, and unlinked layers (the first one is unlinked).
   bool merges_exactly(int64_t n) const;
+  /// Links the layers anew, of which the one at `n` reads no taps of `others` (positions before n)
+  /// from now on; see `LayerShape::left_out`. `bs` has no taps, and goes on as before. Throws
+  /// c10::ValueError for a position that is none before n, and under `strict_links`.
+  void leave_out(int64_t n, const std::vector<int64_t>& others);
 
  private:
+  void wire();
   void wire_input(int64_t n);
   void wire_block(int64_t n);
   void wire_middle(int64_t n);
   bool may_see_the_same_rows(int64_t n, int64_t previous);
+  bool leaves_out(int64_t n, int64_t previous);
   int64_t window_start(int64_t n) const;
   size_t checked(int64_t n) const;
   void break_link(int64_t n, int64_t previous, const std::string& why);

@@ -186,6 +186,9 @@ class RESLORA_API LinkedChain {
 
   /// Replaces the norm window of a layer, as a loaded file has it; an undefined one empties it.
   void set_norms(int64_t position, const NormWindow& norms) const;
+  /// Lets a layer read no taps of those at `others` (positions before its own) any more, as
+  /// `Chain::leave_out`. Call it between two forwards, while no backward is due.
+  void leave_out(int64_t position, const std::vector<int64_t>& others) const;
   /// True where a layer is in training mode.
   bool is_training(int64_t position) const;
   /// How often a layer ran without a tap that its shortcut reaches, since linking; the first time

@@ -15,12 +15,16 @@ Chain make_chain(const std::string& config, const std::vector<LayerShape>& layer
 }
 
 py::tuple shape_state(const LayerShape& shape) {
-  return py::make_tuple(shape.name, shape.in_features, shape.out_features, shape.r, shape.scaling);
+  return py::make_tuple(shape.name, shape.in_features, shape.out_features, shape.r, shape.scaling,
+                        shape.left_out);
 }
 
+/// What a pickle of a layer holds; those of older versions know of no links that are left out.
 LayerShape shape_from(const py::tuple& state) {
-  return {state[0].cast<std::string>(), state[1].cast<int64_t>(), state[2].cast<int64_t>(),
-          state[3].cast<int64_t>(), state[4].cast<double>()};
+  LayerShape shape{state[0].cast<std::string>(), state[1].cast<int64_t>(), state[2].cast<int64_t>(),
+                   state[3].cast<int64_t>(), state[4].cast<double>()};
+  if (state.size() > 5) shape.left_out = state[5].cast<std::vector<int64_t>>();
+  return shape;
 }
 
 /// What a pickle of a chain holds; those of older versions hold the options as a dict.
@@ -91,16 +95,18 @@ void bind_shape(py::module_& m) {
         "Fill A [r, in] and B [out, r] in place as init_lora_weights says.");
   py::class_<LayerShape>(m, "LayerShape", "What a chain needs to know of one layer.")
       .def(py::init([](std::string name, int64_t in_features, int64_t out_features, int64_t r,
-                       double scaling) {
-             return LayerShape{std::move(name), in_features, out_features, r, scaling};
+                       double scaling, std::vector<int64_t> left_out) {
+             return LayerShape{std::move(name), in_features,        out_features, r,
+                               scaling,         std::move(left_out)};
            }),
            py::arg("name"), py::arg("in_features"), py::arg("out_features"), py::arg("r"),
-           py::arg("scaling"))
+           py::arg("scaling"), py::arg("left_out") = std::vector<int64_t>())
       .def_readonly("name", &LayerShape::name)
       .def_readonly("in_features", &LayerShape::in_features)
       .def_readonly("out_features", &LayerShape::out_features)
       .def_readonly("r", &LayerShape::r)
       .def_readonly("scaling", &LayerShape::scaling)
+      .def_readonly("left_out", &LayerShape::left_out)
       .def(
           "__eq__", [](const LayerShape& a, const LayerShape& b) { return a == b; },
           py::is_operator())

@@ -167,7 +167,13 @@ class LayerShape:
     """What a chain needs to know of one layer. Can be compared, copied and pickled."""
 
     def __init__(
-        self, name: str, in_features: int, out_features: int, r: int, scaling: float
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        r: int,
+        scaling: float,
+        left_out: Sequence[int] = ...,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -179,6 +185,9 @@ class LayerShape:
     def r(self) -> int: ...
     @property
     def scaling(self) -> float: ...
+    @property
+    def left_out(self) -> list[int]:
+        """Return the positions of layers before this one whose taps it does not read."""
 
 def check_chains(model: Sequence[NamedChain], file: Sequence[NamedChain]) -> None:
     """Raise ValueError, naming the first difference, unless the chains are the same."""

@@ -24,6 +24,14 @@ void check_layer(const LayerShape& layer) {
                 layer.scaling, layer.name);
 }
 
+void check_left_out(const LayerShape& layer, int64_t n) {
+  for (const int64_t other : layer.left_out)
+    RESLORA_CHECK(other >= 0 && other < n,
+                  "[chain] left_out must name positions before the layer's own, {}; got {} "
+                  "(layer {})",
+                  n, other, layer.name);
+}
+
 /// strict_links: every layer must look like the first.
 void check_same_features(const LayerShape& first, const LayerShape& layer) {
   RESLORA_CHECK(layer.in_features == first.in_features && layer.out_features == first.out_features,
@@ -50,9 +58,16 @@ Chain::Chain(const ResLoraConfig& config, std::vector<LayerShape> layers)
     : config_(config), shortcut_(Shortcut::kNone), layers_(std::move(layers)) {
   detail::validate_values(config_);
   shortcut_ = parse_shortcut(config_.res_mode());
+  wire();
+}
+
+void Chain::wire() {
+  wirings_.clear();
+  is_in_experts_.clear();
   const bool is_plain = shortcut_ == Shortcut::kNone || config_.pre_num() == 0;
   for (int64_t n = 0; n < size(); ++n) {
     check_layer(layers_[n]);
+    check_left_out(layers_[n], n);
     if (config_.strict_links() && !is_plain) check_same_features(layers_[0], layers_[n]);
     Wiring plain;
     plain.a = plain.b = {n};
@@ -78,7 +93,7 @@ void Chain::wire_input(int64_t n) {
     if (own.is_doubled) own.scaling[0] *= 2;
     return;
   }
-  if (!may_see_the_same_rows(n, n - 1)) return;
+  if (!may_see_the_same_rows(n, n - 1) || leaves_out(n, n - 1)) return;
   const LayerShape& previous = layers_[n - 1];
   if (previous.in_features != layers_[n].in_features) {
     break_link(
@@ -117,6 +132,10 @@ void Chain::wire_middle(int64_t n) {
       break_link(n, j, fmt::format("r {} and {} differ", layers_[n].r, layers_[j].r));
       break;
     }
+    if (leaves_out(n, j)) {
+      if (config_.pre_num() == -1) break;  // its tap holds those of all layers before it
+      continue;
+    }
     window.push_back(j);
   }
   // With m = -1 what entered B of layer n-1 is already the sum of all before it.
@@ -133,6 +152,14 @@ bool Chain::may_see_the_same_rows(int64_t n, int64_t previous) {
   if (!is_in_experts_[n] && !is_in_experts_[previous]) return true;
   break_link(n, previous, "experts see other tokens in each layer");
   return false;
+}
+
+/// True where the layer at n does not read the tap of `previous`, by what is known of their calls.
+bool Chain::leaves_out(int64_t n, int64_t previous) {
+  const std::vector<int64_t>& known = layers_[n].left_out;
+  if (std::find(known.begin(), known.end(), previous) == known.end()) return false;
+  break_link(n, previous, "they were called unequally often in one forward");
+  return true;
 }
 
 int64_t Chain::window_start(int64_t n) const {
@@ -170,6 +197,16 @@ std::vector<int64_t> Chain::reached(int64_t n) const {
 
 bool Chain::merges_exactly(int64_t n) const {
   return !is_linked(n) || shortcut_ == Shortcut::kNone || shortcut_ == Shortcut::kBs;
+}
+
+void Chain::leave_out(int64_t n, const std::vector<int64_t>& others) {
+  Chain next = *this;
+  std::vector<int64_t>& known = next.layers_[checked(n)].left_out;
+  for (const int64_t other : others)
+    if (std::find(known.begin(), known.end(), other) == known.end()) known.push_back(other);
+  std::sort(known.begin(), known.end());
+  next.wire();
+  *this = std::move(next);
 }
 
 ChainRecord record_of(const std::string& name, const Chain& chain) {

@@ -111,22 +111,30 @@ std::string chains_json(const std::vector<ChainRecord>& chains) {
     for (const LayerShape& layer : chain.layers) {
       json.begin_object().key("name").string(layer.name).key("in").integer(layer.in_features);
       json.key("out").integer(layer.out_features).key("r").integer(layer.r);
-      json.key("scaling").number(layer.scaling).end_object();
+      json.key("scaling").number(layer.scaling);
+      if (!layer.left_out.empty()) {
+        json.key("left_out").begin_array();
+        for (const int64_t position : layer.left_out) json.integer(position);
+        json.end_array();
+      }
+      json.end_object();
     }
     json.end_array().end_object();
   }
   return json.end_array().text();
 }
 
-// Calls `member` for the keys of an object, which must be exactly `keys`.
+// Calls `member` for the keys of an object, which must be exactly `keys`, and perhaps `extra`.
 void read_exactly(detail::JsonReader& reader, const std::vector<std::string>& keys,
-                  const std::function<void(const std::string&)>& member) {
+                  const std::function<void(const std::string&)>& member,
+                  const std::string& extra = "") {
   size_t found = 0;
   reader.object([&](const std::string& key) {
-    require(std::find(keys.begin(), keys.end(), key) != keys.end(),
+    const bool is_extra = !extra.empty() && key == extra;
+    require(is_extra || std::find(keys.begin(), keys.end(), key) != keys.end(),
             "{} must have the keys {}; got {}", kChainsKey, fmt::join(keys, ", "), shown(key));
     member(key);
-    ++found;
+    if (!is_extra) ++found;
   });
   require(found == keys.size(), "{} must have the keys {}; got {} of them", kChainsKey,
           fmt::join(keys, ", "), found);
@@ -134,13 +142,15 @@ void read_exactly(detail::JsonReader& reader, const std::vector<std::string>& ke
 
 LayerShape read_layer(detail::JsonReader& reader) {
   LayerShape layer;
-  read_exactly(reader, {"name", "in", "out", "r", "scaling"}, [&](const std::string& key) {
+  const auto member = [&](const std::string& key) {
     if (key == "name") layer.name = reader.string();
     if (key == "in") layer.in_features = reader.integer();
     if (key == "out") layer.out_features = reader.integer();
     if (key == "r") layer.r = reader.integer();
     if (key == "scaling") layer.scaling = reader.number();
-  });
+    if (key == "left_out") reader.array([&] { layer.left_out.push_back(reader.integer()); });
+  };
+  read_exactly(reader, {"name", "in", "out", "r", "scaling"}, member, "left_out");
   return layer;
 }
 
@@ -171,6 +181,13 @@ void check_factor(const AdapterFile& adapter, const std::string& key, int64_t ro
           tensor.defined() ? c10::str(tensor.sizes()) : "");
 }
 
+void check_left_out(const LayerShape& layer, int64_t position) {
+  for (const int64_t other : layer.left_out)
+    require(other >= 0 && other < position,
+            "layer {} may leave out layers before it; got left_out {} at position {}",
+            shown(layer.name), other, position);
+}
+
 // One rule for what is saved and what is loaded: exactly the A and B that the chains name.
 void check_adapter(const AdapterFile& adapter) {
   detail::JsonReader config(adapter.config_json, kConfigKey);
@@ -182,7 +199,9 @@ void check_adapter(const AdapterFile& adapter) {
     require(names.insert(chain.name).second, "chains must have names of their own; got {} twice",
             shown(chain.name));
     require(!chain.layers.empty(), "chain {} must have a layer; got none", shown(chain.name));
+    int64_t position = 0;
     for (const LayerShape& layer : chain.layers) {
+      check_left_out(layer, position++);
       require(layer.in_features > 0 && layer.out_features > 0 && layer.r > 0 &&
                   std::isfinite(layer.scaling),
               "layer {} must have in, out, r >= 1 and a finite scaling; got in {}, out {}, r {}, "
@@ -240,6 +259,14 @@ std::string checksum(const std::string& config, const std::string& chains,
   return hash.finish();
 }
 
+// The oldest format that can say what the chains hold, so that older versions read what they can.
+int64_t format_of(const std::vector<ChainRecord>& chains) {
+  for (const ChainRecord& chain : chains)
+    for (const LayerShape& layer : chain.layers)
+      if (!layer.left_out.empty()) return kAdapterFormat;
+  return 1;
+}
+
 void check_format(const Metadata& metadata) {
   const auto found = metadata.find(kFormatKey);
   require(
@@ -281,7 +308,7 @@ std::string save_adapter(const std::string& path, const AdapterFile& adapter) {
     const std::string chains = chains_json(adapter.chains);
     const std::string sum = checksum(adapter.config_json, chains, adapter.tensors);
     file.metadata = {{"format", "pt"},  // what readers of the safetensors package look for
-                     {kFormatKey, std::to_string(kAdapterFormat)},
+                     {kFormatKey, std::to_string(format_of(adapter.chains))},
                      {kVersionKey, RESLORA_VERSION},
                      {kConfigKey, adapter.config_json},
                      {kChainsKey, chains},

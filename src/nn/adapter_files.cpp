@@ -61,10 +61,15 @@ void copy_into(Adapters::State& state, const SavedAdapter& saved) {
   const torch::NoGradGuard no_grad;
   for (auto& [name, tensor] : tensors_of(state)) tensor.copy_(saved.file.tensors.at(name));
   state.fits.clear();
+  std::map<std::string, std::vector<int64_t>> left_out;
+  for (const ChainRecord& chain : saved.file.chains)
+    for (const LayerShape& layer : chain.layers) left_out[layer.name] = layer.left_out;
   for (const LinkedChain& chain : state.chains) {
     auto& fits = state.fits.emplace_back();
     for (int64_t n = 0; n < chain.chain().size(); ++n) {
-      const auto found = saved.statistics.find(chain.chain().layer(n).name);
+      const std::string name = chain.chain().layer(n).name;
+      if (!left_out[name].empty()) chain.leave_out(n, left_out[name]);
+      const auto found = saved.statistics.find(name);
       const LayerStatistics known =
           found == saved.statistics.end() ? LayerStatistics() : found->second;
       chain.set_norms(n, known.norms);

@@ -220,6 +220,11 @@ def _inspect_adapter(folder: Path, shown: str) -> Inspection:
     found.options = {key: value for key in keys if (value := getattr(config, key)) is not None}
     for name, layers in adapter.chains:
         found.chains.append(_describe(name, layers, adapter.tensors))
+        found.warnings += [
+            f"{layer.name} reads no tap of {layers[j].name}: their calls could not be paired"
+            for layer in layers
+            for j in layer.left_out
+        ]
     fits = [own.fit for own in statistics.values() if own.fit is not None]
     windows = sum(own.norms is not None for own in statistics.values())
     if statistics:

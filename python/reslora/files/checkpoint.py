@@ -224,7 +224,9 @@ def _stored(
 
 def _renamed(layer: LayerShape, now: dict[str, str]) -> LayerShape:
     name = now.get(layer.name, layer.name)
-    return LayerShape(name, layer.in_features, layer.out_features, layer.r, layer.scaling)
+    return LayerShape(
+        name, layer.in_features, layer.out_features, layer.r, layer.scaling, layer.left_out
+    )
 
 
 def _copy_adapter(model: nn.Module, injection: Injection, read: _Stored) -> None:
@@ -240,6 +242,9 @@ def _copy_adapter(model: nn.Module, injection: Injection, read: _Stored) -> None
     with torch.no_grad():
         for key, tensor in own_tensors.items():
             tensor.copy_(stored[key])
+    layers = dict(read.chains)
+    for chain in injection.chains:
+        chain.leave_out(layers[chain.key])
 
 
 def _check_writable(own: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from .._C import (
     load_statistics,
     save_statistics,
 )
-from ..injection.adapted import Calibrated, Injection, adapter_sum
+from ..injection.adapted import Calibrated, Injection, adapter_sum, evaluated_sum
 
 Statistics = dict[str, LayerStatistics]  # by layer
 UNKNOWN = LayerStatistics()
@@ -49,7 +49,8 @@ def statistics_of(injection: Injection, covariances: bool) -> Statistics:
     calibrated = injection.calibrated
     if calibrated is not None:
         way_out = "save without statistics"
-        check_current(calibrated.adapter_sum, adapter_sum(injection), "save", way_out)
+        stored = evaluated_sum(injection, with_strengths=False)
+        check_current(calibrated.adapter_sum, stored, "save", way_out)
     if covariances and (calibrated is None or not calibrated.sums):
         raise ValueError(
             "[save] statistics='covariances' needs kept covariances; got none: "
@@ -82,4 +83,5 @@ def give_statistics(injection: Injection, statistics: Statistics) -> None:
         if own.sums is not None:
             sums[layer.name] = own.sums
     if fits:
-        injection.calibrated = Calibrated(fits, adapter_sum(injection), sums)
+        stored = evaluated_sum(injection, with_strengths=False)
+        injection.calibrated = Calibrated(fits, stored, sums)

@@ -72,7 +72,7 @@ class Injection:
     @property
     def chain_records(self) -> list[tuple[str, Any]]:
         """The chains as files name them."""
-        return [(chain.key, chain.links.layers) for chain in self.chains]
+        return [(chain.key, chain.shapes()) for chain in self.chains]
 
     def note_chains(self) -> None:
         """Let the config know the chains as files name them: PEFT gives it alone to be saved."""
@@ -189,11 +189,16 @@ def adapter_sum(injection: Injection) -> str:
     return tensors_sum(adapter_tensors(injection))
 
 
-def evaluated_sum(injection: Injection) -> str:
-    """Return the checksum of all A and B, and of strengths: a fit serves these values only."""
-    strengths = {
-        chain.key: torch.tensor(chain.strengths, dtype=torch.float64)
-        for chain in injection.chains
-        if chain.strengths is not None
-    }
-    return tensors_sum(adapter_tensors(injection) | strengths)
+def evaluated_sum(injection: Injection, with_strengths: bool = True) -> str:
+    """Return the checksum of A and B, strengths and links left out: a fit serves these only.
+
+    Without strengths it is that of the adapter as a file holds it.
+    """
+    beside = {}
+    for chain in injection.chains:
+        if chain.strengths is not None and with_strengths:
+            beside[chain.key] = torch.tensor(chain.strengths, dtype=torch.float64)
+        left_out = [(n, j) for n, own in enumerate(chain.left_out) for j in own]
+        if left_out:
+            beside[f"{chain.key} left out"] = torch.tensor(left_out)
+    return tensors_sum(adapter_tensors(injection) | beside)

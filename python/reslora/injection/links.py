@@ -69,13 +69,17 @@ def broken_links(layer: ResLoraLinear) -> list[str]:
 
 
 def mixed_links(model: nn.Module) -> list[str]:
-    """Return the names of layers trained with their link in some forwards only."""
+    """Return the names of layers trained with their link in some forwards only.
+
+    Links that were left out after the first forward were read in that one alone, which is said then.
+    """
     return [layer.name for layer in find_layers(model) if _is_mixed(layer)]
 
 
 def _is_mixed(layer: ResLoraLinear) -> bool:
     training = {why for (is_training, why) in layer.link_use if is_training}
-    is_broken = bool(training - {""}) or bool(layer.compiled_break)
+    known = {"", *layer.left_out.values()}
+    is_broken = bool(training - known) or layer.compiled_break not in known
     return is_broken and ("" in training or layer.was_linked_compiled)
 
 

@@ -42,7 +42,7 @@ from ..injection.adapted import (
 from ..nn.layer import ResLoraLinear
 from ..progress import progress
 from .batches import as_batches, call, evaluating, masks_of, moved
-from .planning import needs_fit, views_with
+from .planning import views_with
 from .tap_moves import move_taps as choose_moves
 from .tap_moves import moved_fits
 
@@ -174,6 +174,13 @@ class _Noted:
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
 
+    def check_again(self, why: str, is_empty: bool = False) -> None:
+        """Raise ValueError for a source that is gone once it was read."""
+        if is_empty or isinstance(self.source, Iterator):
+            raise ValueError(
+                f"[calibrate] {why}; got data that can be read once: pass a list or a DataLoader"
+            )
+
     def __iter__(self) -> Iterator[Any]:
         keeps = not self.first
         for batch in self.source:
@@ -184,22 +191,38 @@ class _Noted:
 
 def _places(injection: Injection) -> Iterator[tuple[int, int, ResLoraLinear]]:
     for c, chain in enumerate(injection.chains):
+        links = chain.evaluated()
         for n, layer in enumerate(chain.layers):
-            if needs_fit(chain, n):
+            if not links.merges_exactly(n):
                 yield c, n, layer
+
+
+class _LinksChangedError(Exception):
+    """A forward has shown that calls of layers cannot be paired, so links are left out now."""
+
+
+def _left_out(injection: Injection) -> list[Any]:
+    return [chain.left_out for chain in injection.chains]
 
 
 def _collect(
     model: nn.Module,
     injection: Injection,
-    batches: Iterable[Any],
+    batches: _Noted,
     options: FitOptions,
     progressbar: bool,
 ) -> Calibration:
-    collector = FitCollector(views_with(injection, None), options)
-    places = list(_places(injection))
-    if places:
-        _run_passes(model, injection, collector, batches, progressbar)
+    while True:
+        collector = FitCollector(views_with(injection, None), options)
+        places = list(_places(injection))
+        try:
+            if places:
+                _run_passes(model, injection, collector, batches, progressbar)
+            break
+        except _LinksChangedError:  # what was summed is of other links
+            batches.check_again(
+                "calibrating starts anew, since layers turned out to be called unequally often"
+            )
     fits: dict[str, Fit] = {}
     sums: dict[str, FitSums] = {}
     for c, n, layer in places:
@@ -231,9 +254,10 @@ def _run_passes(
     model: nn.Module,
     injection: Injection,
     collector: FitCollector,
-    batches: Iterable[Any],
+    batches: _Noted,
     progressbar: bool,
 ) -> None:
+    known = _left_out(injection)
     with _observing(injection, collector), evaluating(model), torch.no_grad():
         count = 0
         while True:
@@ -244,11 +268,13 @@ def _run_passes(
                 call(model, batch)
                 collector.end_batch()
                 count += 1
+                if _left_out(injection) != known:
+                    raise _LinksChangedError
             if count == 0 and before > 0:
-                raise ValueError(
-                    "[calibrate] more than one pass over the batches is needed (for max_cov_bytes, "
-                    "or since a module stands at several places); got data that can be read once: "
-                    "pass a list or a DataLoader"
+                batches.check_again(
+                    "more than one pass over the batches is needed (for max_cov_bytes, or since a "
+                    "module stands at several places)",
+                    is_empty=True,
                 )
             if count == 0:
                 raise ValueError("[calibrate] data must hold a batch; got none")

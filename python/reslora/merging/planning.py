@@ -13,7 +13,7 @@ from torch import Tensor
 from .._C import ChainView, LayerView, MergePlan, check_current, check_merge_method
 from ..injection.adapted import Calibrated, Injection, evaluated_sum
 from ..nn.base_layers import base_weight
-from ..nn.layer import LayerChain, ResLoraLinear
+from ..nn.layer import ResLoraLinear
 
 
 def chain_views(
@@ -62,11 +62,6 @@ def _view(
         bias=bias.detach() if isinstance(bias, Tensor) else None,
         fit=None if calibrated is None else calibrated.fits.get(layer.name),
     )
-
-
-def needs_fit(chain: LayerChain, n: int) -> bool:
-    """Tell whether merging layer `n` of a chain is an approximation."""
-    return not chain.links.merges_exactly(n)
 
 
 def chosen_method(injection: Injection, merge_method: str | None) -> str:

@@ -27,6 +27,9 @@ from .session import Session
 from .sharding import is_sharded
 
 
+LEFT_OUT_BEFORE = "its calls could not be paired when the adapter was trained"
+
+
 class LayerChain:
     """The adapted layers of one kind in execution order. A plain object that its layers share."""
 
@@ -69,15 +72,35 @@ class LayerChain:
                 scaling = [own * found[j] for own, j in zip(plain, blocks, strict=True)]
                 layer.wiring = layer.wiring._replace(scaling=scaling)
 
-    def evaluated(self) -> Chain:
-        """Return the links with the scalings that layers are evaluated with."""
-        if self.strengths is None:
-            return self.links
-        shapes = [
-            LayerShape(x.name, x.in_features, x.out_features, x.r, x.scaling * strength)
-            for x, strength in zip(self.links.layers, self.strengths, strict=True)
+    @property
+    def left_out(self) -> list[list[int]]:
+        """The positions that each layer reads no tap of, since their calls cannot be paired."""
+        return [sorted(layer.left_out) for layer in self.layers]
+
+    def leave_out(self, layers: Sequence[LayerShape]) -> None:
+        """Leave links out that a file leaves out, whose chain this is."""
+        for layer, shape in zip(self.layers, layers, strict=True):
+            for j in shape.left_out:
+                layer.left_out.setdefault(j, LEFT_OUT_BEFORE)
+
+    def shapes(self, strengths: Sequence[float] | None = None) -> list[LayerShape]:
+        """Return the layers as files hold them: with the links that are left out by now.
+
+        `strengths`: numbers that their scalings are multiplied with.
+        """
+        strengths = strengths or [1.0] * len(self.names)
+        return [
+            LayerShape(x.name, x.in_features, x.out_features, x.r, x.scaling * strength, left_out)
+            for x, strength, left_out in zip(
+                self.links.layers, strengths, self.left_out, strict=True
+            )
         ]
-        return Chain(self.links.config, shapes)
+
+    def evaluated(self) -> Chain:
+        """Return the links and scalings that layers are evaluated with."""
+        if self.strengths is None and not any(self.left_out):
+            return self.links
+        return Chain(self.links.config, self.shapes(self.strengths))
 
     def has_taps(self) -> bool:
         """Tell whether anything passes between the layers of this chain."""

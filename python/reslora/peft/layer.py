@@ -153,13 +153,13 @@ class PeftLinear(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the hooks that its chains needed."""
         if adapter_name in self.reslora_adapters:
-            self._injection(adapter_name).close_passes()
+            self.injection(adapter_name).close_passes()
         super().delete_adapter(adapter_name)
 
     def close_passes(self) -> None:
         """Remove the hooks that the chains of all adapters needed."""
         for name in self.reslora_adapters:
-            self._injection(name).close_passes()
+            self.injection(name).close_passes()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: alpha* and fits of one layer depend on the others."""
@@ -171,7 +171,7 @@ class PeftLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Take the adapter out of the weights again, in every layer."""
         for name in self.merged_adapters:
-            unmerge_adapters(self._injection(name))
+            unmerge_adapters(self.injection(name))
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's strength in this layer: its scaling is `scale` times the config's.
@@ -214,7 +214,7 @@ class PeftLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W* - W, in the layout of the base weight, by the best rule for what is at hand."""
         own = self.reslora_adapters[adapter]
-        layer = next(x for x in delta_plan(self._injection(adapter)).layers if x.name == own.name)
+        layer = next(x for x in delta_plan(self.injection(adapter)).layers if x.name == own.name)
         delta = layer.delta()
         return delta.t() if is_conv1d(self.base_layer) else delta
 
@@ -224,9 +224,10 @@ class PeftLinear(nn.Module, BaseTunerLayer):
         A LoRA adapts one place of a layer that hangs at several.
         """
         adapter: Any = self.reslora_adapters[adapter_name]
-        return self._injection(adapter_name).number_of_places(adapter) <= 1
+        return self.injection(adapter_name).number_of_places(adapter) <= 1
 
-    def _injection(self, name: str) -> Injection:
+    def injection(self, name: str) -> Injection:
+        """Return what the linking of an adapter made."""
         adapter: Any = self.reslora_adapters[name]
         injection = adapter.chain.injection
         assert isinstance(injection, Injection)

@@ -111,9 +111,14 @@ class ResLoraModel(BaseTuner):
         """Return what PEFT saves of an adapter: A and B, also where torch has wrapped their layers.
 
         PEFT saves embeddings that were resized, but not all of them where one is adapted too. Which
-        parameters somebody trains by hand is noted in the config, which sees what is in the file.
+        parameters somebody trains by hand is noted in the config, which sees what is in the file,
+        and so are the chains, of which links may have been left out in training.
         """
         inner = plain_model(model)
+        for layer in inner.modules():
+            if isinstance(layer, PeftLinear) and adapter_name in layer.reslora_adapters:
+                layer.injection(adapter_name).note_chains()
+                break
         own = trained_beside(inner)
         config.trained_beside = [name for name in own if ".modules_to_save." not in name]
         found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}

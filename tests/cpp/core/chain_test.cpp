@@ -275,6 +275,35 @@ INSTANTIATE_TEST_SUITE_P(Chain, WiringValues,
                                            WiringCase{"ms", 2}, WiringCase{"ms", 3},
                                            WiringCase{"ms", 9}, WiringCase{"ms", -1}));
 
+TEST(Chain, ALinkThatIsLeftOutIsReadByNobody) {
+  Chain chain = uniform(config("is"));
+  chain.leave_out(2, {1});
+  EXPECT_FALSE(chain.is_linked(2));
+  EXPECT_TRUE(chain.merges_exactly(2));
+  EXPECT_THAT(chain.wiring(1).a, ElementsAre(1));
+  EXPECT_THAT(chain.wiring(2).broken, ElementsAre(HasSubstr("l2 is not linked to l1: they were")));
+  EXPECT_THAT(chain.reached(3), ElementsAre(2));
+  const Chain again(config("is"), record_of("c", chain).layers);
+  EXPECT_FALSE(again.is_linked(2));
+  EXPECT_TRUE(chain.layer(2) == uniform(config("is")).layer(2));
+}
+
+TEST(Chain, AWindowOfTapsGoesOnBehindALinkThatIsLeftOut) {
+  Chain chain = uniform(config("ms", 3));
+  chain.leave_out(4, {3});
+  chain.leave_out(4, {2});
+  EXPECT_THAT(chain.reached(4), ElementsAre(1));
+  EXPECT_THAT(chain.layer(4).left_out, ElementsAre(2, 3));
+  EXPECT_EQ(chain.wiring(3).handed, Handed::kNothing);
+  Chain sums = uniform(config("ms", -1));
+  sums.leave_out(4, {3});
+  EXPECT_THAT(sums.reached(4), IsEmpty());
+  EXPECT_THAT(sums.reached(3), ElementsAre(2, 1, 0));
+  Chain blocks = uniform(config("bs", 2));
+  blocks.leave_out(4, {3});
+  EXPECT_THAT(blocks.reached(4), ElementsAre(3, 2));
+}
+
 TEST(Chain, StrictLinksRaiseWhereShapesForbidALink) {
   const auto strict = [](const char* mode, const std::vector<Shape>& shapes) {
     return [=] { Chain(config(mode).strict_links(true), layers(shapes)); };

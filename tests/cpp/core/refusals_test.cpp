@@ -31,6 +31,16 @@ TEST(CoreRefusals, Chains) {
   const auto made = [](const LayerShape& shape) {
     return [=] { Chain(ResLoraConfig(), {shape}); };
   };
+  refuses_positions("Chain::leave_out", "n", 2, [&](int64_t n) { Chain(chain).leave_out(n, {}); });
+  for (const int64_t other : {-1, 1, 2})
+    refuses_call(
+        "Chain::leave_out", "others",
+        [&] {
+          Chain own = chain;
+          own.leave_out(1, {other});
+        },
+        "must name positions before");
+  refuses_call("Chain::Chain", "left_out", made({"a", 4, 4, 2, 1, {0}}), "must name positions");
   refuses_call("Chain::Chain", "in_features", made({"a", -1, 4, 2, 1}), "must not be negative");
   refuses_call("Chain::Chain", "out_features", made({"a", 4, -1, 2, 1}), "must not be negative");
   refuses_call("Chain::Chain", "r", made({"a", 4, 4, 0, 1}), "r must be at least 1");

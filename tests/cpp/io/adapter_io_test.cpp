@@ -332,11 +332,11 @@ TEST_F(AdapterIo, RefusesOtherFormatsByName) {
   EXPECT_THAT(message([](auto& m) { m.erase("reslora.format"); }),
               HasSubstr("PeftModel.from_pretrained"));
   const std::string newer = message([](auto& m) {
-    m["reslora.format"] = "2";
+    m["reslora.format"] = "3";
     m["reslora.version"] = "9.1.0";
     m.erase("reslora.chains");
   });
-  EXPECT_THAT(newer, HasSubstr("reads adapter formats 1 to 1; got format 2"));
+  EXPECT_THAT(newer, HasSubstr("reads adapter formats 1 to 2; got format 3"));
   EXPECT_THAT(newer, HasSubstr("9.1.0"));
   EXPECT_THAT(message([](auto& m) { m["reslora.format"] = "one"; }), HasSubstr("must be a number"));
   EXPECT_THAT(message([](auto& m) { m["reslora.format"] = "0"; }), HasSubstr("got format 0"));

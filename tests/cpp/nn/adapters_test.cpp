@@ -208,6 +208,27 @@ TEST_P(Modes, AClonedModelHasAdaptersOfItsOwn) {
   EXPECT_FALSE(torch::equal(copy->forward(x), wanted));
 }
 
+TEST(Load, TakesOverWhichLinksAreLeftOut) {
+  Net net, plain, adapted;
+  load_base_tensors(*plain, base_tensors(*net));
+  load_base_tensors(*adapted, base_tensors(*net));
+  const Adapters adapters = inject(*net, config_of("ms").pre_num(2));
+  randomise(adapters);
+  const at::Tensor x = torch::randn({3, kWidth});
+  const at::Tensor linked = net->forward(x);
+  adapters.chains()[0].leave_out(2, {1});
+  const at::Tensor want = net->forward(x);
+  EXPECT_GT(distance(want, linked), 1e-3);
+  const std::string folder = new_folder();
+  adapters.save(folder);
+  const Adapters loaded = load(*plain, folder);
+  EXPECT_TRUE(at::equal(plain->forward(x), want));
+  EXPECT_EQ(loaded.chains()[0].chain().reached(2), std::vector<int64_t>{0});
+  EXPECT_EQ(loaded.chains()[0].missed_links(2), 0);
+  inject(*adapted, config_of("ms").pre_num(2)).load(folder);
+  EXPECT_TRUE(at::equal(adapted->forward(x), want));
+}
+
 TEST(Load, TakesTheLayersThatTheFileHolds) {
   Net net(3);
   const Adapters adapters = inject(*net, config_of("bs"));

@@ -129,6 +129,11 @@ TEST(NnRefusals, Positions) {
   refuses_call(
       "LinkedChain::set_norms", "meta", [&] { chain.set_norms(0, NormWindow(3, at::kMeta)); },
       "must hold values");
+  refuses_positions("LinkedChain::leave_out", "position", 2,
+                    [&](int64_t n) { chain.leave_out(n, {}); });
+  refuses_call(
+      "LinkedChain::leave_out", "others", [&] { chain.leave_out(1, {1}); },
+      "must name positions before");
   refuses_positions("LinkedChain::is_training", "position", 2,
                     [&](int64_t n) { chain.is_training(n); });
   refuses_positions("LinkedChain::missed_links", "position", 2,
