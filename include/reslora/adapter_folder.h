@@ -53,9 +53,19 @@ RESLORA_API void stage_adapter(Stage& stage, const AdapterFile& adapter,
 RESLORA_API AdapterFile load_adapter_folder(const std::string& folder,
                                             const ExpressionMatch& match = matches_ecma_script);
 
-/// True where a folder's weights are still those that were read: what was read beside them before
-/// belongs to them too. Reads the header alone.
-RESLORA_API bool is_current(const std::string& folder, const AdapterFile& adapter);
+/// An adapter's folder with all that is in it.
+struct SavedAdapter {
+  AdapterFile file;                                   ///< weights and chains
+  ResLoraConfig config;                               ///< what `file.config_json` says
+  std::map<std::string, LayerStatistics> statistics;  ///< by layer; empty where there are none
+};
+
+/// Reads a folder as `load_adapter_folder` does, with the statistics that belong to it, and again
+/// where another save came between its files. Where that happens ten times, the last weights are
+/// returned, whole, and statistics that are not theirs are left out with a warning. Throws as
+/// `load_adapter_folder` and `statistics_beside` do.
+RESLORA_API SavedAdapter load_saved_adapter(const std::string& folder,
+                                            const ExpressionMatch& match = matches_ecma_script);
 
 /// Throws c10::ValueError where options that change what given A and B compute differ between a
 /// model and the file that it loads; see `formula_difference`.

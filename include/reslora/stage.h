@@ -79,6 +79,11 @@ class RESLORA_API Stage {
   std::vector<std::string> removed_;
 };
 
+/// Finishes what writers of files in `folder` had decided and died in, and removes the rest of what
+/// they left, as the next `Stage` there would. Does nothing where another process is at work, and
+/// where the folder cannot be written.
+RESLORA_API void finish_saves(const std::string& folder);
+
 /// Writes a text file atomically, with mode 0666 & ~umask or that of the file it replaces. Throws
 /// c10::Error where the system refuses.
 RESLORA_API void write_text(const std::string& path, const std::string& text);

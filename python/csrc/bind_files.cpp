@@ -51,6 +51,7 @@ void bind_adapter(py::module_& m) {
                                return chains;
                              })
       .def_readonly("tensors", &AdapterFile::tensors)
+      .def_readonly("sum", &AdapterFile::sum)
       .def_property_readonly("transposed_chains", &transposed_chains);
   m.def(
       "save_adapter",
@@ -65,6 +66,9 @@ void bind_adapter(py::module_& m) {
       [](const Path& path) { return with_warnings([&] { return load_adapter(path.string()); }); },
       py::arg("path"), "Read and check an adapter.");
   m.def(
+      "sum_in_header", [](const Path& path) { return sum_in_header(path.string()); },
+      py::arg("path"), "Return the checksum in the header of an adapter's weights, or ''.");
+  m.def(
       "statistics_beside",
       [](const Path& folder, const AdapterFile& adapter) {
         return with_warnings([&] { return statistics_beside(folder.string(), adapter); });
@@ -72,9 +76,11 @@ void bind_adapter(py::module_& m) {
       py::arg("folder"), py::arg("adapter"), "Read the statistics in the folder of an adapter.");
 }
 
-AdapterFile adapter_in(const std::filesystem::path& folder, const ExpressionMatch& match) {
+/// Calls `read` on a folder; tells a file that is missing from one that the system refuses.
+template <typename Read>
+auto adapter_in(const std::filesystem::path& folder, const ExpressionMatch& match, Read read) {
   try {
-    return load_adapter_folder(folder.string(), match);
+    return read(folder.string(), match);
   } catch (const c10::ValueError&) {
     throw;
   } catch (const c10::Error& error) {
@@ -103,15 +109,17 @@ void bind_folder(py::module_& m) {
   m.def(
       "load_adapter_folder",
       [](const Path& folder, const ExpressionMatch& match) {
-        return with_warnings([&] { return adapter_in(folder, match); });
+        return with_warnings([&] { return adapter_in(folder, match, load_adapter_folder); });
       },
       py::arg("folder"), py::arg("match"), "Read and check an adapter's folder.");
   m.def(
-      "is_current",
-      [](const Path& folder, const AdapterFile& adapter) {
-        return is_current(folder.string(), adapter);
+      "load_saved_adapter",
+      [](const Path& folder, const ExpressionMatch& match) {
+        const SavedAdapter saved =
+            with_warnings([&] { return adapter_in(folder, match, load_saved_adapter); });
+        return std::pair(saved.file, saved.statistics);
       },
-      py::arg("folder"), py::arg("adapter"), "Tell whether a folder's weights are still these.");
+      py::arg("folder"), py::arg("match"), "Read an adapter's folder with its statistics.");
   m.def(
       "check_formula",
       [](const std::string& model, const std::string& file) {
@@ -163,6 +171,9 @@ void bind_stage(py::module_& m) {
       },
       py::arg("stage"), py::arg("config_json"), py::arg("chains"), py::arg("tensors"),
       py::arg("statistics"), NoGil(), "Write an adapter's files for one commit.");
+  m.def(
+      "finish_saves", [](const Path& folder) { finish_saves(folder.string()); }, py::arg("folder"),
+      "Finish the saves to a folder that died, as the next save there would.");
   m.def(
       "write_text",
       [](const Path& path, const std::string& text) {

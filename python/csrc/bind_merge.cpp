@@ -27,11 +27,11 @@ void bind_statistics(py::module_& m) {
   m.def(
       "save_statistics",
       [](const std::filesystem::path& path, const std::string& adapter_sum,
-         const std::map<std::string, LayerStatistics>& statistics) {
-        save_statistics(path.string(), adapter_sum, statistics);
+         const std::map<std::string, LayerStatistics>& statistics, const std::string& weights_sum) {
+        save_statistics(path.string(), adapter_sum, statistics, weights_sum);
       },
-      py::arg("path"), py::arg("adapter_sum"), py::arg("statistics"), NoGil(),
-      "Write statistics by layer atomically.");
+      py::arg("path"), py::arg("adapter_sum"), py::arg("statistics"), py::arg("weights_sum") = "",
+      NoGil(), "Write statistics by layer atomically.");
   m.def(
       "load_statistics",
       [](const std::filesystem::path& path, const std::string& adapter_sum) {

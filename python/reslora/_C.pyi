@@ -448,7 +448,10 @@ def few_rows_warning(chains: Sequence[ChainView]) -> str:
     """Return a warning where layers saw fewer rows than they have features, else ""."""
 
 def save_statistics(
-    path: str | os.PathLike[str], adapter_sum: str, statistics: dict[str, LayerStatistics]
+    path: str | os.PathLike[str],
+    adapter_sum: str,
+    statistics: dict[str, LayerStatistics],
+    weights_sum: str = ...,
 ) -> None:
     """Write statistics by layer atomically."""
 
@@ -647,8 +650,13 @@ def check_formula(model: str, file: str) -> None:
 def check_tensors(model: dict[str, Tensor], file: dict[str, Tensor]) -> None:
     """Raise ValueError unless a file holds exactly the tensors that a model loads."""
 
-def is_current(folder: str | os.PathLike[str], adapter: AdapterFile) -> bool:
-    """Tell whether a folder's weights are still these."""
+def sum_in_header(path: str | os.PathLike[str]) -> str:
+    """Return the checksum in the header of an adapter's weights, or ''."""
+
+def load_saved_adapter(
+    folder: str | os.PathLike[str], match: ExpressionMatch
+) -> tuple[AdapterFile, dict[str, LayerStatistics]]:
+    """Read an adapter's folder with its statistics, again where a save comes between."""
 
 def check_head(key: str, head: Tensor) -> None:
     """Raise ValueError for a tensor of modules_to_save that an adapter's file cannot hold."""
@@ -662,6 +670,9 @@ class AdapterFile:
     def chains(self) -> list[tuple[str, list[LayerShape]]]: ...
     @property
     def tensors(self) -> dict[str, Tensor]: ...
+    @property
+    def sum(self) -> str:
+        """Return the checksum in the header of the file."""
     @property
     def transposed_chains(self) -> list[str]:
         """Return the chains whose base files hold W^T."""
@@ -695,6 +706,9 @@ def stage_adapter(
     statistics: dict[str, LayerStatistics],
 ) -> None:
     """Write an adapter's files for one commit; without statistics those in the folder go."""
+
+def finish_saves(folder: str | os.PathLike[str]) -> None:
+    """Finish the saves to a folder that died, as the next save there would."""
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file atomically; OSError where the system refuses."""

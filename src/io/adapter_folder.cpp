@@ -136,10 +136,6 @@ void stage_adapter(Stage& stage, const AdapterFile& adapter,
   write_text(stage.path(kConfigName), with_sum(adapter.config_json, sum));
 }
 
-bool is_current(const std::string& folder, const AdapterFile& adapter) {
-  return sum_in_header(detail::in_folder(folder, kWeightsName)) == adapter.sum;
-}
-
 void check_formula(const ResLoraConfig& model, const ResLoraConfig& file) {
   const std::string name = formula_difference(model, file);
   if (name.empty()) return;

@@ -10,7 +10,6 @@
 
 #include "core/check.h"
 #include "io/folders.h"
-#include "io/saved_adapter.h"
 #include "io/tensor_types.h"
 #include "safetensors/json.h"
 
@@ -52,7 +51,7 @@ std::vector<LayerMerge> merge_files(const std::vector<std::string>& base,
                                     const MergeFilesOptions& options) {
   RESLORA_CHECK(!base.empty(), "[merge] the base must be files; got none");
   const ModelFiles files(base);
-  const detail::SavedAdapter saved = detail::read_folder(adapter);
+  const SavedAdapter saved = load_saved_adapter(adapter);
   const AdaptedFiles adapted(files, saved.file);
   const MergePlan plan = adapted.plan(saved.statistics, options.merge_method);
   const bool has_heads = std::any_of(saved.file.tensors.begin(), saved.file.tensors.end(),

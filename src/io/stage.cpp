@@ -158,6 +158,8 @@ void Stage::discard() {
   lock_->release();
 }
 
+void finish_saves(const std::string& folder) { detail::finish_dead_if_possible(folder); }
+
 void write_text(const std::string& path, const std::string& text) {
   detail::on_file("save", path, [&] {
     detail::AtomicFile file(path);

@@ -16,7 +16,6 @@
 #include "core/check.h"
 #include "core/tensor_checks.h"
 #include "io/folders.h"
-#include "io/saved_adapter.h"
 #include "nn/adapter_tensors.h"
 #include "nn/adapters_state.h"
 #include "nn/chain_state.h"
@@ -113,7 +112,7 @@ void Adapters::save(const std::string& folder, bool statistics) const {
 void Adapters::load(const std::string& folder) const {
   state_->check_idle("load");
   RESLORA_CHECK(!is_merged(), "[load] the adapters must not be merged; got merged ones (unmerge)");
-  const detail::SavedAdapter saved = detail::read_folder(folder);
+  const SavedAdapter saved = load_saved_adapter(folder);
   check_formula(state_->config, saved.config);
   check_chains(detail::records_of(*state_), saved.file.chains);
   check_tensors(detail::tensors_of(*state_), saved.file.tensors);
@@ -121,7 +120,7 @@ void Adapters::load(const std::string& folder) const {
 }
 
 Adapters load(torch::nn::Module& model, const std::string& folder) {
-  const detail::SavedAdapter saved = detail::read_folder(folder);
+  const SavedAdapter saved = load_saved_adapter(folder);
   detail::Prepared prepared = detail::prepare(model, saved.config, &saved.file);
   std::vector<ChainRecord> chains;
   for (size_t i = 0; i < prepared.names.size(); ++i)

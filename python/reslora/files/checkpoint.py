@@ -28,13 +28,12 @@ from .._C import (
     check_formula,
     check_tensors,
     find_chains,
-    is_current,
     is_factor,
     load_adapter_folder,
+    load_saved_adapter,
     plain_name,
     saved_part,
     stage_adapter,
-    statistics_beside,
     write_text,
 )
 from ..config import ResLoraConfig, matches
@@ -51,8 +50,6 @@ from .embeddings import saved_embeddings, stored_embeddings
 from .folders import CARD_NAME, PathLike, adapter_folder, base_line, base_name, card_for
 from .former_names import present_names
 from .statistics import Statistics, give_statistics, statistics_of
-
-ATTEMPTS = 10  # to read a folder: each time another save has come between
 
 
 def save_pretrained(
@@ -139,7 +136,7 @@ def load(
             unchanged.
     """
     folder = adapter_folder(directory, "load", revision, subfolder)
-    stored = _stored(plain_model(model), *read_whole(folder))
+    stored = stored_for(plain_model(model), *read_whole(folder))
     if find_layers(model):
         _copy_adapter(plain_model(model), injection_of(model, "load"), stored)
     else:
@@ -164,10 +161,9 @@ def read_adapter(folder: Path) -> tuple[AdapterFile, ResLoraConfig]:
         FileNotFoundError: where one of the files is missing.
         ValueError: for files that are damaged or do not agree.
     """
-    if (folder / CONFIG_NAME).is_file():
-        read_object(folder / CONFIG_NAME, "config")  # what is damaged, in a sentence for JSON
+    _check_options(folder)
     adapter = load_adapter_folder(folder, matches)
-    return adapter, ResLoraConfig.from_json(adapter.config_json, os.fspath(folder / CONFIG_NAME))
+    return adapter, _options(folder, adapter)
 
 
 def read_whole(folder: Path) -> tuple[AdapterFile, ResLoraConfig, Statistics]:
@@ -175,25 +171,23 @@ def read_whole(folder: Path) -> tuple[AdapterFile, ResLoraConfig, Statistics]:
 
     Where other saves come between again and again, statistics may be left out, with a warning.
     """
-    attempt = 0
-    while True:
-        attempt += 1
-        adapter = None
-        try:
-            adapter, config = read_adapter(folder)
-            statistics = statistics_beside(folder, adapter)
-            if attempt == ATTEMPTS or is_current(folder, adapter):
-                return adapter, config, statistics
-        except RuntimeError:  # a file has gone since it was looked for
-            if attempt == ATTEMPTS:
-                raise
-        except ValueError:  # statistics of the save that came between
-            if attempt == ATTEMPTS or adapter is None or is_current(folder, adapter):
-                raise
+    _check_options(folder)
+    adapter, statistics = load_saved_adapter(folder, matches)
+    return adapter, _options(folder, adapter), statistics
+
+
+def _check_options(folder: Path) -> None:
+    """Say in a sentence for JSON what is damaged."""
+    if (folder / CONFIG_NAME).is_file():
+        read_object(folder / CONFIG_NAME, "config")
+
+
+def _options(folder: Path, adapter: AdapterFile) -> ResLoraConfig:
+    return ResLoraConfig.from_json(adapter.config_json, os.fspath(folder / CONFIG_NAME))
 
 
 @dataclass
-class _Stored:
+class Stored:
     """What the files of an adapter hold, by the names that a model has now."""
 
     config: ResLoraConfig
@@ -202,11 +196,11 @@ class _Stored:
     statistics: Statistics
 
 
-def _stored(
+def stored_for(
     model: nn.Module, adapter: AdapterFile, config: ResLoraConfig, statistics: Statistics
-) -> _Stored:
+) -> Stored:
     """Return what was read; names that an older transformers gave are replaced."""
-    stored = _Stored(config, adapter.chains, adapter.tensors, statistics)
+    stored = Stored(config, adapter.chains, adapter.tensors, statistics)
     layers = [layer.name for _, own in stored.chains for layer in own]
     now = present_names(model, [*layers, *stored.tensors])
     if now:
@@ -229,7 +223,7 @@ def _renamed(layer: LayerShape, now: dict[str, str]) -> LayerShape:
     )
 
 
-def _copy_adapter(model: nn.Module, injection: Injection, read: _Stored) -> None:
+def _copy_adapter(model: nn.Module, injection: Injection, read: Stored) -> None:
     """Check everything, then copy the values."""
     if injection.applied is not None:
         raise ValueError("[load] the model must not be merged; got a merged one (unmerge it first)")

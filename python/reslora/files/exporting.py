@@ -219,7 +219,8 @@ def _write_lora(
     )  # fmt: skip
     card = card_for(directory, _card(config.res_mode, layers, base))
     if card is not None:
-        write_text(Path(directory) / CARD_NAME, card)
+        with Stage(directory) as stage:
+            write_text(stage.path(CARD_NAME), card)
     return R
 
 

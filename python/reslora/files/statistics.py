@@ -6,12 +6,15 @@ from pathlib import Path
 
 from .._C import (
     STATISTICS_NAME,
+    WEIGHTS_NAME,
     Fit,
     FitSums,
     LayerStatistics,
+    Stage,
     check_current,
     load_statistics,
     save_statistics,
+    sum_in_header,
 )
 from ..injection.adapted import Calibrated, Injection, adapter_sum, evaluated_sum
 
@@ -26,8 +29,13 @@ def write_statistics(injection: Injection, folder: Path) -> None:
         for layer in injection.layers
         if layer.norms is not None and bool(layer.norm_count)
     }
-    if layers:
-        save_statistics(folder / STATISTICS_NAME, adapter_sum(injection), layers)
+    if not layers:
+        return
+    weights = folder / WEIGHTS_NAME  # a trainer may have written the whole model instead
+    of_weights = sum_in_header(weights) if weights.is_file() else ""
+    with Stage(folder) as stage:
+        place = stage.path(STATISTICS_NAME)
+        save_statistics(place, adapter_sum(injection), layers, of_weights)
 
 
 def read_norms(injection: Injection, folder: Path) -> None:

@@ -107,14 +107,19 @@ def _adapt(
     return injection
 
 
+def refuse_wrapped(model: nn.Module, op: str) -> None:
+    """Refuse a model inside of a wrapper that has looked at its parameters already."""
+    if isinstance(model, HOLDERS):
+        raise ValueError(
+            f"[{op}] a model must be adapted before it is wrapped; got a {type(model).__name__}, "
+            "which would not know the adapters: adapt the model that it holds, then wrap it"
+        )
+
+
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"[inject] model must be a torch module; got {type(model).__name__}")
-    if isinstance(model, HOLDERS):
-        raise ValueError(
-            f"[inject] a model must be adapted before it is wrapped; got a {type(model).__name__}, "
-            "which would not know the adapters: adapt the model that it holds, then wrap it"
-        )
+    refuse_wrapped(model, "inject")
     if find_layers(model):
         raise ValueError(
             "[inject] model must be plain; got one that is adapted already (unload it first)"

@@ -71,7 +71,7 @@ def broken_links(layer: ResLoraLinear) -> list[str]:
 def mixed_links(model: nn.Module) -> list[str]:
     """Return the names of layers trained with their link in some forwards only.
 
-    Links that were left out after the first forward were read in that one alone, which is said then.
+    Links that were left out after the first forward were read in it alone, which is said then.
     """
     return [layer.name for layer in find_layers(model) if _is_mixed(layer)]
 

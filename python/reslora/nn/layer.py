@@ -26,7 +26,6 @@ from .recompute import is_recomputing
 from .session import Session
 from .sharding import is_sharded
 
-
 LEFT_OUT_BEFORE = "its calls could not be paired when the adapter was trained"
 
 

@@ -17,7 +17,10 @@ injected one. One adapter is active at a time. Needs peft 0.18 or newer.
 """
 
 from .config import ResLoraConfig
+from .hooks import add_to_peft
 from .layer import Adapter, PeftLinear
 from .model import ResLoraModel
+
+add_to_peft()
 
 __all__ = ["Adapter", "PeftLinear", "ResLoraConfig", "ResLoraModel"]

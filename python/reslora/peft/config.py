@@ -28,6 +28,7 @@ from ..config import PATTERNS
 from ..config import ResLoraConfig as CoreConfig
 from ..files.beside import warn_left_out
 from ..files.folders import load_tensors_of
+from .folders import meant_by
 
 NAME = "reslora"
 CARD = (
@@ -62,15 +63,18 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         self.validate()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json; a weights file beside it gets the header that reslora reads.
+        """Write adapter_config.json.
 
-        PEFT calls this after it has written the tensors.
+        A PeftModel that is saved calls this after it has written the tensors: they get the header
+        that reslora reads, and are put in place with the options.
         """
+        self.reslora_sum = None  # of the file that it was read from
         PeftConfig.save_pretrained(self, save_directory, **kwargs)
         folder = Path(save_directory)
-        chains = getattr(self, "chains", None)  # set where a model was adapted
-        if chains is None or not (folder / WEIGHTS_NAME).is_file():
+        target = meant_by(folder)
+        if target is None:
             return
+        chains = self.chains  # type: ignore[attr-defined]  # noted where a model was adapted
         tensors = _own_tensors(load_tensors_of(folder / WEIGHTS_NAME), chains)
         beside = getattr(self, "trained_beside", ())  # noted when PEFT asked for the tensors
         warn_left_out([name for name in beside if name not in tensors], "save")
@@ -80,7 +84,7 @@ class ResLoraConfig(CoreConfig, PeftConfig):
         own = [n for n in self.modules_to_save or () if any(saved_part(h, [n]) for h in heads)]
         values |= {name: getattr(self, name) for name in PATTERNS}  # PEFT sorts what has an order
         text = config_to_json(json.dumps({**values, "modules_to_save": own or None}))
-        with Stage(folder) as stage:
+        with Stage(target) as stage:
             stage_adapter(stage, text, chains, tensors, {})
         if (folder / "README.md").is_file():
             card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)

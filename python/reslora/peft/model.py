@@ -8,19 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftType
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from .._C import (
     MODEL_PREFIX,
-    PEFT_TYPE,
     LayerShape,
     is_in_layers,
     plain_name,
@@ -34,12 +31,12 @@ from ..files.embeddings import embedding_tensors, resizing
 from ..files.former_names import present_names
 from ..injection.adapted import Injection, plain_model
 from ..injection.chains import make_chains
-from ..injection.inject import children, open_sessions, warn_without_links
+from ..injection.inject import children, open_sessions, refuse_wrapped, warn_without_links
 from ..injection.targets import describe, modules_of, targets_by_default, warn_fused_experts
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
-from .config import NAME, ResLoraConfig
+from .folders import check_loaded, source_of
 from .layer import Adapter, PeftLinear
 
 
@@ -54,6 +51,7 @@ class ResLoraModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Add an adapter: PEFT finds and wraps the layers, then they are linked."""
+        refuse_wrapped(model, "reslora.peft")
         for name, module in model.named_modules():
             is_foreign = isinstance(module, BaseTunerLayer) and not isinstance(module, PeftLinear)
             if is_foreign or type(module) is ResLoraLinear:
@@ -65,6 +63,9 @@ class ResLoraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._link(model, adapter_name)
+            source = source_of(self.peft_config[adapter_name])
+            if source is not None:
+                check_loaded(model, injection_by_name(model, adapter_name), source)
         except BaseException:
             _put_back(places, adapter_name)
             raise
@@ -115,10 +116,7 @@ class ResLoraModel(BaseTuner):
         and so are the chains, of which links may have been left out in training.
         """
         inner = plain_model(model)
-        for layer in inner.modules():
-            if isinstance(layer, PeftLinear) and adapter_name in layer.reslora_adapters:
-                layer.injection(adapter_name).note_chains()
-                break
+        injection_by_name(inner, adapter_name).note_chains()
         own = trained_beside(inner)
         config.trained_beside = [name for name in own if ".modules_to_save." not in name]
         found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
@@ -291,6 +289,14 @@ class ResLoraModel(BaseTuner):
             )
 
 
+def injection_by_name(model: nn.Module, name: str) -> Injection:
+    """Return what the linking of an adapter made, which may not be the active one."""
+    for layer in model.modules():
+        if isinstance(layer, PeftLinear) and name in layer.reslora_adapters:
+            return layer.injection(name)
+    raise ValueError(f"[reslora.peft] the model must hold the adapter; got none called {name!r}")
+
+
 def _wrap_everywhere(model: nn.Module) -> None:
     """Put the layers that PEFT has wrapped at one place at all places where they hang."""
     wrapped = {id(x.base_layer): x for x in model.modules() if isinstance(x, PeftLinear)}
@@ -309,21 +315,3 @@ def _put_back(places: list[tuple[nn.Module, str, nn.Module]], name: str) -> None
                     del kept[name]
         elif isinstance(parent._modules.get(attribute), PeftLinear):
             setattr(parent, attribute, child)
-
-
-def _register() -> None:
-    """Make RESLORA a type of PEFT, whose enum of types is closed: a member is added to it."""
-    if PEFT_TYPE in PeftType.__members__:
-        return
-    member: Any = str.__new__(PeftType, PEFT_TYPE)
-    member._name_, member._value_ = PEFT_TYPE, PEFT_TYPE
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType)
-    PeftType._member_names_.append(PEFT_TYPE)
-    PeftType._member_map_[PEFT_TYPE] = member
-    PeftType._value2member_map_[PEFT_TYPE] = member
-    type.__setattr__(PeftType, PEFT_TYPE, member)
-    register_peft_method(name=NAME, config_cls=ResLoraConfig, model_cls=ResLoraModel)
-
-
-_register()

@@ -120,7 +120,8 @@ TEST_F(IoRefusals, Tensors) {
       "sum_in_header", "content", [&] { sum_in_header(path("text")); }, "load_adapter");
   write_text(path("adapter/") + kWeightsName, "no tensors");
   refuses_call(
-      "is_current", "content", [&] { is_current(path("adapter"), {}); }, "load_adapter");
+      "load_saved_adapter", "content", [&] { load_saved_adapter(path("adapter")); },
+      "load_adapter");
 }
 
 TEST_F(IoRefusals, Adapters) {
@@ -317,7 +318,7 @@ TEST_F(IoRefusals, Stages) {
       "Stage::commit", "over", [&] { stage.commit(); }, "one that is over");
   refuses_call(
       "Stage::Stage", "a file", [&] { Stage(path("base")); }, "must be a folder");
-  refuse_nothing({"Stage::discard", "Stage::place", "write_text"});
+  refuse_nothing({"Stage::discard", "Stage::place", "write_text", "finish_saves"});
 }
 
 }  // namespace

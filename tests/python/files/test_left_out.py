@@ -1,4 +1,4 @@
-"""Links that are left out, since their calls cannot be paired: in files, merges and calibrations."""
+"""Links that are left out, since calls cannot be paired: in files, merges and calibrations."""
 
 import copy
 import json
@@ -109,7 +109,7 @@ def test_a_calibration_that_finds_it_out_starts_anew(res_mode, pre_num):
         layer.left_out = {}
     with (
         pytest.warns(UserWarning, match="unknown which of their calls"),
-        pytest.raises(ValueError, match="starts anew, .* can be read once"),
+        pytest.raises(ValueError, match=r"starts anew, .* can be read once"),
     ):
         calibrate(fresh, iter(batches))
     calibrate(fresh, iter(batches))  # it is known by now

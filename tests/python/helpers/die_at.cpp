@@ -1,7 +1,9 @@
 // Preloaded into a program: dies, stops or fails at its n-th change of a folder.
 //
 // Counted are the calls that change what is on the disk below the folder, or make it last, once
-// `die_at` has said which one is meant.
+// `die_at` has said which one is meant; or the variable RESLORA_DIE_AT, "<call> <kind> <folder>",
+// for a program that knows nothing of it. Such a program ends with 4 where it has lived on after
+// that.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -17,13 +19,11 @@
 
 namespace {
 
-std::string folder;
+char folder[4096] = "";
 int left = -1;  // calls until the one that is meant; negative: none is
 int how = 0;    // 0: die, 1: stop, otherwise the errno that the call fails with
 
-bool is_below(const char* path) {
-  return !folder.empty() && path && std::strstr(path, folder.c_str());
-}
+bool is_below(const char* path) { return folder[0] && path && std::strstr(path, folder); }
 
 bool is_below(int descriptor) {
   char path[4096];
@@ -56,8 +56,19 @@ Function real(const char* name) {
 
 extern "C" {
 
-void die_at(const char* below, int call, int kind) { folder = below, left = call, how = kind; }
+void die_at(const char* below, int call, int kind) {
+  std::snprintf(folder, sizeof folder, "%s", below);
+  left = call, how = kind;
+}
 int calls_left() { return left; }
+
+__attribute__((constructor)) void begin() {
+  const char* given = std::getenv("RESLORA_DIE_AT");
+  if (given) std::sscanf(given, "%d %d %4095s", &left, &how, folder);
+}
+__attribute__((destructor)) void end() {
+  if (std::getenv("RESLORA_DIE_AT") && left < 0) ::_exit(4);
+}
 
 int rename(const char* from, const char* to) {
   static const auto next = real<int (*)(const char*, const char*)>("rename");

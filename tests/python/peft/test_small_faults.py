@@ -1,6 +1,7 @@
 """What users of other libraries stumble over, and the method of PEFT must not do in silence."""
 
 import copy
+import json
 import warnings
 from functools import partial
 
@@ -115,17 +116,22 @@ def tiny_llava():
     return LlavaForConditionalGeneration(config).eval()
 
 
-def test_names_of_older_checkpoints_are_read(tmp_path):
+@pytest.mark.parametrize("has_header", [True, False])
+def test_names_of_older_checkpoints_are_read(tmp_path, has_header):
     pytest.importorskip("transformers", minversion="5")
     torch.manual_seed(0)
     base, ids = tiny_llava(), torch.randint(3, 30, (2, 7))
     model = wrapped(copy.deepcopy(base), target_modules=".*language_model.*q_proj")
     wanted = logits(model, ids)
     model.save_pretrained(tmp_path)
-    folder = tmp_path / "adapter_model.safetensors"
-    tensors = {former(key): tensor for key, tensor in load_file(folder).items()}
+    tensors = rename_saved(tmp_path, former)
     assert all("language_model.model.layers" in key for key in tensors)
-    save_file(tensors, folder, {"format": "pt"})
+    if not has_header:  # as an older transformers has written it
+        path = tmp_path / "adapter_model.safetensors"
+        save_file(load_file(path), path, {"format": "pt"})
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        del config["reslora_sum"]
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)

@@ -208,7 +208,7 @@ def test_evaluating_the_merged_form_does_not_change_the_training(tmp_path):
 def test_a_checkpoint_of_another_formula_is_refused(tmp_path):
     trainer(peft_model(res_mode="ms"), tmp_path, ResLoraCallback()).train()
     other = trainer(peft_model(res_mode="is"), tmp_path, ResLoraCallback())
-    with pytest.raises(ValueError, match="must agree on res_mode; got 'is' and 'ms'"):
+    with pytest.raises(ValueError, match='must agree on res_mode; got "is" and "ms"'):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 

@@ -1,0 +1,149 @@
+"""An adapter's folder as PEFT reads and writes it.
+
+PEFT reads options and weights one after the other, and checks neither. What it loads is held here
+against the folder, as `reslora.load` holds it: the checksum, the agreement of the two files, and
+that the model computes what the file was saved of. What PEFT saves becomes visible at once, as
+`reslora.save_pretrained` does it, though PEFT itself writes in place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+
+from .._C import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Stage,
+    check_chains,
+    check_formula,
+    sum_in_header,
+)
+from ..files.checkpoint import read_adapter, stored_for
+from ..files.folders import CARD_NAME
+from ..injection.adapted import Injection, plain_model
+from ..merging.finishing import adopt
+from ..text_files import read_object
+
+
+@dataclass
+class Source:
+    """Where PEFT finds an adapter: a folder, or a name of the Hub."""
+
+    name: str
+    subfolder: str | None
+    options: dict[str, Any]  # of hf_hub_download
+    sum: str = ""  # reslora.sha256 of the weights that were checked
+
+    def is_same(self, other: Source | None) -> bool:
+        """Tell whether another one names the same place."""
+        return other is not None and (self.name, self.subfolder) == (other.name, other.subfolder)
+
+    def weights(self) -> Path | None:
+        """Return the weights file on this machine, None where there is none in safetensors."""
+        local = Path(self.name, self.subfolder or "")
+        if local.is_dir():
+            return local / WEIGHTS_NAME if (local / WEIGHTS_NAME).is_file() else None
+        below = {"subfolder": self.subfolder, **self.options}
+        try:
+            hf_hub_download(self.name, CONFIG_NAME, **below)
+            return Path(hf_hub_download(self.name, WEIGHTS_NAME, **below))
+        except EntryNotFoundError:
+            return None
+
+    def is_unchanged(self) -> bool:
+        """Tell whether the weights are still those that were checked."""
+        path = self.weights()
+        return path is not None and sum_in_header(path) == self.sum
+
+    def demand_unchanged(self) -> None:
+        """Refuse weights that were replaced since they were checked: PEFT read them in between."""
+        if self.sum and not self.is_unchanged():
+            raise RuntimeError(
+                f"[load] a folder must stay as it is while PEFT reads it; got {self.name}, which "
+                "was written meanwhile: load the adapter again"
+            )
+
+
+def source_of(config: Any) -> Source | None:
+    """Return where a config was read, while what was read of that place is not loaded yet."""
+    return getattr(config, "source", None)
+
+
+def check_loaded(model: nn.Module, injection: Injection, source: Source) -> None:
+    """Demand that an adapter's folder is whole and that `injection` computes what it holds.
+
+    A model whose training a file has finished is finished too. Files without a header of reslora,
+    such as transformers' own `save_pretrained` writes, are taken with a warning.
+
+    Raises:
+        ValueError: for a file that is damaged, files that do not agree, and another adapter.
+    """
+    path = source.weights()
+    if path is None:
+        return
+    config_path = path.parent / CONFIG_NAME
+    is_marked = config_path.is_file() and read_object(config_path, "load").get("reslora_sum")
+    if not (is_marked or sum_in_header(path)):
+        warnings.warn(
+            f"[load] {path} has no header of reslora, so its checksum, and that model and options "
+            "are those that it was trained with, could not be checked (the save_pretrained of a "
+            "PeftModel writes one)",
+            stacklevel=5,
+        )
+        return
+    adapter, options = read_adapter(path.parent)
+    own: Any = injection.config
+    if options.finished_from == own.res_mode and own.res_mode != options.res_mode:
+        adopt(injection, options)
+    check_formula(own.core(), options.core())
+    stored = stored_for(plain_model(model), adapter, options, {})
+    check_chains(injection.chain_records, stored.chains)
+    layers = dict(stored.chains)
+    for chain in injection.chains:
+        chain.leave_out(layers[chain.key])
+    source.sum = adapter.sum
+
+
+# ---- Writing ----------------------------------------------------------------------------------
+
+# Where PEFT writes at the moment, and the folder that it means.
+_places: ContextVar[tuple[Path, Path] | None] = ContextVar("places", default=None)
+
+
+def meant_by(folder: Path) -> Path | None:
+    """Return the folder that PEFT means by one that `apart` gave it, None for any other."""
+    places = _places.get()
+    if places is None or not folder.is_relative_to(places[0]):
+        return None
+    return places[1] / folder.relative_to(places[0])
+
+
+@contextmanager
+def apart(folder: Path) -> Iterator[Path]:
+    """Give PEFT a hidden place to write to; what lies there beside adapters follows at the end.
+
+    The adapters themselves are put in place by their configs, each with all its files at once.
+    """
+    with Stage(folder) as stage:
+        if (folder / CARD_NAME).is_file():  # which PEFT updates
+            shutil.copyfile(folder / CARD_NAME, stage.place / CARD_NAME)
+        token = _places.set((stage.place, folder))
+        try:
+            yield stage.place
+        finally:
+            _places.reset(token)
+        for path in sorted(stage.place.iterdir()):
+            if path.is_file() and path.name not in (WEIGHTS_NAME, CONFIG_NAME):
+                stage.path(os.fspath(path.name))

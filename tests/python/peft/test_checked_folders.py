@@ -1,0 +1,275 @@
+"""What PEFT reads is checked as `reslora.load` checks it, and what it saves is one event."""
+
+import copy
+import json
+import random
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from models import randomize, tiny_llama, tokens
+
+import reslora
+from reslora.injection.adapted import find_layers
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+from peft_models import TARGETS, logits, wrapped  # noqa: E402
+
+from reslora.peft import ResLoraConfig, hooks  # noqa: E402
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+IDS = tokens()
+
+
+def base_of(seed=0):
+    torch.manual_seed(seed)
+    return tiny_llama(2)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    wrapped(base_of(), target_modules=["q_proj"]).save_pretrained(folder)
+    return folder
+
+
+def copied(saved, tmp_path):
+    """The folder again, for a test that changes it."""
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def changed(folder, **options):
+    values = json.loads((folder / CONFIG).read_text()) | options
+    (folder / CONFIG).write_text(json.dumps(values))
+
+
+def by_peft(folder):
+    return peft.PeftModel.from_pretrained(base_of(), folder)
+
+
+def over_another(folder):
+    """As Trainer resumes: into the adapter that is there."""
+    model = wrapped(base_of(), target_modules=["q_proj"])
+    model.load_adapter(folder, "default")
+    return model
+
+
+def as_second(folder):
+    model = wrapped(base_of(), target_modules=["q_proj"])
+    model.load_adapter(folder, "second")
+    model.set_adapter("second")
+    return model
+
+
+def by_transformers(folder):
+    model = base_of()
+    model.load_adapter(str(folder))
+    return model
+
+
+READERS = [by_peft, over_another, as_second, by_transformers]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_an_adapter_that_is_whole_is_read_without_a_word(saved, read):
+    wanted = logits(reslora.load(base_of(), saved), IDS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r"\[")
+        model = read(saved)
+    torch.testing.assert_close(logits(model.eval(), IDS), wanted, rtol=0, atol=0)
+
+
+def flips(saved, number):
+    """Bits of the weights file, by a seed."""
+    size = 8 * (saved / WEIGHTS).stat().st_size
+    return random.Random(7).sample(range(size), number)
+
+
+def check_flip(saved, tmp_path, bit, read):
+    folder = copied(saved, tmp_path)
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises((ValueError, RuntimeError, OSError, safetensors.SafetensorError)):
+        read(folder)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("place", range(6))
+def test_a_flipped_bit_is_refused(saved, tmp_path, place, read):
+    check_flip(saved, tmp_path, flips(saved, 6)[place], read)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("place", range(150))
+def test_every_flipped_bit_is_refused(saved, tmp_path, place):
+    check_flip(saved, tmp_path, flips(saved, 150)[place], by_peft)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lora_alpha", 60.0), ("res_mode", "is"), ("r", 2), ("pre_num", 2), ("use_rslora", True)],
+)
+def test_options_that_were_changed_in_the_file_are_refused(saved, tmp_path, read, name, value):
+    folder = copied(saved, tmp_path)
+    changed(folder, **{name: value})
+    with pytest.raises(ValueError, match=f"must agree on {name}"):
+        read(folder)
+
+
+@pytest.mark.parametrize("read", [by_peft, as_second, by_transformers])
+def test_targets_that_were_changed_in_memory_are_refused(saved, read, monkeypatch):
+    made = ResLoraConfig.__init__
+    monkeypatch.setattr(
+        ResLoraConfig, "__init__",
+        lambda self, **own: made(self, **own | {"target_modules": ["v_proj"]}),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="first difference"):
+        read(saved)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_file_without_a_header_is_taken_with_one_warning(saved, tmp_path, read):
+    folder = copied(saved, tmp_path)
+    wanted = logits(by_peft(saved).eval(), IDS)
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match="metadata has no"):  # it is known that there was one
+        read(folder)
+    values = json.loads((folder / CONFIG).read_text())
+    del values["reslora_sum"]
+    (folder / CONFIG).write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=f"{WEIGHTS} has no header of reslora") as caught:
+        model = read(folder)
+    assert len([own for own in caught if "has no header" in str(own.message)]) == 1
+    torch.testing.assert_close(logits(model.eval(), IDS), wanted, rtol=0, atol=0)
+
+
+def test_what_transformers_saves_is_read_with_one_warning(tmp_path):
+    model = base_of()
+    model.add_adapter(ResLoraConfig(r=4, target_modules=TARGETS, res_mode="is"))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has no header of reslora"):
+        again = by_transformers(tmp_path)
+    torch.testing.assert_close(logits(again.eval(), IDS), logits(model.eval(), IDS))
+    # Saved anew, over files of another rank and after a load of files that had a header.
+    other = base_of()
+    other.add_adapter(ResLoraConfig(r=2, target_modules=TARGETS, res_mode="bs"))
+    randomize(other)
+    other.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has no header of reslora"):
+        again = by_transformers(tmp_path)
+    torch.testing.assert_close(logits(again.eval(), IDS), logits(other.eval(), IDS))
+
+
+def test_what_transformers_saves_of_a_loaded_adapter_claims_no_header(saved, tmp_path):
+    by_transformers(saved).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text()).get("reslora_sum") is None
+    with pytest.warns(UserWarning, match="has no header of reslora"):
+        by_transformers(tmp_path)
+
+
+def test_a_config_of_a_folder_may_train_a_new_adapter(saved):
+    config = peft.PeftConfig.from_pretrained(saved)
+    config.inference_mode = False
+    model = peft.get_peft_model(base_of(), config)
+    assert not any(layer.reslora_B.any() for layer in find_layers(model))
+
+
+def test_a_save_while_peft_reads_is_noticed(saved, tmp_path, monkeypatch):
+    folder = copied(saved, tmp_path)
+    other = wrapped(base_of(), target_modules=["q_proj"], lora_alpha=60)
+    load = peft.peft_model.load_peft_weights
+
+    def later(*args, **kwargs):
+        other.save_pretrained(folder)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(peft.peft_model, "load_peft_weights", later)
+    with pytest.raises(RuntimeError, match="was written meanwhile"):
+        by_peft(folder)
+
+
+# ---- Saving
+
+
+def test_adapters_by_other_names_have_folders_of_their_own(tmp_path):
+    model = wrapped(base_of(), "first", target_modules=["q_proj"])
+    model.add_adapter("second", ResLoraConfig(r=2, target_modules=["v_proj"], res_mode="bs"))
+    model.save_pretrained(tmp_path)
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert found == [
+        "README.md", "first", f"first/{CONFIG}", f"first/{WEIGHTS}",
+        "second", f"second/{CONFIG}", f"second/{WEIGHTS}",
+    ]  # fmt: skip
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        read = reslora.load(base_of(), tmp_path / name)
+        torch.testing.assert_close(logits(read, IDS), logits(model, IDS))
+
+
+def test_a_card_of_somebody_else_is_updated_as_peft_does(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\nA sentence.\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    wrapped(base_of()).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "A sentence." in card and "license: mit" in card and "How to load" in card
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("failing", ["safe_save_file", "get_peft_model_state_dict"])
+def test_a_save_that_fails_leaves_the_folder_as_it_was(saved, tmp_path, failing, monkeypatch):
+    folder = copied(saved, tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(peft.peft_model, failing, full)
+    for place in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="no space left"):
+            wrapped(base_of(), r=2).save_pretrained(place)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_pickles_are_refused_and_a_file_in_the_way_is(tmp_path):
+    model = wrapped(base_of())
+    with pytest.raises(ValueError, match="got safe_serialization=False"):
+        model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
+    assert not (tmp_path / "adapter").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="should be a directory, not a file"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(ValueError, match="selected_adapters"):
+        model.save_pretrained(tmp_path / "adapter", selected_adapters=["none"])
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    wrapped(base_of()).save_pretrained(tmp_path / "adapter", is_main_process=False)
+    assert not list((tmp_path / "adapter").iterdir())
+
+
+def test_other_methods_are_saved_and_loaded_as_before(tmp_path):
+    model = peft.get_peft_model(base_of(), peft.LoraConfig(target_modules=["q_proj"]))
+    randomize(model)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").is_file()
+    read = peft.PeftModel.from_pretrained(base_of(), tmp_path)
+    torch.testing.assert_close(logits(read, IDS), logits(model.eval(), IDS))
+    before = peft.PeftModel.save_pretrained
+    hooks.add_to_peft()  # a second time
+    assert peft.PeftModel.save_pretrained is before
+
+
+def test_a_copy_of_a_config_is_free_of_the_folder(saved):
+    model = by_peft(saved)
+    config = copy.deepcopy(model.peft_config["default"])
+    assert "source" not in config.to_dict()
+    assert hooks.source_of(config) is None
