@@ -63,13 +63,17 @@ class RESLORA_API MergePlan {
   bool fell_back_to_weight() const { return fell_back_to_weight_; }
   /// True between `apply` and `revert`.
   bool is_applied() const { return is_applied_; }
+  /// How many layers, in the order of `layers`, hold W*: neither none nor all of them after an
+  /// `apply` without originals that failed on the way.
+  int64_t done() const { return static_cast<int64_t>(done_); }
 
   /// Writes W* into every weight, one matrix in memory at a time. With `keep_originals` the old
   /// bits are copied to the CPU for `revert`. With `safe_merge` every W* is checked for NaN and
   /// infinity before the first weight is written (computes each W* twice). `progress(done)` is
-  /// called after each layer; an exception from it, or any other, restores the weights already
-  /// written where originals are kept. Throws c10::ValueError when applied twice, and for weights
-  /// that cannot take a sum.
+  /// called after each layer; an exception from it, or any other (out of memory), restores the
+  /// weights already written where originals are kept. Without originals they stay, `done` says how
+  /// many, and a second call goes on behind them. Throws c10::ValueError when applied twice, for
+  /// weights that cannot take a sum, and for `keep_originals` where some are gone.
   void apply(bool keep_originals = true, bool safe_merge = false,
              const std::function<void(int64_t)>& progress = nullptr);
 
@@ -93,6 +97,7 @@ class RESLORA_API MergePlan {
   bool fell_back_to_weight_ = false;
   bool is_applied_ = false;
   bool is_running_ = false;  // `apply` writes weights
+  size_t done_ = 0;          // layers that hold W*
 };
 
 /// W* = W + B A of a planned layer in fp32 (fp64 for an fp64 weight), before the one cast that

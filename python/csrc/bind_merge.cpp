@@ -62,6 +62,7 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("layers", &MergePlan::layers)
       .def_property_readonly("fell_back_to_weight", &MergePlan::fell_back_to_weight)
       .def_property_readonly("is_applied", &MergePlan::is_applied)
+      .def_property_readonly("done", &MergePlan::done)
       .def("apply", &MergePlan::apply, py::arg("keep_originals") = true,
            py::arg("safe_merge") = false, py::arg("progress") = nullptr, NoGil())
       .def(

@@ -495,13 +495,16 @@ class MergePlan:
     def fell_back_to_weight(self) -> bool: ...
     @property
     def is_applied(self) -> bool: ...
+    @property
+    def done(self) -> int:
+        """Return how many layers hold W*: some, after an apply without originals that failed."""
     def apply(
         self,
         keep_originals: bool = True,
         safe_merge: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Write W* into every weight; an exception restores what was written."""
+        """Write W* into every weight; an exception restores what was written, from originals."""
     def revert(
         self, weights: Sequence[Tensor | None] = ..., biases: Sequence[Tensor | None] = ...
     ) -> None:

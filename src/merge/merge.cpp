@@ -90,10 +90,14 @@ MergePlan::MergePlan(const std::vector<ChainView>& chains, const std::string& me
 void MergePlan::apply(bool keep_originals, bool safe_merge,
                       const std::function<void(int64_t)>& progress) {
   RESLORA_CHECK(
-      !is_applied_,
+      !is_applied_ && !is_running_,
       "[merge] a plan is applied once at a time; got one that is applied: call revert first");
+  RESLORA_CHECK(done_ == 0 || !keep_originals,
+                "[merge] a merge that failed without originals goes on without them; got "
+                "keep_originals with {} of {} layers written",
+                done_, layers_.size());
   const detail::FullPrecision guard;
-  for (size_t i = 0; i < layers_.size(); ++i) {
+  for (size_t i = done_; i < layers_.size(); ++i) {
     detail::check_weight(weights_[i], layers_[i], "merging");
     check_writable(weights_[i], layers_[i].name);
     if (layers_[i].bias.defined()) check_writable(biases_[i], layers_[i].name);
@@ -103,9 +107,10 @@ void MergePlan::apply(bool keep_originals, bool safe_merge,
   if (safe_merge) check_finite();
   try {
     is_running_ = true;
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      write(i, keep_originals);
-      if (progress) progress(static_cast<int64_t>(i) + 1);
+    while (done_ < layers_.size()) {
+      write(done_, keep_originals);
+      ++done_;
+      if (progress) progress(done());
     }
     is_running_ = false;
   } catch (...) {
@@ -117,7 +122,7 @@ void MergePlan::apply(bool keep_originals, bool safe_merge,
 }
 
 void MergePlan::check_finite() const {
-  for (size_t i = 0; i < layers_.size(); ++i) {
+  for (size_t i = done_; i < layers_.size(); ++i) {
     const Tensor merged = detail::unchecked_merged_weight(weights_[i], layers_[i]);
     const Tensor& bias = layers_[i].bias;
     RESLORA_CHECK(detail::is_finite(merged.to(weights_[i].scalar_type())) &&
@@ -131,6 +136,8 @@ void MergePlan::check_finite() const {
 void MergePlan::write(size_t i, bool keep_original) {
   const Tensor merged = detail::unchecked_merged_weight(weights_[i], layers_[i]);
   const bool has_bias = layers_[i].bias.defined();
+  Tensor bias;
+  if (has_bias) bias = biases_[i].to(layers_[i].bias.options()) + layers_[i].bias;
   if (keep_original) {
     const auto on_cpu = [](const Tensor& tensor) {
       return tensor.detach().to(at::TensorOptions().device(at::kCPU), /*non_blocking=*/false,
@@ -138,9 +145,9 @@ void MergePlan::write(size_t i, bool keep_original) {
     };
     originals_.push_back({on_cpu(weights_[i]), has_bias ? on_cpu(biases_[i]) : Tensor()});
   }
-  is_applied_ = true;  // from here on a weight is changed: a second apply would add twice
+  // All memory is there: what follows writes the layer whole.
   weights_[i].copy_(merged);
-  if (has_bias) biases_[i].copy_(biases_[i].to(layers_[i].bias.options()) + layers_[i].bias);
+  if (has_bias) biases_[i].copy_(bias);
 }
 
 void MergePlan::restore() {
@@ -150,15 +157,16 @@ void MergePlan::restore() {
   }
   originals_.clear();
   is_applied_ = false;
+  done_ = 0;
 }
 
 void MergePlan::revert(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
-  RESLORA_CHECK(is_applied_,
-                "[merge] only an applied plan can be reverted; got one that is not: "
-                "call apply first");
   RESLORA_CHECK(!is_running_,
                 "[merge] a plan is reverted once it is applied; got a call from its progress, "
                 "while weights are written");
+  RESLORA_CHECK(is_applied_,
+                "[merge] only an applied plan can be reverted; got one that is not: "
+                "call apply first");
   RESLORA_CHECK(originals_.size() == layers_.size(),
                 "[merge] reverting needs the originals, which were not kept: apply with "
                 "keep_originals, or load the base model again");

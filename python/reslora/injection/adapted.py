@@ -40,6 +40,27 @@ class Applied:
         return {**self.__dict__, "plan": None}
 
 
+class Halted:
+    """A merge without originals that failed on the way; it can only go on."""
+
+    def __init__(self, plan: MergePlan, merge_method: str, dense: dict[str, nn.Linear]) -> None:
+        self.plan = plan
+        self.merge_method = merge_method
+        self.dense = dense  # what takes the place of quantised layers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse a copy: its plan would write to the weights of the model."""
+        raise ValueError(f"[copy] a model must be whole to be copied; got one {self}")
+
+    def __str__(self) -> str:
+        """Return what the model is, and the way out."""
+        plan = self.plan
+        return (
+            f"of which {plan.done} of {len(plan.layers)} layers are merged, since a merge failed: "
+            "merge_and_unload goes on, and save_pretrained still saves the adapter"
+        )
+
+
 class Injection:
     """All that `inject` did to a model; its layers share it. Knows how to undo it."""
 
@@ -53,11 +74,12 @@ class Injection:
         self.hooks: list[Any] = []  # that keep encoders of torch off their fused paths
         self.nested: list[tuple[nn.TransformerEncoder, bool]] = []  # and what they were
         self.applied: Applied | None = None
+        self.halted: Halted | None = None
         self.calibrated: Calibrated | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what a file holds; what it is too old to know is none."""
-        self.__dict__.update({"hooks": [], "nested": []} | state)
+        self.__dict__.update({"hooks": [], "nested": [], "halted": None} | state)
 
     @property
     def layers(self) -> list[ResLoraLinear]:
@@ -77,6 +99,21 @@ class Injection:
     def note_chains(self) -> None:
         """Let the config know the chains as files name them: PEFT gives it alone to be saved."""
         self.config.chains = self.chain_records  # type: ignore[attr-defined]
+
+    def refuse_halted(self, op: str) -> None:
+        """Refuse a model of which a merge has written some layers, but for what helps it."""
+        if self.halted is not None and op not in ("merge_and_unload", "save_pretrained"):
+            raise RuntimeError(f"[{op}] a model must be whole; got one {self.halted}")
+
+    def halt(self, halted: Halted) -> None:
+        """Refuse forwards from now on."""
+
+        def refuse(x: Tensor) -> Tensor:
+            raise RuntimeError(f"[adapt] a model must be whole to be evaluated; got one {halted}")
+
+        self.halted = halted
+        for layer in self.layers:
+            layer.stand_in = refuse
 
     def close_passes(self) -> None:
         """Remove the hooks that the chains and layers needed."""
@@ -138,6 +175,7 @@ def injection_of(model: nn.Module, op: str) -> Injection:
             f"[{op}] model must be adapted; got a plain {type(model).__name__} (call inject first)"
         )
     assert isinstance(injection, Injection)  # chains, which lie below, cannot name its type
+    injection.refuse_halted(op)
     return injection
 
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from torch import nn
 
-from .._C import MergePlan
 from ..injection.adapted import (
     Applied,
+    Halted,
     Injection,
     earlier_fits_after_errors,
     injection_of,
@@ -156,9 +156,10 @@ def merge_and_unload(
 
     The model is changed in place and returned: its modules are those from before `inject`, with
     merged weights. No originals are kept: where `max_error` or a rule refuses, the model is as it
-    was, adapters and all. With `dequantize`, quantised base layers become dense `nn.Linear`s: the
-    adapter is merged into the dequantised weights (not those of the original files; see
-    quantized.py).
+    was, adapters and all. Where memory runs out while weights are written, RuntimeError says so,
+    and the model refuses to run until a second call, which goes on. With `dequantize`, quantised
+    base layers become dense `nn.Linear`s: the adapter is merged into the dequantised weights (not
+    those of the original files; see quantized.py).
     """
     request = MergeRequest(
         op="merge_and_unload", merge_method=merge_method, data=data, refine_steps=refine_steps,
@@ -169,7 +170,9 @@ def merge_and_unload(
     applied = injection.applied
     dense = {}
     if applied is None:
-        if dequantize:
+        if injection.halted is not None:
+            dense = injection.halted.dense
+        elif dequantize:
             dense = dense_layers(model, injection, request.op)
         _merge(model, request, dense)
         for layer in injection.layers:
@@ -209,6 +212,8 @@ def _merge(model: nn.Module, request: MergeRequest, dense: dict[str, nn.Linear])
     injection = injection_of(model, op)
     if injection.applied is not None:
         raise ValueError(f"[{op}] adapters must not be merged yet; got a merged model (unmerge it)")
+    if injection.halted is not None:
+        return _go_on(injection, injection.halted, request)
     _check_limits(request)
     _check_weights(model, injection, op, dense)
     refuse_other_bases(injection, op, set(dense))
@@ -226,20 +231,33 @@ def _merge(model: nn.Module, request: MergeRequest, dense: dict[str, nn.Linear])
                 progressbar=request.progressbar, dense=dense,
             )  # fmt: skip
             _refuse_error(op, report, request.max_error)
-        interrupt = _apply(plan, request, len(report.layers))
-    for layer in injection.layers:
-        layer.is_merged = True
-    injection.applied = Applied(plan, chosen_method(injection, request.merge_method))
+        method = chosen_method(injection, request.merge_method)
+        interrupt = _apply(injection, Halted(plan, method, dense), request)
     if interrupt is not None:
         raise interrupt
     logger.info("[%s] merged\n%s", op, report)
     return report
 
 
-def _apply(plan: MergePlan, request: MergeRequest, count: int) -> BaseException | None:
+def _go_on(injection: Injection, halted: Halted, request: MergeRequest) -> MergeReport:
+    """Write the rest of a merge that failed."""
+    if request.merge_method not in (None, halted.merge_method) or not request.leaves_all_open:
+        raise ValueError(
+            f"[{request.op}] a merge that failed goes on as it was begun, by "
+            f"{halted.merge_method or 'default'!r}; got merge_method {request.merge_method!r}, "
+            "data, refine_steps, verify or max_error"
+        )
+    interrupt = _apply(injection, halted, request)
+    if interrupt is not None:
+        raise interrupt
+    return describe(halted.plan)
+
+
+def _apply(injection: Injection, made: Halted, request: MergeRequest) -> BaseException | None:
     """Write every W*. Without originals nothing could be put back: an interrupt then waits."""
     waiting: list[BaseException] = []
-    with bar(request.progressbar, "merging", count) as shown:
+    plan = made.plan
+    with bar(request.progressbar, "merging", len(plan.layers)) as shown:
 
         def show(done: int) -> None:
             try:
@@ -249,9 +267,20 @@ def _apply(plan: MergePlan, request: MergeRequest, count: int) -> BaseException 
                     raise
                 waiting.append(error)
 
-        plan.apply(
-            keep_originals=request.keep_originals, safe_merge=request.safe_merge, progress=show
-        )
+        try:
+            plan.apply(
+                keep_originals=request.keep_originals, safe_merge=request.safe_merge, progress=show
+            )
+        except BaseException as error:
+            if not plan.done:
+                raise
+            injection.halt(made)
+            cause = str(error).partition("\n")[0]
+            raise RuntimeError(f"[{request.op}] {cause}; this leaves a model {made}") from error
+    injection.halted = None
+    for layer in injection.layers:
+        layer.stand_in, layer.is_merged = None, True
+    injection.applied = Applied(plan, made.merge_method)
     return waiting[0] if waiting else None
 
 

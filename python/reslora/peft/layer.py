@@ -147,6 +147,8 @@ class PeftLinear(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off; a merged one is taken out of the weights first."""
         if not enabled:
+            for name in self.reslora_adapters:
+                self.injection(name).refuse_halted("disable_adapter")
             self.unmerge()
         super().enable_adapters(enabled)
 

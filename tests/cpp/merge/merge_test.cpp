@@ -303,6 +303,29 @@ TEST(MergeApply, WithoutOriginalsThereIsNoWayBack) {
   EXPECT_TRUE(refuses([&] { plan.revert(); }, "originals, which were not kept"));
 }
 
+TEST(MergeApply, WithoutOriginalsAFailureIsGoneOnFrom) {
+  const ChainView view = view_of(random_blocks({}), "is", 1);
+  const std::vector<at::Tensor> old = weights_of(view);
+  MergePlan whole({view}, "input");
+  whole.apply();
+  const std::vector<at::Tensor> merged = weights_of(view);
+  whole.revert();
+  MergePlan plan({view}, "input");
+  const auto fail = [](int64_t done) {
+    if (done == 2) throw std::runtime_error("full");
+  };
+  EXPECT_THROW(plan.apply(/*keep_originals=*/false, /*safe_merge=*/true, fail), std::runtime_error);
+  EXPECT_EQ(plan.done(), 2);
+  EXPECT_FALSE(plan.is_applied());
+  EXPECT_TRUE(at::equal(view.layers[1].weight, merged[1]));
+  EXPECT_TRUE(at::equal(view.layers[2].weight, old[2]));
+  EXPECT_TRUE(refuses([&] { plan.apply(); }, "2 of 5 layers written"));
+  EXPECT_TRUE(refuses([&] { plan.revert(); }, "only an applied plan"));
+  plan.apply(/*keep_originals=*/false, /*safe_merge=*/true);
+  EXPECT_TRUE(plan.is_applied());
+  EXPECT_TRUE(is_untouched(view, merged));
+}
+
 TEST(MergeApply, RevertNeedsTheSameDtype) {
   const ChainView view = view_of(random_blocks({}), "is", 1, at::kFloat);
   MergePlan plan({view}, "input");

@@ -108,7 +108,8 @@ TEST(MergeRefusals, Plans) {
         "MergePlan::apply", "weight", at::randn({kOut, kIn}),
         [](auto& layer, auto& weight) { layer.weight = weight; },
         [&](const ChainView& view) { MergePlan({view}, method).apply(); });
-  refuse_nothing({"MergePlan::layers", "MergePlan::is_applied", "MergePlan::fell_back_to_weight"});
+  refuse_nothing({"MergePlan::layers", "MergePlan::is_applied", "MergePlan::done",
+                  "MergePlan::fell_back_to_weight"});
 }
 
 TEST(MergeRefusals, Reverting) {
