@@ -71,6 +71,11 @@ RESLORA_API SavedAdapter load_saved_adapter(const std::string& folder,
 /// model and the file that it loads; see `formula_difference`.
 RESLORA_API void check_formula(const ResLoraConfig& model, const ResLoraConfig& file);
 
+/// Throws c10::ValueError unless options give the layers of a file's chains the ranks and scalings
+/// that these have. Takes no memory for them.
+RESLORA_API void check_ranks(const ResLoraConfig& config, const std::vector<ChainRecord>& chains,
+                             const ExpressionMatch& match = matches_ecma_script);
+
 /// Throws c10::ValueError unless a file holds exactly the tensors that a model loads, in the same
 /// shapes; both by key.
 RESLORA_API void check_tensors(const std::map<std::string, at::Tensor>& model,

@@ -22,8 +22,8 @@ namespace reslora {
 /// cannot read. Python hands in its own dialect.
 using ExpressionMatch = std::function<bool(const std::string& expression, const std::string& text)>;
 
-/// The ExpressionMatch of C++ programs: ECMAScript. Throws c10::ValueError for an expression that
-/// cannot be read. Each expression is compiled once for each thread.
+/// The ExpressionMatch of C++ programs: ECMAScript without back-references. Throws c10::ValueError
+/// for an expression that cannot be read. Each expression is compiled once for each thread.
 RESLORA_API bool matches_ecma_script(const std::string& expression, const std::string& text);
 
 /// A list of names, a regular expression, or nothing; see above.

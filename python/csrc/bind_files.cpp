@@ -127,6 +127,14 @@ void bind_folder(py::module_& m) {
       },
       py::arg("model"), py::arg("file"),
       "Raise ValueError where options (JSON) differ that change what given A and B compute.");
+  m.def(
+      "check_ranks",
+      [](const std::string& config, const std::vector<NamedChain>& chains,
+         const ExpressionMatch& match) {
+        check_ranks(checked_config(config), records_from(chains), match);
+      },
+      py::arg("config"), py::arg("chains"), py::arg("match"),
+      "Raise ValueError unless options (JSON) give chains their ranks and scalings.");
   m.def("check_tensors", &check_tensors, py::arg("model"), py::arg("file"),
         "Raise ValueError unless a file holds exactly the tensors that a model loads.");
   m.def("check_head", &check_head, py::arg("key"), py::arg("head"),

@@ -650,6 +650,9 @@ def load_adapter_folder(folder: str | os.PathLike[str], match: ExpressionMatch) 
 def check_formula(model: str, file: str) -> None:
     """Raise ValueError where options (JSON) differ that change what given A and B compute."""
 
+def check_ranks(config: str, chains: Sequence[NamedChain], match: ExpressionMatch) -> None:
+    """Raise ValueError unless options (JSON) give chains their ranks and scalings."""
+
 def check_tensors(model: dict[str, Tensor], file: dict[str, Tensor]) -> None:
     """Raise ValueError unless a file holds exactly the tensors that a model loads."""
 

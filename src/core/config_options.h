@@ -7,8 +7,9 @@
 
 namespace reslora::detail {
 
-/// More forwards than a training has; their norms take 128 MiB in each layer.
-constexpr int64_t kMaxNormWindow = int64_t{1} << 24;
+/// Norms of so many forwards take 1 MiB in each layer. A file that asks for more, which may be
+/// anybody's, takes nothing.
+constexpr int64_t kMaxNormWindow = int64_t{1} << 17;
 
 /// Calls visit(name, values...) for every option, in the order in which files hold them, with its
 /// value in each of the configs; these are const to read the values, plain to set them.

@@ -16,14 +16,51 @@ const ExpressionMatch& checked(const ExpressionMatch& match) {
   return match;
 }
 
+// Bounds of an expression, which may come with somebody's adapter. std::regex recurses by what is
+// left of it once braces are written out, and by parentheses.
+constexpr size_t kMaxExpanded = 8192;
+constexpr size_t kMaxNested = 100;
+
+void check_bounded(const std::string& expression) {
+  size_t depth = 0, deepest = 0, expanded = expression.size();
+  for (size_t i = 0; i < expression.size() && expanded <= kMaxExpanded; ++i) {
+    const char c = expression[i];
+    if (c == '\\') ++i;
+    if (c == '(') deepest = std::max(deepest, ++depth);
+    if (c == ')' && depth > 0) --depth;
+    if (c != '{') continue;
+    size_t repeats = 1;  // the larger number of {2,5}
+    for (size_t number = 0; ++i < expression.size() && expression[i] != '}';) {
+      const bool is_digit = std::isdigit(static_cast<unsigned char>(expression[i])) != 0;
+      number = is_digit ? std::min(10 * number + (expression[i] - '0'), kMaxExpanded) : 0;
+      repeats = std::max(repeats, number);
+    }
+    expanded *= repeats;
+  }
+  RESLORA_CHECK(expanded <= kMaxExpanded && deepest <= kMaxNested,
+                "[config] a pattern may have at most {} characters, with all that its braces "
+                "repeat, and parentheses at most {} deep; got a larger one that begins with '{}'",
+                kMaxExpanded, kMaxNested, expression.substr(0, 40));
+}
+
+// Matching in time that grows with the pattern times the text. It takes no back-references.
+std::regex compiled(const std::string& expression) {
+  check_bounded(expression);
+#ifdef __GLIBCXX__
+  return std::regex(expression, std::regex::ECMAScript | std::regex_constants::__polynomial);
+#else
+  return std::regex(expression);
+#endif
+}
+
 }  // namespace
 
 bool matches_ecma_script(const std::string& expression, const std::string& text) {
-  thread_local std::map<std::string, std::regex> compiled;
-  auto found = compiled.find(expression);
-  if (found == compiled.end()) {
+  thread_local std::map<std::string, std::regex> known;
+  auto found = known.find(expression);
+  if (found == known.end()) {
     try {
-      found = compiled.emplace(expression, std::regex(expression)).first;
+      found = known.emplace(expression, compiled(expression)).first;
     } catch (const std::regex_error& error) {
       RESLORA_CHECK(false,
                     "[config] a pattern must be a regular expression (ECMAScript); got '{}' ({})",

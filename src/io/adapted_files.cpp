@@ -156,14 +156,14 @@ MergePlan plan_of(const AdapterFile& adapter, const ResLoraConfig& config,
     }
   }
   MergePlan plan(views, merge_method.empty() ? config.merge_method() : merge_method, use_affine);
-  for (const LayerMerge& layer : plan.layers())
-    RESLORA_CHECK(detail::is_finite(layer.A) && detail::is_finite(layer.B),
-                  "[merge] an adapter must be finite; got NaN or infinity in layer {}", layer.name);
+  for (const LayerMerge& layer : plan.layers()) detail::check_finite(layer, "merge");
   return plan;
 }
 
 ResLoraConfig config_of(const AdapterFile& adapter, const ExpressionMatch& match) {
-  return config_from_json(adapter.config_json, "the adapter's config", match);
+  ResLoraConfig config = config_from_json(adapter.config_json, "the adapter's config", match);
+  check_ranks(config, adapter.chains, match);
+  return config;
 }
 
 }  // namespace

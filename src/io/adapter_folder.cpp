@@ -2,6 +2,7 @@
 #include <ATen/Functions.h>
 #include <reslora/adapter_folder.h>
 #include <reslora/config_json.h>
+#include <reslora/matching.h>
 
 #include <algorithm>
 #include <iterator>
@@ -141,6 +142,18 @@ void check_formula(const ResLoraConfig& model, const ResLoraConfig& file) {
   if (name.empty()) return;
   RESLORA_CHECK(false, "[load] model and file must agree on {}; got {} and {}", name,
                 option_json(model, name), option_json(file, name));
+}
+
+void check_ranks(const ResLoraConfig& config, const std::vector<ChainRecord>& chains,
+                 const ExpressionMatch& match) {
+  for (const ChainRecord& chain : chains)
+    for (const LayerShape& layer : chain.layers) {
+      const RankAndScaling own = rank_and_scaling(config, layer.name, match);
+      RESLORA_CHECK(own.r == layer.r && own.scaling == layer.scaling,
+                    "[load] options and chains must agree on a layer's r and scaling; got {} and "
+                    "{} by the options for {}",
+                    own.r, own.scaling, shown(layer));
+    }
 }
 
 void check_tensors(const std::map<std::string, at::Tensor>& model,

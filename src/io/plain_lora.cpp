@@ -66,6 +66,7 @@ std::string peft_config(const PlainLora& lora, int64_t R) try {
 /// Demands a pair that is all of the layer's merge, since files of plain LoRA hold no bias.
 void check_plain(const LayerMerge& layer) {
   detail::check_pair(layer, "export");
+  detail::check_finite(layer, "export");
   RESLORA_CHECK(!layer.bias.defined(),
                 "[export] plain LoRA holds no bias; got that of an affine fit (layer {}): plan "
                 "without use_affine, and unmerge a merged model (the linear fit is exported then)",
@@ -93,9 +94,7 @@ ReducedFactors reduced_factors(const LayerMerge& layer, int64_t max_rank, double
   RESLORA_CHECK(std::isfinite(tolerance) && tolerance >= 0 && tolerance < 1,
                 "[export] tolerance must lie in [0, 1); got {} (layer {})", tolerance, layer.name);
   const detail::FullPrecision guard;
-  RESLORA_CHECK(
-      at::isfinite(layer.A).all().item<bool>() && at::isfinite(layer.B).all().item<bool>(),
-      "[export] factors must be finite; got NaN or infinity (layer {})", layer.name);
+  detail::check_finite(layer, "export");
   // B A = Qb (Rb Ra^T) Qa^T: the singular values are those of the small core.
   const auto [q_b, r_b] = at::linalg_qr(layer.B.to(at::kDouble));
   const auto [q_a, r_a] = at::linalg_qr(layer.A.to(at::kDouble).t());

@@ -99,6 +99,7 @@ void MergePlan::apply(bool keep_originals, bool safe_merge,
   const detail::FullPrecision guard;
   for (size_t i = done_; i < layers_.size(); ++i) {
     detail::check_weight(weights_[i], layers_[i], "merging");
+    detail::check_finite(layers_[i], "merge");
     check_writable(weights_[i], layers_[i].name);
     if (layers_[i].bias.defined()) check_writable(biases_[i], layers_[i].name);
   }

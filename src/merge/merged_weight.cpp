@@ -27,6 +27,12 @@ void check_pair(const LayerMerge& layer, const char* op) {
     check_floating(layer.bias, {layer.B.size(0)}, op, "the bias that is added", layer.name);
 }
 
+void check_finite(const LayerMerge& layer, const char* op) {
+  RESLORA_CHECK(
+      is_finite(layer.A) && is_finite(layer.B) && (!layer.bias.defined() || is_finite(layer.bias)),
+      "[{}] an adapter must be finite; got NaN or infinity in layer {}", op, layer.name);
+}
+
 void check_weight(const Tensor& weight, const LayerMerge& layer, const char* purpose) {
   check_pair(layer, "merge");
   RESLORA_CHECK(weight.defined(),

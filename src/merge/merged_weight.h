@@ -10,6 +10,9 @@ namespace reslora::detail {
 /// dense and on one device, and a bias [out] or none. One that nobody filled has none.
 void check_pair(const LayerMerge& layer, const char* op);
 
+/// Throws c10::ValueError, in the name of `op`, for a pair with NaN or infinity.
+void check_finite(const LayerMerge& layer, const char* op);
+
 /// Throws c10::ValueError for a pair that `check_pair` refuses, and for a weight that cannot take a
 /// sum: absent, quantised, sharded, of another shape. `purpose` says who asks.
 void check_weight(const at::Tensor& weight, const LayerMerge& layer, const char* purpose);

@@ -147,7 +147,9 @@ Prepared prepare(torch::nn::Module& model, const ResLoraConfig& config, const Ad
   for (const std::string& warning : found.warnings) TORCH_WARN(warning);
   Prepared prepared{config, {}, {}, heads_of(model, found.saved)};
   prepared.config.target_modules(std::move(found.targets));
-  for (ChainRecord& chain : find_chains(infos, found.layers, config)) {
+  std::vector<ChainRecord> chains = find_chains(infos, found.layers, config);
+  if (file != nullptr) check_chains(chains, file->chains);  // before memory is taken for options
+  for (ChainRecord& chain : chains) {
     const std::vector<ResLoraLinear> layers = layers_of(chain, by_path);
     prepared.names.push_back(std::move(chain.name));
     prepared.states.push_back(new_state(layers, Chain(config, std::move(chain.layers))));

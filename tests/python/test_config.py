@@ -79,7 +79,7 @@ def test_every_option_has_a_help_text():
         ({"revision": 1}, "revision must be a string; got 1"),
         ({"first_block": "triple"}, "first_block must be .*; got 'triple'"),
         ({"norm_window": -1}, "norm_window must be .*; got -1"),
-        ({"norm_window": 2**45}, "norm_window must be .*at most 16777216; got 35184372088832"),
+        ({"norm_window": 2**45}, "norm_window must be .*at most 131072; got 35184372088832"),
         ({"detach_taps": 1}, "detach_taps must be true or false; got 1"),
         ({"bias": "all"}, "bias must be 'none' .*; got 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be .*; got 'pissa'"),

@@ -18,7 +18,15 @@ from typing import Any
 
 from torch import nn
 
-from .._C import Matching, ModuleInfo, fill_factors, match_saved, warning_without_links
+from .._C import (
+    Matching,
+    ModuleInfo,
+    check_chains,
+    fill_factors,
+    find_chains,
+    match_saved,
+    warning_without_links,
+)
 from ..config import ResLoraConfig, matches
 from ..nn.grouping import Group, find_groups
 from ..nn.session import Session
@@ -62,12 +70,13 @@ def inject_saved(model: nn.Module, config: ResLoraConfig, chains: Any, heads: li
         heads: the file's tensors that are no A or B; the modules that hold them train.
 
     Raises:
-        ValueError: as `inject` does, and where the model has none of the layers. What else differs
-            from the file is for the caller to see.
+        ValueError: as `inject` does, and where the model has not these chains.
     """
     config = _checked(model, config)
     modules = describe(model)
     matching = match_saved(modules, config.core(), chains, heads, matches)
+    # Before memory is taken for what the options say.
+    check_chains(find_chains(modules, matching.layers, config.core(), matches), chains)
     warn_without_links(_adapt(model, config, modules, matching))
 
 

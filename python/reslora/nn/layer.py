@@ -77,10 +77,9 @@ class LayerChain:
         return [sorted(layer.left_out) for layer in self.layers]
 
     def leave_out(self, layers: Sequence[LayerShape]) -> None:
-        """Leave links out that a file leaves out, whose chain this is."""
+        """Leave those links out that a file leaves out, whose chain this is, and no others."""
         for layer, shape in zip(self.layers, layers, strict=True):
-            for j in shape.left_out:
-                layer.left_out.setdefault(j, LEFT_OUT_BEFORE)
+            layer.left_out = dict.fromkeys(shape.left_out, LEFT_OUT_BEFORE)
 
     def shapes(self, strengths: Sequence[float] | None = None) -> list[LayerShape]:
         """Return the layers as files hold them: with the links that are left out by now.

@@ -24,12 +24,15 @@ from torch import nn
 
 from .._C import (
     CONFIG_NAME,
+    PEFT_TYPE,
     WEIGHTS_NAME,
+    AdapterFile,
     Stage,
     check_chains,
     check_formula,
     sum_in_header,
 )
+from ..config import ResLoraConfig
 from ..files.checkpoint import read_adapter, stored_for
 from ..files.folders import CARD_NAME
 from ..injection.adapted import Injection, plain_model
@@ -50,9 +53,13 @@ class Source:
         """Tell whether another one names the same place."""
         return other is not None and (self.name, self.subfolder) == (other.name, other.subfolder)
 
+    def local(self) -> Path:
+        """Return the folder, which is none for a name of the Hub."""
+        return Path(self.name, self.subfolder or "")
+
     def weights(self) -> Path | None:
         """Return the weights file on this machine, None where there is none in safetensors."""
-        local = Path(self.name, self.subfolder or "")
+        local = self.local()
         if local.is_dir():
             return local / WEIGHTS_NAME if (local / WEIGHTS_NAME).is_file() else None
         below = {"subfolder": self.subfolder, **self.options}
@@ -81,35 +88,64 @@ def source_of(config: Any) -> Source | None:
     return getattr(config, "source", None)
 
 
-def check_loaded(model: nn.Module, injection: Injection, source: Source) -> None:
-    """Demand that an adapter's folder is whole and that `injection` computes what it holds.
+Read = tuple[AdapterFile, ResLoraConfig]
 
-    A model whose training a file has finished is finished too. Files without a header of reslora,
-    such as transformers' own `save_pretrained` writes, are taken with a warning.
+
+def read_source(source: Source) -> Read | None:
+    """Return the adapter in a folder, which must be whole; None where nothing tells what it is.
+
+    Files without a header of reslora, such as transformers' own `save_pretrained` writes, are taken
+    with a warning.
 
     Raises:
-        ValueError: for a file that is damaged, files that do not agree, and another adapter.
+        ValueError: for a file that is damaged, and files that do not agree.
     """
     path = source.weights()
     if path is None:
-        return
+        path = source.local() / "adapter_model.bin"
+        if not path.is_file():
+            return None
     config_path = path.parent / CONFIG_NAME
-    is_marked = config_path.is_file() and read_object(config_path, "load").get("reslora_sum")
-    if not (is_marked or sum_in_header(path)):
+    options = read_object(config_path, "load") if config_path.is_file() else {}
+    kind = options.get("peft_type", PEFT_TYPE)
+    if kind != PEFT_TYPE:
+        raise ValueError(f"[load] the adapter must be one of reslora; got {kind} in {path.parent}")
+    if path.suffix == ".bin" or not (options.get("reslora_sum") or sum_in_header(path)):
         warnings.warn(
             f"[load] {path} has no header of reslora, so its checksum, and that model and options "
             "are those that it was trained with, could not be checked (the save_pretrained of a "
             "PeftModel writes one)",
             stacklevel=5,
         )
-        return
-    adapter, options = read_adapter(path.parent)
+        return None
+    return read_adapter(path.parent)
+
+
+def check_loaded(model: nn.Module, injection: Injection, source: Source, read: Read) -> None:
+    """Demand that `injection` computes what the file was saved of.
+
+    A model whose training the file has finished is finished too. Links that it leaves out are left
+    out.
+
+    Raises:
+        ValueError: for another adapter.
+        RuntimeError: where another save came between options and weights.
+    """
+    adapter, options = read
     own: Any = injection.config
     if options.finished_from == own.res_mode and own.res_mode != options.res_mode:
         adopt(injection, options)
-    check_formula(own.core(), options.core())
     stored = stored_for(plain_model(model), adapter, options, {})
-    check_chains(injection.chain_records, stored.chains)
+    try:
+        check_formula(own.core(), options.core())
+        check_chains(injection.chain_records, stored.chains)
+    except ValueError:
+        if own.reslora_sum in (None, adapter.sum):
+            raise
+        raise RuntimeError(
+            f"[load] options and weights must be of one save; got those of two in {source.name} "
+            "(load it again, where somebody saves to it at the moment)"
+        ) from None
     layers = dict(stored.chains)
     for chain in injection.chains:
         chain.leave_out(layers[chain.key])

@@ -1,7 +1,7 @@
 """What is added to PEFT itself: the method's name, and what surrounds its loading and saving.
 
-PEFT asks a method for neither, so three of its functions are wrapped. They do for every other
-method what they did before.
+PEFT asks a method for neither, so some of its functions are wrapped, and one of transformers. They
+do for every other method what they did before.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.utils import register_peft_method
+from transformers.integrations.peft import PeftAdapterMixin
 
-from .._C import PEFT_TYPE, finish_saves
+from .._C import PEFT_TYPE, WEIGHTS_NAME, finish_saves, sum_in_header
 from .config import NAME, ResLoraConfig
-from .folders import Source, apart, check_loaded, source_of
+from .folders import Source, apart, check_loaded, read_source, source_of
 from .model import ResLoraModel, injection_by_name
 
 
@@ -39,6 +43,20 @@ def _source(cls: Any, name: Any, subfolder: str | None, kwargs: dict[str, Any]) 
     return Source(os.fspath(name), subfolder, cls._split_kwargs(kwargs)[0])
 
 
+# Whether an adapter is loaded at the moment: a config alone may also be read for a new one.
+_is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
+ATTEMPTS = 10  # to read options and weights of one save, where others come between
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    token = _is_loading.set(True)
+    try:
+        yield
+    finally:
+        _is_loading.reset(token)
+
+
 def _read_config(read: Any) -> Any:
     """Wrap PeftConfig.from_pretrained: a config notes where it is from, for `check_loaded`."""
 
@@ -47,15 +65,49 @@ def _read_config(read: Any) -> Any:
         cls: Any, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
         name = pretrained_model_name_or_path
-        folder = Path(name, subfolder or "")
-        if folder.is_dir():
-            finish_saves(folder)
-        config = read(cls, name, subfolder=subfolder, **kwargs)
-        if isinstance(config, ResLoraConfig):
+        weights = Path(name, subfolder or "", WEIGHTS_NAME)
+        for _ in range(ATTEMPTS):
+            if weights.parent.is_dir():
+                finish_saves(weights.parent)
+            config = read(cls, name, subfolder=subfolder, **kwargs)
+            if not isinstance(config, ResLoraConfig):
+                return config
+            if not _is_loading.get():
+                config.reslora_sum = None
+                return config
             vars(config)["source"] = _source(cls, name, subfolder, kwargs)
+            is_marked = bool(config.reslora_sum) and weights.is_file()
+            if not is_marked or sum_in_header(weights) == config.reslora_sum:
+                break
         return config
 
     return from_pretrained
+
+
+def _from_pretrained(load: Any) -> Any:
+    """Wrap PeftModel.from_pretrained: the config that it reads is of what it loads."""
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        with _loading():
+            return load(cls, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _check_over(model: Any, adapter_name: str, source: Source) -> None:
+    """Check a folder against the adapter that is there."""
+    read = read_source(source)
+    if read is not None:
+        check_loaded(model, injection_by_name(model, adapter_name), source, read)
+
+
+def _ended(config: Any) -> None:
+    """Forget where a config was read; refuse what was replaced since."""
+    checked = source_of(config)
+    if checked is not None:
+        vars(config)["source"] = config.reslora_sum = None
+        checked.demand_unchanged()
 
 
 def _load_adapter(load: Any) -> Any:
@@ -66,18 +118,34 @@ def _load_adapter(load: Any) -> Any:
         self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
         config: Any = self.peft_config.get(adapter_name)
-        if isinstance(config, ResLoraConfig):
+        if isinstance(config, ResLoraConfig) and source_of(config) is None:
             source = _source(type(config), model_id, kwargs.get("subfolder"), kwargs)
-            known = source_of(config)
-            if not (known is not None and source.is_same(known) and known.is_unchanged()):
-                check_loaded(self, injection_by_name(self, adapter_name), source)
-                vars(config)["source"] = source
-        result = load(self, model_id, adapter_name, *args, **kwargs)
-        config = self.peft_config.get(adapter_name)
-        checked = source_of(config)
-        if checked is not None:
-            vars(config)["source"] = None
-            checked.demand_unchanged()
+            _check_over(self, adapter_name, source)
+            vars(config)["source"] = source
+        with _loading():
+            result = load(self, model_id, adapter_name, *args, **kwargs)
+        _ended(self.peft_config.get(adapter_name))
+        return result
+
+    return load_adapter
+
+
+def _load_into(load: Any) -> Any:
+    """Wrap the load_adapter of transformers' models likewise."""
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _loading():
+            result = load(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        name, folder = given.get("adapter_name") or "default", given.get("peft_model_id")
+        config = getattr(self, "peft_config", {}).get(name)
+        if isinstance(config, ResLoraConfig) and folder and source_of(config) is None:
+            options = given.get("adapter_kwargs") or {}
+            source = _source(type(config), folder, options.get("subfolder"), options)
+            _check_over(self, name, source)  # its config was given, not read
+        _ended(config)
         return result
 
     return load_adapter
@@ -116,5 +184,9 @@ def add_to_peft() -> None:
     functions: Any = PeftModel
     options: Any = PeftConfigMixin
     options.from_pretrained = classmethod(_read_config(read.__func__))
+    load: Any = PeftModel.from_pretrained
+    functions.from_pretrained = classmethod(_from_pretrained(load.__func__))
+    mixin: Any = PeftAdapterMixin
+    mixin.load_adapter = _load_into(mixin.load_adapter)
     functions.load_adapter = _load_adapter(PeftModel.load_adapter)
     functions.save_pretrained = _save(PeftModel.save_pretrained)

@@ -7,6 +7,7 @@ an `Adapter` is the package's own layer over one pair of them.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -187,7 +188,7 @@ class PeftLinear(nn.Module, BaseTunerLayer):
         own: Any = self.reslora_adapters[adapter] if adapter in self.reslora_adapters else None
         if own is None:
             return
-        if not (isinstance(scale, int | float) and math.isfinite(scale)):
+        if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
             raise ValueError(f"[reslora.peft] a strength must be a finite number; got {scale!r}")
         if scale == own.chain.strength(own.position):
             return
@@ -240,6 +241,8 @@ class PeftLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Move the adapter; its precision stays (PEFT would round it to the base layer's)."""
         to = typical_tensor(self.base_layer).device if device is None else device
+        if device is None and to.type == "meta":  # offloaded: it is where the layer runs
+            return
         for place in (self.reslora_A, self.reslora_B):
             if adapter_name in place and not place[adapter_name].weight.is_meta:
                 place[adapter_name].to(to)

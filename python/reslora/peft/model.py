@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .._C import (
     MODEL_PREFIX,
     LayerShape,
+    check_ranks,
     is_in_layers,
     plain_name,
     rank_of,
@@ -36,7 +37,7 @@ from ..injection.targets import describe, modules_of, targets_by_default, warn_f
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
-from .folders import check_loaded, source_of
+from .folders import check_loaded, read_source, source_of
 from .layer import Adapter, PeftLinear
 
 
@@ -59,13 +60,17 @@ class ResLoraModel(BaseTuner):
                     "[reslora.peft] the model must hold no other adapters; got "
                     f"{type(module).__name__} at {name} (merge or unload them first)"
                 )
+        config: Any = self.peft_config[adapter_name]
+        source = source_of(config)
+        read = None if source is None else read_source(source)
+        if read is not None:
+            check_ranks(config.core(), read[0].chains, matches)
         places = list(children(model))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._link(model, adapter_name)
-            source = source_of(self.peft_config[adapter_name])
-            if source is not None:
-                check_loaded(model, injection_by_name(model, adapter_name), source)
+            if source is not None and read is not None:
+                check_loaded(model, injection_by_name(model, adapter_name), source, read)
         except BaseException:
             _put_back(places, adapter_name)
             raise
@@ -238,11 +243,12 @@ class ResLoraModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Put a layer of ours in its place, as PEFT does; what an unload puts back is whole."""
-        if isinstance(new_module, PeftLinear):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        """Put a layer in its place.
+
+        A and B are where the layer runs already, also if its base is offloaded; what an unload puts
+        back is whole.
+        """
+        setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,

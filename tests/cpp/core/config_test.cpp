@@ -105,7 +105,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadConfig{ResLoraConfig().pre_num(-2), "pre_num must be -1"},
         BadConfig{ResLoraConfig().first_block("twice"), "'double' or 'plain'; got 'twice'"},
         BadConfig{ResLoraConfig().norm_window(-1), "norm_window must be 0"},
-        BadConfig{ResLoraConfig().norm_window(int64_t{1} << 45), "at most 16777216; got 35184"}));
+        BadConfig{ResLoraConfig().norm_window(int64_t{1} << 45), "at most 131072; got 35184"}));
 
 }  // namespace
 }  // namespace reslora

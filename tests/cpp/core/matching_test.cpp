@@ -78,6 +78,31 @@ TEST(IsInLayers, LeavesOutOtherNumbersButNoWholePath) {
   EXPECT_EQ(match_layers(modules_with(3), all).layers, (Names{"layers.1.q", "layers.1.v"}));
 }
 
+TEST(Expressions, AreBoundedInLengthAndDepth) {
+  const auto repeated = [](const std::string& part, int count) {
+    std::string text;
+    for (int i = 0; i < count; ++i) text += part;
+    return text;
+  };
+  const std::vector<std::string> large = {
+      repeated("(", 20000),    repeated("(", 101) + "a" + repeated(")", 101),
+      repeated("(a*)*", 2000), "a{9000}",
+      "(a?){10000}",           "((a{90}){90}){90}",
+      "(a{2,5000}){3}",        "(a?){99999999999999999999999}"};
+  for (const std::string& text : large)
+    EXPECT_TRUE(testing::refuses([&] { matches_ecma_script(text, "a"); }, "got a larger one"));
+  EXPECT_TRUE(matches_ecma_script(repeated("(", 90) + "a" + repeated(")", 90), "a"));
+  EXPECT_TRUE(matches_ecma_script(R"(\((\(\(a{2,3}\)\)){1,2}\))", "(((aaa)))"));
+  EXPECT_TRUE(matches_ecma_script("(?=.*q_)(?!.*v_).*proj", "layers.0.q_proj"));
+}
+
+TEST(Expressions, TakeNoLongerThanTheyAreLong) {
+  const std::string text(60, 'a');  // of which backtracking would try 2^60 ways
+  EXPECT_FALSE(matches_ecma_script("(a*)*b", text));
+  EXPECT_FALSE(matches_ecma_script("(a|a)*b", text));
+  EXPECT_FALSE(matches_ecma_script("(.*)*(.*)*(.*)*x", text));
+}
+
 TEST(MatchSaved, TakesTheLayersOfTheFile) {
   const auto config = ResLoraConfig(kConfig).target_modules({"q", "nothing"});
   const auto wide = ResLoraConfig(config).layers_to_transform({0, 1, 9}).rank_pattern({{"z", 3}});

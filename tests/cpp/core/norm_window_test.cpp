@@ -63,7 +63,7 @@ TEST(NormWindow, RefusesWhatIsNoRing) {
   const at::Tensor norms = at::zeros({2, 3}, at::kFloat);
   const at::Tensor count = at::zeros({1}, at::kLong);
   EXPECT_TRUE(refuses([] { NormWindow(0, at::kCPU); },
-                      "size must be at least 1 and at most 16777216; got 0"));
+                      "size must be at least 1 and at most 131072; got 0"));
   EXPECT_TRUE(refuses(
       [&] {
         NormWindow(at::zeros({3, 3}), count);

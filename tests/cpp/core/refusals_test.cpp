@@ -163,7 +163,7 @@ TEST(CoreRefusals, Norms) {
   for (const int64_t size : {int64_t{1} << 45, std::numeric_limits<int64_t>::max()})
     refuses_call(
         "NormWindow::NormWindow", "a large size", [=] { NormWindow(size, at::kCPU); },
-        "at most 16777216; got " + std::to_string(size));
+        "at most 131072; got " + std::to_string(size));
   refuses_call(
       "NormWindow::NormWindow", "negative count", [&] { NormWindow(norms, count - 3); },
       "must not be negative; got -1");

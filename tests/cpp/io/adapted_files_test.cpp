@@ -34,7 +34,7 @@ class AdaptedFilesTest : public testing::InFolder {
 AdapterFile adapter_of(const ResLoraConfig& config = ResLoraConfig().r(2).res_mode("none"),
                        const std::string& more = "") {
   AdapterFile adapter;
-  adapter.config_json = config_to_json(config);
+  adapter.config_json = config_to_json(ResLoraConfig(config).r(2).lora_alpha(1));
   adapter.config_json.insert(1, more);
   ChainRecord& chain = adapter.chains.emplace_back();
   chain.name = "m.*.q";

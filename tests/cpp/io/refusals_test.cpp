@@ -25,7 +25,7 @@ const std::string kA = "m.0.q.reslora_A.weight", kB = "m.0.q.reslora_B.weight";
 
 AdapterFile good_adapter() {
   AdapterFile adapter;
-  adapter.config_json = config_to_json(ResLoraConfig().r(2).res_mode("none"));
+  adapter.config_json = config_to_json(ResLoraConfig().r(2).lora_alpha(1).res_mode("none"));
   adapter.chains = {{"m.*.q", {{"m.0.q", 4, 5, 2, 0.5}}}};
   adapter.tensors = {{kA, at::randn({2, 4})}, {kB, at::randn({5, 2})}};
   return adapter;
@@ -140,6 +140,12 @@ TEST_F(IoRefusals, Adapters) {
   other.config_json = R"({"fan_in_fan_out": 3})";
   refuses_call(
       "transposed_chains", "config", [&] { transposed_chains(other); }, "must list");
+  refuses_call(
+      "check_ranks", "another r",
+      [] {
+        check_ranks(ResLoraConfig().r(4), {{"c", {{"l", 4, 4, 2, 1}}}});
+      },
+      "must agree on a layer's r and scaling; got 4");
   refuses_call(
       "check_formula", "options",
       [] { check_formula(ResLoraConfig().res_mode("is"), ResLoraConfig().res_mode("ms")); },

@@ -187,3 +187,17 @@ def test_the_plug_ins_file_knows_what_was_left_out(tmp_path):
     loaded = load(base, tmp_path)
     torch.testing.assert_close(loaded(x_of()), model(x_of()))
     assert isinstance(injection_of(loaded, "test").config, ResLoraConfig)
+
+
+@pytest.mark.parametrize(("res_mode", "pre_num"), MODES)
+def test_a_file_without_such_links_puts_them_back(res_mode, pre_num, tmp_path):
+    even = adapted(Net().double(), res_mode=res_mode, pre_num=pre_num)
+    save_pretrained(even, tmp_path)
+    model = uneven(res_mode, pre_num)
+    for own, other in zip(find_layers(model), find_layers(even), strict=True):
+        own.base_layer.load_state_dict(other.base_layer.state_dict())
+    model.forward = lambda x: Net.forward(model, x)
+    load(model, tmp_path)
+    assert torch.equal(model(x_of()), even(x_of()))
+    save_pretrained(model, tmp_path / "again")
+    assert header(tmp_path / "again")["reslora.format"] == "1"

@@ -278,13 +278,25 @@ def test_a_rule_that_cannot_serve_is_refused(options, rule, sentence):
 
 def test_safe_merge_refuses_what_is_not_finite():
     model = adapted(res_mode="bs")
-    before = weights(model)
     with torch.no_grad():
-        model.layers[2].lin.reslora_B[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"layers\.2\.lin"):
+        model.layers[2].lin.base_layer.weight[0, 0] = float("inf")
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"safe_merge demands .* layers\.2\.lin"):
         merge(model, safe_merge=True)
     assert same(weights(model), before)
     merge(model)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_an_adapter_that_is_not_finite_is_never_merged_or_exported(value, tmp_path):
+    model = adapted(res_mode="bs")
+    before = weights(model)
+    with torch.no_grad():
+        model.layers[2].lin.reslora_B[0, 0] = float(value)
+    for call in (merge, merge_and_unload, lambda m: export_lora(m, tmp_path / "lora")):
+        with pytest.raises(ValueError, match=r"must be finite; got NaN or .* layers\.2\.lin"):
+            call(model)
+    assert same(weights(model), before) and not (tmp_path / "lora").exists()
 
 
 def test_a_base_without_a_plain_weight_is_refused():

@@ -33,14 +33,22 @@ def test_taps_and_adapters_of_other_layers_come_to_the_layers_device(res_mode, p
 
 
 @pytest.mark.parametrize(("res_mode", "pre_num"), SHORTCUTS)
-def test_a_base_that_is_offloaded_is_adapted_where_it_runs(res_mode, pre_num):
+@pytest.mark.parametrize("is_plug_in", [False, True])
+def test_a_base_that_is_offloaded_is_adapted_where_it_runs(res_mode, pre_num, is_plug_in):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     torch.manual_seed(0)
     base, ids = tiny_llama(), tokens()
     config = reslora.ResLoraConfig(r=4, target_modules=TARGETS, res_mode=res_mode, pre_num=pre_num)
     wanted = randomize(reslora.inject(copy.deepcopy(base), config), 0.2).train()
     offloaded = accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
-    model = reslora.inject(offloaded, config).train()
+    if is_plug_in:
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        from reslora.peft import ResLoraConfig
+
+        config = ResLoraConfig(r=4, target_modules=TARGETS, res_mode=res_mode, pre_num=pre_num)
+        model = peft.get_peft_model(offloaded, config).train()
+    else:
+        model = reslora.inject(offloaded, config).train()
     layers = list(zip(find_layers(model), find_layers(wanted), strict=True))
     assert all(own.base_layer.weight.is_meta for own, _ in layers)
     with torch.no_grad():

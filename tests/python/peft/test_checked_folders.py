@@ -174,11 +174,82 @@ def test_what_transformers_saves_of_a_loaded_adapter_claims_no_header(saved, tmp
         by_transformers(tmp_path)
 
 
-def test_a_config_of_a_folder_may_train_a_new_adapter(saved):
-    config = peft.PeftConfig.from_pretrained(saved)
-    config.inference_mode = False
-    model = peft.get_peft_model(base_of(), config)
+@pytest.mark.parametrize("way", ["get", "add", "transformers", "copy", "another base"])
+def test_a_config_of_a_folder_may_train_another_adapter(saved, tmp_path, way):
+    folder = copied(saved, tmp_path)
+    config = peft.PeftConfig.from_pretrained(folder)
+    (folder / WEIGHTS).write_bytes(b"damaged")
+    config.inference_mode, config.lora_alpha, config.res_mode = False, 99.0, "bs"
+    if way == "copy":
+        config = copy.deepcopy(config)
+    model = tiny_llama(4) if way == "another base" else base_of()
+    if way == "transformers":
+        model.add_adapter(config)
+    elif way == "add":
+        model = wrapped(model, target_modules=["q_proj"])
+        model.add_adapter("other", config)
+        model.set_adapter("other")
+    else:
+        model = peft.get_peft_model(model, config)
     assert not any(layer.reslora_B.any() for layer in find_layers(model))
+
+
+def test_a_loaded_config_may_train_another_adapter(saved):
+    for read in (by_peft, by_transformers):
+        config = copy.deepcopy(read(saved).peft_config["default"])
+        config.inference_mode, config.r = False, 7
+        model = peft.get_peft_model(tiny_llama(4), config)
+        assert {layer.r for layer in find_layers(model)} == {7}
+
+
+@pytest.mark.parametrize("read", [by_peft, over_another, as_second])  # transformers reads none
+def test_a_pickled_file_is_taken_with_one_warning(saved, tmp_path, read):
+    folder = copied(saved, tmp_path)
+    torch.save(safetensors.torch.load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    with pytest.warns(UserWarning, match="bin has no header of reslora") as caught:
+        read(folder)
+    assert len([own for own in caught if "has no header" in str(own.message)]) == 1
+
+
+def test_options_given_to_transformers_are_checked(saved):
+    given = ResLoraConfig(r=4, lora_alpha=60, target_modules=["q_proj"], res_mode="ms")
+    with pytest.raises(ValueError, match=r"must agree on lora_alpha|first difference"):
+        base_of().load_adapter(str(saved), peft_config=given)
+
+
+def test_a_plain_lora_is_not_loaded_over_an_adapter(tmp_path):
+    lora = peft.get_peft_model(base_of(), peft.LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be one of reslora; got LORA"):
+        over_another(tmp_path)
+
+
+def test_a_folder_of_another_adapter_is_loaded_over_one_that_was_loaded(saved, tmp_path):
+    other = wrapped(base_of(), target_modules=["q_proj"])
+    randomize(other)
+    other.save_pretrained(tmp_path)
+    model = by_peft(saved)
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(logits(model.eval(), IDS), logits(other.eval(), IDS))
+
+
+def test_a_save_between_options_and_weights_is_read_again(saved, tmp_path, monkeypatch):
+    folder = copied(saved, tmp_path)
+    other = wrapped(base_of(), target_modules=["q_proj"], lora_alpha=60)
+    read, calls = peft.PeftConfig.from_json_file.__func__, []
+
+    def earlier(cls, path, **kwargs):
+        values = read(cls, path, **kwargs)
+        calls.append(path)
+        if len(calls) == 2:  # the first call asks for the type alone
+            other.save_pretrained(folder)
+        return values
+
+    monkeypatch.setattr(peft.PeftConfig, "from_json_file", classmethod(earlier))
+    model = by_peft(folder)
+    assert model.peft_config["default"].lora_alpha == 60 and len(calls) == 3
+    torch.testing.assert_close(logits(model.eval(), IDS), logits(other.eval(), IDS))
 
 
 def test_a_save_while_peft_reads_is_noticed(saved, tmp_path, monkeypatch):
