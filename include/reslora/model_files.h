@@ -12,7 +12,9 @@
 /// @endcode
 ///
 /// Files are mapped, not read: a model larger than memory costs the buffers of a few rows. The
-/// files must not change meanwhile (a map of a file that shrinks is a crash).
+/// files must not change meanwhile: `write` refuses then, and `check_unchanged` for what was read
+/// of views. Pages that have gone are read as zeros, for which a handler of SIGBUS is installed; it
+/// passes on what is not of these files.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,6 +30,10 @@
 #include <vector>
 
 namespace reslora {
+
+namespace detail {
+class MappedFile;
+}
 
 /// What happens to one tensor on its way to the output.
 struct TensorEdit {
@@ -63,6 +69,9 @@ class RESLORA_API ModelFiles {
   /// file holds: how a copy of these files is written. Throws c10::ValueError without files.
   std::map<std::string, std::vector<std::string>> names_by_path(
       const std::map<std::string, TensorEdit>& edits) const;
+  /// Throws c10::Error where a file was written to, or shortened, since it was mapped: what was
+  /// read of it may be wrong.
+  void check_unchanged() const;
   /// A tensor as a view of the file; it keeps the map alive. Must not be written to.
   at::Tensor tensor(const std::string& name) const;
 
@@ -70,16 +79,16 @@ class RESLORA_API ModelFiles {
   /// rows, then one cast. Edited tensors that no file holds (replacements) may be among `names`.
   /// Throws c10::ValueError, before the file is made, for edits that do not fit their tensors, that
   /// are of tensors in no file, and of a weight alone where the layer moves its bias too: `edits`
-  /// are those of all files.
+  /// are those of all files; c10::Error where the files were changed meanwhile.
   /// Cost: each tensor is read and written once; memory for 16 MiB of rows.
   void write(const std::string& path, const std::vector<std::string>& names,
              const std::map<std::string, TensorEdit>& edits, const WriteOptions& options) const;
 
  private:
-  struct Map;
   struct Place;
 
   std::vector<std::string> paths_;
+  std::vector<std::shared_ptr<const detail::MappedFile>> maps_;  // as paths_
   std::vector<std::string> names_;
   std::map<std::string, std::shared_ptr<const Place>> places_;
   std::map<std::string, std::map<std::string, std::string>> metadata_;

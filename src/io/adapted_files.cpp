@@ -250,7 +250,9 @@ MergePlan AdaptedFiles::plan(const Statistics& statistics, const std::string& me
     view.weight = checked_weight(layer);
     if (!bias.empty()) view.bias = files_.tensor(bias);
   };
-  return plan_of(adapter_, config_, statistics, merge_method, add_base, use_affine);
+  MergePlan plan = plan_of(adapter_, config_, statistics, merge_method, add_base, use_affine);
+  files_.check_unchanged();  // the rule `weight` reads it
+  return plan;
 }
 
 std::map<std::string, TensorEdit> AdaptedFiles::edits(const MergePlan& plan, bool ties_embeddings,

@@ -3,20 +3,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/from_blob.h>
-#include <fcntl.h>
 #include <reslora/model_files.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <set>
-#include <system_error>
 #include <utility>
 
 #include "core/check.h"
 #include "core/precision.h"
+#include "io/mapped_file.h"
 #include "io/tensor_types.h"
 #include "merge/merged_weight.h"
 #include "safetensors/safetensors.h"
@@ -38,40 +34,9 @@ detail::Dtype file_type(at::ScalarType dtype) {
 
 }  // namespace
 
-/// A file in memory, unmapped with its last tensor.
-struct ModelFiles::Map {
-  explicit Map(const std::string& path) {
-    detail::InputFile file(path);  // checks that it is a regular file
-    header = detail::read_header(file);
-    size = file.size();
-    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    void* at =
-        descriptor < 0 ? MAP_FAILED : ::mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor, 0);
-    const int error = errno;
-    if (descriptor >= 0) ::close(descriptor);
-    if (at == MAP_FAILED) {
-      throw detail::FileError("the file cannot be mapped: " +
-                              std::generic_category().message(error));
-    }
-    base = static_cast<unsigned char*>(at);
-    ::madvise(base, size, MADV_SEQUENTIAL);
-  }
-  ~Map() { ::munmap(base, size); }
-  Map(const Map&) = delete;
-  Map& operator=(const Map&) = delete;
-
-  const unsigned char* data() const {
-    const uint64_t length = header.tensors.empty() ? 0 : header.tensors.back().end;
-    return base + (size - length);
-  }
-
-  detail::Header header;
-  unsigned char* base = nullptr;
-  uint64_t size = 0;
-};
-
+/// Where a tensor lies. A file is unmapped with the last tensor of it.
 struct ModelFiles::Place {
-  std::shared_ptr<const Map> map;
+  std::shared_ptr<const detail::MappedFile> map;
   std::string path;
   TensorEntry entry;
 
@@ -81,9 +46,10 @@ struct ModelFiles::Place {
 ModelFiles::ModelFiles(const std::vector<std::string>& paths) : paths_(paths) {
   for (const std::string& path : paths) {
     detail::on_file("model_files", path, [&] {
-      const auto map = std::make_shared<const Map>(path);
-      metadata_[path] = map->header.metadata;
-      for (const TensorEntry& entry : map->header.tensors) {
+      const auto map = std::make_shared<const detail::MappedFile>(path);
+      maps_.push_back(map);
+      metadata_[path] = map->header().metadata;
+      for (const TensorEntry& entry : map->header().tensors) {
         const auto place = std::make_shared<const Place>(Place{map, path, entry});
         const bool is_new = places_.emplace(entry.name, place).second;
         require(is_new, "tensor {} must be in one file; got it in {} too", shown(entry.name),
@@ -129,6 +95,11 @@ Tensor ModelFiles::tensor(const std::string& name) const {
   auto* data = const_cast<unsigned char*>(place->bytes());
   return at::from_blob(
       data, place->entry.shape, [place](void*) {}, options);
+}
+
+void ModelFiles::check_unchanged() const {
+  for (size_t i = 0; i < paths_.size(); ++i)
+    detail::on_file("model_files", paths_[i], [&] { maps_[i]->check_unchanged(); });
 }
 
 namespace {
@@ -331,7 +302,13 @@ void ModelFiles::write(const std::string& path, const std::vector<std::string>& 
     const std::vector<Target> targets = targets_of(header, front.size(), sources, edit_of);
     detail::AtomicFile out(path);
     out.write(front.data(), front.size());
-    write_pieces(out, pieces_of(targets), options);
+    try {
+      write_pieces(out, pieces_of(targets), options);
+    } catch (...) {  // such as a bad address, from the system that reads a page which has gone
+      check_unchanged();
+      throw;
+    }
+    check_unchanged();
     out.commit();
   });
 }

@@ -218,7 +218,7 @@ TEST_F(IoRefusals, ModelFilesAndTheirEdits) {
   refuses_call(
       "merge_files", "an output that is there",
       [&] { merge_files({path("base")}, path("adapter"), folder_); }, "must be a new file");
-  refuse_nothing({"ModelFiles::names", "ModelFiles::contains"});
+  refuse_nothing({"ModelFiles::names", "ModelFiles::contains", "ModelFiles::check_unchanged"});
 }
 
 TEST_F(IoRefusals, PlainLora) {

@@ -1,0 +1,112 @@
+// Mapping a file, and what happens where its pages go away; see mapped_file.h.
+#include "io/mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <csignal>
+#include <mutex>
+#include <system_error>
+
+namespace reslora::detail {
+namespace {
+
+/// Addresses of a map. `begin` is 0 where the slot is free, 1 while it is taken or given back.
+struct Range {
+  std::atomic<uintptr_t> begin{0};
+  std::atomic<uintptr_t> end{0};
+};
+
+std::array<Range, 1024> ranges;  // more than models have files
+struct sigaction previous;
+long page_size = 0;
+
+/// Calls nothing but system calls, as a handler must.
+void fill_with_zeros(int signal, siginfo_t* info, void*) {
+  const int error = errno;
+  const auto at = reinterpret_cast<uintptr_t>(info->si_addr);
+  for (Range& range : ranges) {
+    const uintptr_t begin = range.begin.load(), end = range.end.load();
+    if (info->si_code <= 0 || begin < 2 || at < begin || at >= end) continue;
+    const uintptr_t page = at - at % static_cast<uintptr_t>(page_size);
+    void* gone = reinterpret_cast<void*>(page);
+    const int flags = MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS;
+    if (::mmap(gone, end - page, PROT_READ, flags, -1, 0) == MAP_FAILED) break;
+    errno = error;
+    return;
+  }
+  ::sigaction(SIGBUS, &previous, nullptr);  // the access is tried again, and meets this one
+  if (info->si_code <= 0) ::raise(signal);
+  errno = error;
+}
+
+void install() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    page_size = ::sysconf(_SC_PAGESIZE);
+    struct sigaction own = {};
+    own.sa_sigaction = fill_with_zeros;
+    own.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    ::sigemptyset(&own.sa_mask);
+    ::sigaction(SIGBUS, &own, &previous);
+  });
+}
+
+int taken_slot(const unsigned char* base, uint64_t size) {
+  for (size_t i = 0; i < ranges.size(); ++i) {
+    uintptr_t free = 0;
+    if (!ranges[i].begin.compare_exchange_strong(free, 1)) continue;
+    const auto begin = reinterpret_cast<uintptr_t>(base);
+    ranges[i].end = begin + size;
+    ranges[i].begin = begin;
+    return static_cast<int>(i);
+  }
+  return -1;
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) : path_(path) {
+  InputFile file(path);  // checks that it is a regular file
+  header_ = read_header(file);
+  size_ = file.size();
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  void* at = MAP_FAILED;
+  if (descriptor >= 0 && ::fstat(descriptor, &found_) == 0)
+    at = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
+  const int error = errno;
+  if (descriptor >= 0) ::close(descriptor);
+  if (at == MAP_FAILED)
+    throw FileError("the file cannot be mapped: " + std::generic_category().message(error));
+  base_ = static_cast<unsigned char*>(at);
+  ::madvise(base_, size_, MADV_SEQUENTIAL);
+  install();
+  slot_ = taken_slot(base_, size_);
+}
+
+MappedFile::~MappedFile() {
+  if (slot_ >= 0) ranges[slot_].begin = 1;
+  ::munmap(base_, size_);
+  if (slot_ >= 0) ranges[slot_].begin = 0;
+}
+
+const unsigned char* MappedFile::data() const {
+  const uint64_t length = header_.tensors.empty() ? 0 : header_.tensors.back().end;
+  return base_ + (size_ - length);
+}
+
+void MappedFile::check_unchanged() const {
+  struct stat now;
+  if (::stat(path_.c_str(), &now) != 0) return;  // it has another name, or none
+  if (now.st_dev != found_.st_dev || now.st_ino != found_.st_ino) return;
+  const bool is_same = static_cast<uint64_t>(now.st_size) == size_ &&
+                       now.st_mtim.tv_sec == found_.st_mtim.tv_sec &&
+                       now.st_mtim.tv_nsec == found_.st_mtim.tv_nsec;
+  if (!is_same) throw FileError("the file must stay as it is while it is read; it was written to");
+}
+
+}  // namespace reslora::detail

@@ -1,0 +1,101 @@
+// Files that are written to, or shortened, while they are merged: said, never a crash.
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <reslora/adapter_io.h>
+#include <reslora/model_files.h>
+
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <functional>
+
+#include "io/in_folder.h"
+#include "testing.h"
+
+namespace reslora {
+namespace {
+
+using ::testing::HasSubstr;
+namespace fs = std::filesystem;
+
+constexpr const char* kSentence = "the file must stay as it is while it is read";
+
+class MappedFileTest : public testing::InFolder {
+ protected:
+  void SetUp() override {
+    InFolder::SetUp();
+    save();
+  }
+  void save() {
+    save_tensors(path("in"), {{{"a", at::ones({1500, 1000})}, {"b", at::ones({1500, 1000})}}, {}});
+    size_ = fs::file_size(path("in"));
+  }
+  /// What writing a copy says where `change` happens before it, or at its first progress.
+  std::string said(const std::function<void()>& change, bool is_before) {
+    save();
+    const ModelFiles files({path("in")});
+    if (is_before) change();
+    WriteOptions options;
+    bool is_first = !is_before;
+    options.dtype = at::kHalf;  // what is computed with is read by the program
+    options.progress = [&](int64_t) {
+      if (is_first) change();
+      is_first = false;
+    };
+    std::string sentence;
+    try {
+      files.write(path("out"), {"a", "b"}, {}, options);
+    } catch (const c10::Error& error) {
+      sentence = error.what_without_backtrace();
+    }
+    EXPECT_EQ(fs::exists(path("out")), sentence.empty());
+    fs::remove(path("out"));
+    return sentence;
+  }
+  void shorten(uint64_t size) const { fs::resize_file(path("in"), size); }
+  void touch() const {
+    const auto time = fs::last_write_time(path("in"));
+    fs::last_write_time(path("in"), time + std::chrono::seconds(2));
+  }
+
+  uint64_t size_ = 0;
+};
+
+TEST_F(MappedFileTest, AFileThatIsShortenedMeanwhileIsRefused) {
+  for (const bool is_before : {true, false})
+    for (const uint64_t size : {uint64_t{0}, uint64_t{5000}, size_ / 2, size_ - 1})
+      EXPECT_THAT(said([&] { shorten(size); }, is_before), HasSubstr(kSentence)) << size;
+}
+
+TEST_F(MappedFileTest, AFileThatIsWrittenToMeanwhileIsRefused) {
+  for (const bool is_before : {true, false})
+    EXPECT_THAT(said([&] { touch(); }, is_before), HasSubstr(kSentence));
+}
+
+TEST_F(MappedFileTest, AFileThatIsReplacedOrRemovedIsReadAsItWas) {
+  const auto replace = [&] {
+    save_tensors(path("new"), {{{"a", at::zeros({2})}}, {}});
+    fs::rename(path("new"), path("in"));
+  };
+  EXPECT_EQ(said(replace, true), "");
+  EXPECT_EQ(said([&] { fs::remove(path("in")); }, true), "");
+  EXPECT_EQ(said([] {}, true), "");
+}
+
+TEST_F(MappedFileTest, WhatIsReadOfAViewCanBeChecked) {
+  const ModelFiles files({path("in")});
+  const at::Tensor view = files.tensor("b");
+  files.check_unchanged();
+  shorten(5000);
+  EXPECT_EQ(view.sum().item<double>(), 0);
+  EXPECT_EQ(view.sum().item<double>(), 0);
+  EXPECT_THROW(files.check_unchanged(), c10::Error);
+}
+
+TEST_F(MappedFileTest, OtherSignalsOfTheKindEndTheProgram) {
+  const ModelFiles files({path("in")});
+  EXPECT_EXIT(::raise(SIGBUS), ::testing::KilledBySignal(SIGBUS), "");
+}
+
+}  // namespace
+}  // namespace reslora
