@@ -268,6 +268,8 @@ std::string weights_sum_in(const std::string& path) {
 /// empty where there is none.
 std::string place_of_statistics(const std::string& folder, const std::string& sum) {
   const std::string path = detail::in_folder(folder, kStatisticsName);
+  RESLORA_CHECK(detail::is_file(path) || !detail::exists(path),
+                "[load] {} must be a file, or not there; got something else", shown(path, 4096));
   std::string unmarked;
   for (const std::string& place : detail::places_of(folder, kStatisticsName)) {
     if (!detail::is_file(place)) continue;

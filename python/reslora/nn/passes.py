@@ -147,6 +147,15 @@ def drop_interrupted(passes: list[ForwardPass], frame: FrameType | None) -> None
     passes[:] = [p for p in passes if p.frame is None or p.frame in running]
 
 
+def is_running(frame: FrameType) -> bool:
+    """Tell whether a call goes on. The variables of one that was interrupted are let go."""
+    try:
+        frame.clear()
+    except RuntimeError:  # it cannot be cleared while it is executed
+        return True
+    return False
+
+
 def leave_out(closed: ForwardPass, is_compiling: bool) -> None:
     """Leave links out from now on whose calls could not be paired in a pass."""
     for layer, j, own, other in closed.unequal():

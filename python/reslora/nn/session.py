@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import recompute
-from .passes import Call, ForwardPass, Linked, Waiting, drop_interrupted, leave_out
+from .passes import Call, ForwardPass, Linked, Waiting, drop_interrupted, is_running, leave_out
 from .recompute import NO_GRAPH_TASK, Record, Recorded, Region, graph_task
 
 NOT_CALLED = "the root was not called"
@@ -132,6 +132,9 @@ class Session:
         if len(passes) > 1 and not is_compiling:
             drop_interrupted(passes, sys._getframe(1))
         newest = passes[-1]
+        if newest.frame is not None and not is_compiling and not is_running(newest.frame):
+            passes.clear()  # an interrupt ended the call, and nothing has begun since
+            return None
         return newest if is_compiling or newest.task == graph_task() else None
 
     # ---- Calls of layers

@@ -364,6 +364,13 @@ DAMAGE = [
 ]  # fmt: skip
 
 
+def test_something_else_in_the_place_of_statistics_is_refused(tmp_path):
+    save_pretrained(adapted(), tmp_path)
+    (tmp_path / STATISTICS_NAME).mkdir()
+    with pytest.raises(ValueError, match=rf"{STATISTICS_NAME}' must be a file, or not there"):
+        load(Net().double(), tmp_path)
+
+
 def test_statistics_of_another_save_are_left_out(tmp_path):
     model = with_fits()
     save_pretrained(model, tmp_path / "adapter", statistics=True)

@@ -1,6 +1,8 @@
 """Layers that are called several times in a forward, and forwards in one another."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -463,3 +465,25 @@ def test_a_checkpoint_around_a_forward_within_a_forward(res_mode, pre_num, shape
     want = gradients(model, x_of())
     model.checkpointing = NON_REENTRANT
     assert_equal(gradients(model, x_of()), want)
+
+
+@pytest.mark.parametrize(("res_mode", "pre_num"), LINKED)
+def test_after_an_interrupt_a_block_alone_reads_no_tap_of_it(res_mode, pre_num):
+    model = adapted(res_mode=res_mode, pre_num=pre_num)
+    block, kept = model.layers[2], []
+
+    def interrupt(module, args, output):
+        kept.append(weakref.ref(output))
+        raise KeyboardInterrupt
+
+    handle = model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x_of())
+    handle.remove()
+    plain = like(Net(), model, res_mode="none")
+    with pytest.warns(UserWarning, match="ran without its shortcut"):
+        got = block(x_of())
+    torch.testing.assert_close(got, plain.layers[2](x_of()))
+    gc.collect()
+    assert kept[0]() is None  # nor does its graph live on
+    assert model(x_of()).isfinite().all()
