@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,9 @@ from .._C import (
     sum_in_header,
 )
 from ..config import ResLoraConfig
-from ..files.checkpoint import read_adapter, stored_for
+from ..files.checkpoint import read_whole, stored_for
 from ..files.folders import CARD_NAME
+from ..files.statistics import Statistics
 from ..injection.adapted import Injection, plain_model
 from ..merging.finishing import adopt
 from ..text_files import read_object
@@ -48,6 +49,7 @@ class Source:
     subfolder: str | None
     options: dict[str, Any]  # of hf_hub_download
     sum: str = ""  # reslora.sha256 of the weights that were checked
+    statistics: Statistics = field(default_factory=dict)  # beside them
 
     def is_same(self, other: Source | None) -> bool:
         """Tell whether another one names the same place."""
@@ -88,7 +90,7 @@ def source_of(config: Any) -> Source | None:
     return getattr(config, "source", None)
 
 
-Read = tuple[AdapterFile, ResLoraConfig]
+Read = tuple[AdapterFile, ResLoraConfig, Statistics]
 
 
 def read_source(source: Source) -> Read | None:
@@ -118,24 +120,24 @@ def read_source(source: Source) -> Read | None:
             stacklevel=5,
         )
         return None
-    return read_adapter(path.parent)
+    return read_whole(path.parent)
 
 
 def check_loaded(model: nn.Module, injection: Injection, source: Source, read: Read) -> None:
     """Demand that `injection` computes what the file was saved of.
 
     A model whose training the file has finished is finished too. Links that it leaves out are left
-    out.
+    out. Statistics wait in `source` until PEFT has copied the weights.
 
     Raises:
         ValueError: for another adapter.
         RuntimeError: where another save came between options and weights.
     """
-    adapter, options = read
+    adapter, options, statistics = read
     own: Any = injection.config
     if options.finished_from == own.res_mode and own.res_mode != options.res_mode:
         adopt(injection, options)
-    stored = stored_for(plain_model(model), adapter, options, {})
+    stored = stored_for(plain_model(model), adapter, options, statistics)
     try:
         check_formula(own.core(), options.core())
         check_chains(injection.chain_records, stored.chains)
@@ -149,7 +151,7 @@ def check_loaded(model: nn.Module, injection: Injection, source: Source, read: R
     layers = dict(stored.chains)
     for chain in injection.chains:
         chain.leave_out(layers[chain.key])
-    source.sum = adapter.sum
+    source.sum, source.statistics = adapter.sum, stored.statistics
 
 
 # ---- Writing ----------------------------------------------------------------------------------

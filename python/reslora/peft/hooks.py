@@ -21,6 +21,7 @@ from peft.utils import register_peft_method
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .._C import PEFT_TYPE, WEIGHTS_NAME, finish_saves, sum_in_header
+from ..files.statistics import give_statistics
 from .config import NAME, ResLoraConfig
 from .folders import Source, apart, check_loaded, read_source, source_of
 from .model import ResLoraModel, injection_by_name
@@ -102,12 +103,15 @@ def _check_over(model: Any, adapter_name: str, source: Source) -> None:
         check_loaded(model, injection_by_name(model, adapter_name), source, read)
 
 
-def _ended(config: Any) -> None:
-    """Forget where a config was read; refuse what was replaced since."""
+def _ended(model: Any, name: str) -> None:
+    """Refuse what was replaced since it was checked; give its statistics to what was loaded."""
+    config = getattr(model, "peft_config", {}).get(name)
     checked = source_of(config)
     if checked is not None:
         vars(config)["source"] = config.reslora_sum = None
         checked.demand_unchanged()
+        if checked.sum:
+            give_statistics(injection_by_name(model, name), checked.statistics)
 
 
 def _load_adapter(load: Any) -> Any:
@@ -124,7 +128,7 @@ def _load_adapter(load: Any) -> Any:
             vars(config)["source"] = source
         with _loading():
             result = load(self, model_id, adapter_name, *args, **kwargs)
-        _ended(self.peft_config.get(adapter_name))
+        _ended(self, adapter_name)
         return result
 
     return load_adapter
@@ -145,7 +149,8 @@ def _load_into(load: Any) -> Any:
             options = given.get("adapter_kwargs") or {}
             source = _source(type(config), folder, options.get("subfolder"), options)
             _check_over(self, name, source)  # its config was given, not read
-        _ended(config)
+            vars(config)["source"] = source
+        _ended(self, name)
         return result
 
     return load_adapter

@@ -266,6 +266,23 @@ def test_a_save_while_peft_reads_is_noticed(saved, tmp_path, monkeypatch):
         by_peft(folder)
 
 
+@pytest.mark.parametrize("read", READERS)
+def test_statistics_are_read_with_the_adapter(tmp_path, read):
+    model = wrapped(base_of(), target_modules=["q_proj"]).train()
+    model(input_ids=IDS)
+    reslora.save_pretrained(model, tmp_path, statistics=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r"\[")
+        loaded = read(tmp_path)
+    for own, other in zip(find_layers(loaded), find_layers(model), strict=True):
+        assert torch.equal(own.norms, other.norms)
+    assert reslora.merge(loaded).rule == "input"
+    reslora.unmerge(loaded)
+    (tmp_path / "adapter_statistics.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="load_statistics"):
+        read(tmp_path)
+
+
 # ---- Saving
 
 
