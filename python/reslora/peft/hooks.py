@@ -103,15 +103,22 @@ def _check_over(model: Any, adapter_name: str, source: Source) -> None:
         check_loaded(model, injection_by_name(model, adapter_name), source, read)
 
 
-def _ended(model: Any, name: str) -> None:
+def _finish(model: Any, name: str) -> None:
     """Refuse what was replaced since it was checked; give its statistics to what was loaded."""
-    config = getattr(model, "peft_config", {}).get(name)
-    checked = source_of(config)
+    checked = _forget(model, name)
     if checked is not None:
-        vars(config)["source"] = config.reslora_sum = None
         checked.demand_unchanged()
         if checked.sum:
             give_statistics(injection_by_name(model, name), checked.statistics)
+
+
+def _forget(model: Any, name: str) -> Source | None:
+    """Return where an adapter was read, once: later loads are checked anew."""
+    config: Any = getattr(model, "peft_config", {}).get(name)
+    checked = source_of(config)
+    if checked is not None:
+        vars(config)["source"] = config.reslora_sum = None
+    return checked
 
 
 def _load_adapter(load: Any) -> Any:
@@ -126,9 +133,13 @@ def _load_adapter(load: Any) -> Any:
             source = _source(type(config), model_id, kwargs.get("subfolder"), kwargs)
             _check_over(self, adapter_name, source)
             vars(config)["source"] = source
-        with _loading():
-            result = load(self, model_id, adapter_name, *args, **kwargs)
-        _ended(self, adapter_name)
+        try:
+            with _loading():
+                result = load(self, model_id, adapter_name, *args, **kwargs)
+        except BaseException:
+            _forget(self, adapter_name)
+            raise
+        _finish(self, adapter_name)
         return result
 
     return load_adapter
@@ -140,17 +151,21 @@ def _load_into(load: Any) -> Any:
 
     @functools.wraps(load)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _loading():
-            result = load(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         name, folder = given.get("adapter_name") or "default", given.get("peft_model_id")
+        try:
+            with _loading():
+                result = load(self, *args, **kwargs)
+        except BaseException:
+            _forget(self, name)
+            raise
         config = getattr(self, "peft_config", {}).get(name)
         if isinstance(config, ResLoraConfig) and folder and source_of(config) is None:
             options = given.get("adapter_kwargs") or {}
             source = _source(type(config), folder, options.get("subfolder"), options)
             _check_over(self, name, source)  # its config was given, not read
             vars(config)["source"] = source
-        _ended(self, name)
+        _finish(self, name)
         return result
 
     return load_adapter

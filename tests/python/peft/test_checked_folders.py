@@ -266,6 +266,24 @@ def test_a_save_while_peft_reads_is_noticed(saved, tmp_path, monkeypatch):
         by_peft(folder)
 
 
+def test_a_load_that_failed_is_checked_again(saved, tmp_path, monkeypatch):
+    folder = copied(saved, tmp_path)
+    model = wrapped(base_of(), target_modules=["q_proj"])
+
+    def full(*args, **kwargs):
+        raise OSError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft.peft_model, "load_peft_weights", full)
+        with pytest.raises(OSError, match="no memory"):
+            model.load_adapter(folder, "default")
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        model.load_adapter(folder, "default")
+
+
 @pytest.mark.parametrize("read", READERS)
 def test_statistics_are_read_with_the_adapter(tmp_path, read):
     model = wrapped(base_of(), target_modules=["q_proj"]).train()
