@@ -50,7 +50,7 @@ class Halted:
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse a copy: its plan would write to the weights of the model."""
-        raise ValueError(f"[copy] a model must be whole to be copied; got one {self}")
+        raise ValueError(f"[copy] a merge must be ended before a copy; got a model {self}")
 
     def __str__(self) -> str:
         """Return what the model is, and the way out."""
@@ -103,13 +103,15 @@ class Injection:
     def refuse_halted(self, op: str) -> None:
         """Refuse a model of which a merge has written some layers, but for what helps it."""
         if self.halted is not None and op not in ("merge_and_unload", "save_pretrained"):
-            raise RuntimeError(f"[{op}] a model must be whole; got one {self.halted}")
+            raise RuntimeError(f"[{op}] a merge must be ended first; got a model {self.halted}")
 
     def halt(self, halted: Halted) -> None:
         """Refuse forwards from now on."""
 
         def refuse(x: Tensor) -> Tensor:
-            raise RuntimeError(f"[adapt] a model must be whole to be evaluated; got one {halted}")
+            raise RuntimeError(
+                f"[adapt] a merge must be ended before forwards; got a model {halted}"
+            )
 
         self.halted = halted
         for layer in self.layers:
