@@ -51,10 +51,6 @@ class Source:
     sum: str = ""  # reslora.sha256 of the weights that were checked
     statistics: Statistics = field(default_factory=dict)  # beside them
 
-    def is_same(self, other: Source | None) -> bool:
-        """Tell whether another one names the same place."""
-        return other is not None and (self.name, self.subfolder) == (other.name, other.subfolder)
-
     def local(self) -> Path:
         """Return the folder, which is none for a name of the Hub."""
         return Path(self.name, self.subfolder or "")
@@ -71,14 +67,10 @@ class Source:
         except EntryNotFoundError:
             return None
 
-    def is_unchanged(self) -> bool:
-        """Tell whether the weights are still those that were checked."""
-        path = self.weights()
-        return path is not None and sum_in_header(path) == self.sum
-
     def demand_unchanged(self) -> None:
         """Refuse weights that were replaced since they were checked: PEFT read them in between."""
-        if self.sum and not self.is_unchanged():
+        path = self.weights() if self.sum else None
+        if self.sum and (path is None or sum_in_header(path) != self.sum):
             raise RuntimeError(
                 f"[load] a folder must stay as it is while PEFT reads it; got {self.name}, which "
                 "was written meanwhile: load the adapter again"
@@ -123,6 +115,20 @@ def read_source(source: Source) -> Read | None:
     return read_whole(path.parent)
 
 
+@contextmanager
+def of_one_save(config: Any, source: Source, read: Read) -> Iterator[None]:
+    """Compare options with weights; where they differ as those of two saves do, say that."""
+    try:
+        yield
+    except ValueError:
+        if config.reslora_sum in (None, read[0].sum):
+            raise
+        raise RuntimeError(
+            f"[load] options and weights must be of one save; got those of two in {source.name} "
+            "(load it again, where somebody saves to it at the moment)"
+        ) from None
+
+
 def check_loaded(model: nn.Module, injection: Injection, source: Source, read: Read) -> None:
     """Demand that `injection` computes what the file was saved of.
 
@@ -138,16 +144,9 @@ def check_loaded(model: nn.Module, injection: Injection, source: Source, read: R
     if options.finished_from == own.res_mode and own.res_mode != options.res_mode:
         adopt(injection, options)
     stored = stored_for(plain_model(model), adapter, options, statistics)
-    try:
+    with of_one_save(own, source, read):
         check_formula(own.core(), options.core())
         check_chains(injection.chain_records, stored.chains)
-    except ValueError:
-        if own.reslora_sum in (None, adapter.sum):
-            raise
-        raise RuntimeError(
-            f"[load] options and weights must be of one save; got those of two in {source.name} "
-            "(load it again, where somebody saves to it at the moment)"
-        ) from None
     layers = dict(stored.chains)
     for chain in injection.chains:
         chain.leave_out(layers[chain.key])

@@ -121,6 +121,17 @@ def _forget(model: Any, name: str) -> Source | None:
     return checked
 
 
+@contextmanager
+def _loading_into(model: Any, name: str) -> Iterator[None]:
+    """Load an adapter; one that fails leaves no trace of where it was read."""
+    try:
+        with _loading():
+            yield
+    except BaseException:
+        _forget(model, name)
+        raise
+
+
 def _load_adapter(load: Any) -> Any:
     """Wrap PeftModel.load_adapter: what is loaded over an adapter is checked as a new one is."""
 
@@ -133,12 +144,8 @@ def _load_adapter(load: Any) -> Any:
             source = _source(type(config), model_id, kwargs.get("subfolder"), kwargs)
             _check_over(self, adapter_name, source)
             vars(config)["source"] = source
-        try:
-            with _loading():
-                result = load(self, model_id, adapter_name, *args, **kwargs)
-        except BaseException:
-            _forget(self, adapter_name)
-            raise
+        with _loading_into(self, adapter_name):
+            result = load(self, model_id, adapter_name, *args, **kwargs)
         _finish(self, adapter_name)
         return result
 
@@ -153,12 +160,8 @@ def _load_into(load: Any) -> Any:
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         name, folder = given.get("adapter_name") or "default", given.get("peft_model_id")
-        try:
-            with _loading():
-                result = load(self, *args, **kwargs)
-        except BaseException:
-            _forget(self, name)
-            raise
+        with _loading_into(self, name):
+            result = load(self, *args, **kwargs)
         config = getattr(self, "peft_config", {}).get(name)
         if isinstance(config, ResLoraConfig) and folder and source_of(config) is None:
             options = given.get("adapter_kwargs") or {}

@@ -37,7 +37,7 @@ from ..injection.targets import describe, modules_of, targets_by_default, warn_f
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
 from ..nn.layer import LayerChain, ResLoraLinear
-from .folders import check_loaded, read_source, source_of
+from .folders import check_loaded, of_one_save, read_source, source_of
 from .layer import Adapter, PeftLinear
 
 
@@ -63,8 +63,9 @@ class ResLoraModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         source = source_of(config)
         read = None if source is None else read_source(source)
-        if read is not None:
-            check_ranks(config.core(), read[0].chains, matches)
+        if source is not None and read is not None:
+            with of_one_save(config, source, read):
+                check_ranks(config.core(), read[0].chains, matches)
         places = list(children(model))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -79,7 +79,9 @@ def content_by_peft(folder: Path) -> Content:
     except ValueError as error:
         if "Can't find 'adapter_config.json'" in str(error):
             return None
-        if "must agree on" in str(error) or "must be of this model" in str(error):
+        raise
+    except RuntimeError as error:
+        if "options and weights must be of one save" in str(error):
             return ("told",)
         raise
     layers = find_layers(model)
