@@ -11,7 +11,8 @@
 /// @endcode
 ///
 /// Files may name a tensor with another prefix than the model does, and may hold W^T: that of the
-/// chains which the adapter's config lists in fan_in_fan_out (transformers' Conv1D).
+/// chains which the adapter's config lists in fan_in_fan_out (transformers' Conv1D). A layer that
+/// hangs at several places of its model is merged at each of them that the files hold.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -32,10 +33,19 @@ namespace reslora {
 /// list them.
 RESLORA_API std::vector<std::string> transposed_chains(const AdapterFile& adapter);
 
+/// Returns the further paths of the layers that hang at several places of their model, by layer:
+/// what the adapter's config lists in other_places. Throws c10::ValueError for a config that does
+/// not list them.
+RESLORA_API std::map<std::string, std::vector<std::string>> other_places(
+    const AdapterFile& adapter);
+
+/// Throws c10::ValueError where a layer hangs at several places: a plain LoRA adapts one of them.
+RESLORA_API void check_one_place(const AdapterFile& adapter);
+
 /// Plans the merge of a saved adapter without its base, for files of plain LoRA. `statistics`: by
 /// layer; `merge_method` as in `MergePlan`, empty: the adapter's own, else the best for what is at
-/// hand. Throws c10::ValueError where a rule cannot serve (`weight` needs the base) and where
-/// factors are not finite.
+/// hand. Throws c10::ValueError where a rule cannot serve (`weight` needs the base), where factors
+/// are not finite, and as `check_one_place`.
 RESLORA_API MergePlan plan_adapter(const AdapterFile& adapter,
                                    const std::map<std::string, LayerStatistics>& statistics,
                                    const std::string& merge_method,
@@ -67,13 +77,17 @@ class RESLORA_API AdaptedFiles {
                                           c10::Device device = at::kCPU) const;
 
  private:
-  struct Place {
+  struct Names {
     std::string weight;
     std::string bias;  // empty: there is none
+  };
+  struct Place : Names {
+    std::vector<Names> copies;  // where the layer hangs at several places of its model
     bool is_transposed = false;
   };
 
   void find_weights();
+  std::vector<Names> names_of(const std::vector<std::string>& paths) const;
   at::Tensor checked_weight(const LayerShape& layer) const;
   bool is_base_of_layer(const std::string& name, const at::Tensor& tensor) const;
   TensorEdit edit_of_head(const std::string& key, const at::Tensor& head) const;

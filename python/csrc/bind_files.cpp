@@ -52,7 +52,8 @@ void bind_adapter(py::module_& m) {
                              })
       .def_readonly("tensors", &AdapterFile::tensors)
       .def_readonly("sum", &AdapterFile::sum)
-      .def_property_readonly("transposed_chains", &transposed_chains);
+      .def_property_readonly("transposed_chains", &transposed_chains)
+      .def_property_readonly("other_places", &other_places);
   m.def(
       "save_adapter",
       [](const Path& path, const std::string& config_json, const std::vector<NamedChain>& chains,

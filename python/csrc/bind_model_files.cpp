@@ -30,6 +30,8 @@ void bind_adapted_files(py::module_& m) {
   m.def("plan_adapter", &plan_adapter, py::arg("adapter"), py::arg("statistics"),
         py::arg("merge_method"), py::arg("match"),
         "Plan the merge of a saved adapter without its base.");
+  m.def("check_one_place", &check_one_place, py::arg("adapter"),
+        "Raise where a layer of a saved adapter hangs at several places.");
   m.def(
       "merge_files",
       [](const std::vector<std::string>& base, const Path& adapter, const Path& output,

@@ -611,6 +611,9 @@ class AdaptedFiles:
     ) -> dict[str, TensorEdit]:
         """Return what a plan and the trained heads change, by the files' names of tensors."""
 
+def check_one_place(adapter: AdapterFile) -> None:
+    """Raise where a layer of a saved adapter hangs at several places."""
+
 def plan_adapter(
     adapter: AdapterFile,
     statistics: dict[str, LayerStatistics],
@@ -682,6 +685,9 @@ class AdapterFile:
     @property
     def transposed_chains(self) -> list[str]:
         """Return the chains whose base files hold W^T."""
+    @property
+    def other_places(self) -> dict[str, list[str]]:
+        """Return the further paths of the layers that hang at several places."""
 
 class Stage:
     """What becomes visible on disk at once, as context; see include/reslora/stage.h.

@@ -21,10 +21,12 @@ namespace {
 
 using at::Tensor;
 using Statistics = std::map<std::string, LayerStatistics>;
+using Paths = std::vector<std::string>;
 
 constexpr std::string_view kWeight = ".weight";
 constexpr std::string_view kBaseLayer = ".base_layer.";  // of an adapted layer, as PEFT names it
 constexpr const char* kTransposedKey = "fan_in_fan_out";
+constexpr const char* kPlacesKey = "other_places";
 // Embeddings that transformers ties to a head which the files do not hold.
 constexpr std::array<std::string_view, 5> kEmbeddings{{"embed_tokens.weight", "wte.weight",
                                                        "word_embeddings.weight", "shared.weight",
@@ -69,12 +71,15 @@ void check_counts(const ModelFiles& files, const AdapterFile& adapter, const Res
   if (!config.layers_to_transform().empty() || config.exclude_modules().is_given()) return;
   const ModuleNames& targets = config.target_modules();
   const bool is_named = targets.is_given() && !targets.is_all_linear();  // some, or all of a chain
+  Paths further;
+  for (const auto& [layer, paths] : other_places(adapter))
+    further.insert(further.end(), paths.begin(), paths.end());
   for (const ChainRecord& chain : adapter.chains) {
     const auto is_meant = [&](const std::string& name) {
       if (!detail::ends_with(name, kWeight)) return false;
-      const std::string_view path = std::string_view(name).substr(0, name.size() - kWeight.size());
-      return is_of_chain(path, chain.name) &&
-             (!is_named || targets.matches(std::string(path), match));
+      const std::string path = name.substr(0, name.size() - kWeight.size());
+      return is_of_chain(path, chain.name) && (!is_named || targets.matches(path, match)) &&
+             std::find(further.begin(), further.end(), path) == further.end();
     };
     const auto count =
         static_cast<size_t>(std::count_if(files.names().begin(), files.names().end(), is_meant));
@@ -186,8 +191,38 @@ std::vector<std::string> transposed_chains(const AdapterFile& adapter) {
   return chains;
 }
 
+std::map<std::string, std::vector<std::string>> other_places(const AdapterFile& adapter) {
+  std::map<std::string, Paths> places;
+  std::string value;
+  try {
+    detail::JsonReader config(adapter.config_json, "the adapter's config");
+    config.object([&](const std::string& key) {
+      value = config.raw();
+      if (key != kPlacesKey || value == "null") return;
+      detail::JsonReader layers(value, kPlacesKey);
+      layers.object([&](const std::string& layer) {
+        layers.array([&] { places[layer].push_back(layers.string()); });
+      });
+    });
+  } catch (const detail::ContentError& error) {
+    RESLORA_CHECK(false, "[merge] {} must list further paths by layer; got {} ({})", kPlacesKey,
+                  detail::shown(value), error.what());
+  }
+  return places;
+}
+
+void check_one_place(const AdapterFile& adapter) {
+  for (const auto& [layer, paths] : other_places(adapter))
+    RESLORA_CHECK(paths.empty(),
+                  "[export_lora] a layer of a plain LoRA must hang at one place; got {}, which "
+                  "hangs at {} too: merge into the base, or export the loaded model, which knows "
+                  "whether a whole block hangs there",
+                  layer, fmt::join(paths, ", "));
+}
+
 MergePlan plan_adapter(const AdapterFile& adapter, const Statistics& statistics,
                        const std::string& merge_method, const ExpressionMatch& match) {
+  check_one_place(adapter);
   return plan_of(adapter, config_of(adapter, match), statistics, merge_method, nullptr,
                  /*use_affine=*/false);
 }
@@ -201,29 +236,50 @@ AdaptedFiles::AdaptedFiles(const ModelFiles& files, const AdapterFile& adapter,
     for (const LayerShape& layer : chain.layers) checked_weight(layer);
 }
 
+/// The tensors of a layer at each of its paths that the files hold.
+std::vector<AdaptedFiles::Names> AdaptedFiles::names_of(
+    const std::vector<std::string>& paths) const {
+  std::vector<Names> found;
+  for (const std::string& path : paths) {
+    const std::string key = find_name(files_, path + std::string(kWeight));
+    const bool is_new = std::none_of(found.begin(), found.end(),
+                                     [&](const Names& other) { return other.weight == key; });
+    if (key.empty() || !is_new) continue;
+    // A file of one layer may name it "weight" alone.
+    const std::string bias = key.substr(0, key.size() - (kWeight.size() - 1)) + "bias";
+    found.push_back({key, files_.contains(bias) ? bias : ""});
+  }
+  return found;
+}
+
 void AdaptedFiles::find_weights() {
   const std::vector<std::string> transposed = transposed_chains(adapter_);
+  std::map<std::string, Paths> others = other_places(adapter_);
   std::set<std::string> taken;
   for (const ChainRecord& chain : adapter_.chains) {
     const bool is_transposed =
         std::find(transposed.begin(), transposed.end(), chain.name) != transposed.end();
     for (const LayerShape& layer : chain.layers) {
       const std::vector<std::string>& names = files_.names();
-      const std::string key = find_name(files_, layer.name + std::string(kWeight));
+      Paths paths = others[layer.name];
+      paths.insert(paths.begin(), layer.name);
+      std::vector<Names> found = names_of(paths);
       RESLORA_CHECK(
-          !key.empty(),
+          !found.empty(),
           "[merge] the base must hold the weight of every adapted layer; got none for {} among {} "
           "tensors such as {}: is this the base of the adapter, or does transformers store it "
           "under other names (then merge in memory: load, merge_and_unload, save_pretrained)?",
           layer.name, names.size(),
           names.empty() ? "none" : *std::min_element(names.begin(), names.end()));
-      RESLORA_CHECK(taken.insert(key).second,
-                    "[merge] every adapted layer must have a tensor of its own; got {} for {} and "
-                    "another: is this the base of the adapter?",
-                    key, layer.name);
-      // A file of one layer may name it "weight" alone.
-      const std::string bias = key.substr(0, key.size() - (kWeight.size() - 1)) + "bias";
-      places_[layer.name] = {key, files_.contains(bias) ? bias : "", is_transposed};
+      for (const Names& own : found)
+        RESLORA_CHECK(taken.insert(own.weight).second,
+                      "[merge] every adapted layer must have a tensor of its own; got {} for {} "
+                      "and another: is this the base of the adapter?",
+                      own.weight, layer.name);
+      Place& place = places_[layer.name];
+      static_cast<Names&>(place) = found.front();
+      place.copies.assign(found.begin() + 1, found.end());
+      place.is_transposed = is_transposed;
     }
   }
 }
@@ -240,6 +296,11 @@ Tensor AdaptedFiles::checked_weight(const LayerShape& layer) const {
                 "[merge] the base must hold F64, F32, F16 or BF16; got {} for {}: merge into the "
                 "original, unquantised files",
                 c10::toString(weight.scalar_type()), place.weight);
+  for (const Names& copy : place.copies)
+    RESLORA_CHECK(at::equal(files_.tensor(copy.weight), stored),
+                  "[merge] a layer that hangs at several places must have one weight there; got "
+                  "another in {} than in {}: is this the base of the adapter?",
+                  copy.weight, place.weight);
   return weight;
 }
 
@@ -262,19 +323,24 @@ std::map<std::string, TensorEdit> AdaptedFiles::edits(const MergePlan& plan, boo
     const auto place = places_.find(layer.name);
     RESLORA_CHECK(place != places_.end(),
                   "[merge] a plan must be of the adapter of these files; got layer {}", layer.name);
-    TensorEdit& edit = edits[place->second.weight];
+    TensorEdit edit;
     edit.layer = layer;
     edit.layer->A = layer.A.to(device);
     edit.layer->B = layer.B.to(device);
     edit.is_transposed = place->second.is_transposed;
-    if (!layer.bias.defined()) continue;
-    RESLORA_CHECK(!place->second.bias.empty(),
-                  "[merge] the base must hold every bias that an affine fit moves; got none for "
-                  "layer {}: plan without use_affine",
-                  layer.name);
-    TensorEdit& bias = edits[place->second.bias];
-    bias.layer = layer;
-    bias.is_bias = true;
+    std::vector<Names> all = place->second.copies;
+    all.push_back(place->second);
+    for (const Names& names : all) {
+      edits[names.weight] = edit;
+      if (!layer.bias.defined()) continue;
+      RESLORA_CHECK(!names.bias.empty(),
+                    "[merge] the base must hold every bias that an affine fit moves; got none for "
+                    "layer {}: plan without use_affine",
+                    layer.name);
+      TensorEdit& bias = edits[names.bias];
+      bias.layer = layer;
+      bias.is_bias = true;
+    }
   }
   for (const auto& [name, head] : adapter_.tensors) {
     if (is_factor(name)) continue;

@@ -84,7 +84,9 @@ def save_pretrained(
         )
     base = base_name(model, None)
     text = _saved_config(model, injection).to_json(
-        base_model_name_or_path=base, fan_in_fan_out=transposed_chains(injection) or None
+        base_model_name_or_path=base,
+        fan_in_fan_out=transposed_chains(injection) or None,
+        other_places=injection.other_places(model) or None,
     )
     layers = statistics_of(injection, statistics == "covariances") if statistics else {}
     found = _own_tensors(model, injection)

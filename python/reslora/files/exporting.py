@@ -26,6 +26,7 @@ from .._C import (
     LayerMerge,
     MergePlan,
     Stage,
+    check_one_place,
     is_or_ends_with,
     padded_factors,
     rank_warning,
@@ -302,18 +303,18 @@ def export_folder(
     """
     folder = adapter_folder(adapter, "merge", revision, subfolder)
     read, config, plan = plan_from_files(folder, merge_method, base, base_revision=base_revision)
+    check_one_place(read)
     layers, error = reduced(plan.layers, rank, tolerance)
     if base_revision is not None:
         config = replace(config, revision=base_revision)
     base_named, task_type = _names_for(folder, base)
-    transposed = read.transposed_chains
     R = _write_lora(
         directory,
         layers,
         heads=heads_of(read),
         targets=sorted(layer.name for layer in layers),
         config=config,
-        fan_in_fan_out=bool(transposed) and all(key in transposed for key, _ in read.chains),
+        fan_in_fan_out=all(key in read.transposed_chains for key, _ in read.chains),
         base=base_named,
         task_type=task_type,
     )

@@ -48,6 +48,12 @@ class ResLoraConfig(CoreConfig, PeftConfig):
             "help": "Taken from the layers: the chains whose layers hold W^T (transformers' Conv1D)"
         },
     )
+    other_places: dict[str, list[str]] | None = field(
+        default=None,
+        metadata={
+            "help": "Taken from the model: further paths of layers that hang at several places"
+        },
+    )
     reslora_version: str | None = field(
         default=None, metadata={"help": "Version of reslora, leave empty to auto-fill."}
     )

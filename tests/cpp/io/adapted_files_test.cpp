@@ -119,6 +119,33 @@ TEST_F(AdaptedFilesTest, TransposedChainsAreReadAndEditedAsTheyLie) {
   }
 }
 
+TEST_F(AdaptedFilesTest, ALayerAtSeveralPlacesIsMergedAtEachAndNotExported) {
+  const auto options = ResLoraConfig().r(2).res_mode("none");
+  const AdapterFile adapter =
+      adapter_of(options, R"("other_places": {"m.0.q": ["head.q", "gone.q"]},)");
+  EXPECT_THAT(other_places(adapter).at("m.0.q"), ElementsAre("head.q", "gone.q"));
+  EXPECT_TRUE(refuses([&] { plan_adapter(adapter, {}, ""); }, "got m.0.q, which hangs at head.q"));
+  auto base = base_of();
+  base["head.q.weight"] = base["m.0.q.weight"].clone();
+  const auto check = [&](const std::vector<std::string>& places) {
+    const ModelFiles files = files_of(base);
+    const AdaptedFiles adapted(files, adapter);
+    const MergePlan plan = adapted.plan({}, "");
+    files.write(folder_ + "/merged", files.names(), adapted.edits(plan), {});
+    const auto merged = load_tensors(folder_ + "/merged").tensors;
+    const LayerMerge& layer = plan.layers()[0];
+    const Tensor delta = at::mm(layer.B, layer.A).to(at::kFloat);
+    for (const std::string& place : places)
+      EXPECT_TRUE(at::allclose(merged.at(place), base.at(place) + delta, 1e-5, 1e-6)) << place;
+  };
+  check({"m.0.q.weight", "head.q.weight"});
+  base["head.q.weight"] += 1;
+  EXPECT_TRUE(refuses([&] { AdaptedFiles(files_of(base), adapter); },
+                      "must have one weight there; got another in head.q.weight"));
+  base.erase("m.0.q.weight");  // of tensors that are one, files may hold any
+  check({"head.q.weight"});
+}
+
 TEST_F(AdaptedFilesTest, AnotherBaseIsRefused) {
   auto base = base_of();
   base["m.1.q.weight"] = at::ones({kOut, kIn + 1});

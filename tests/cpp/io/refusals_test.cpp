@@ -140,6 +140,12 @@ TEST_F(IoRefusals, Adapters) {
   other.config_json = R"({"fan_in_fan_out": 3})";
   refuses_call(
       "transposed_chains", "config", [&] { transposed_chains(other); }, "must list");
+  other.config_json = R"({"other_places": ["m.0.q"]})";
+  refuses_call(
+      "other_places", "config", [&] { other_places(other); }, "must list");
+  other.config_json = R"({"other_places": {"m.0.q": ["m.1.q"]}})";
+  refuses_call(
+      "check_one_place", "config", [&] { check_one_place(other); }, "hangs at m.1.q too");
   refuses_call(
       "check_ranks", "another r",
       [] {

@@ -9,6 +9,9 @@ from models import Block, randomize
 from torch import nn
 
 import reslora
+from reslora import _C
+from reslora.files.exporting import export_folder
+from reslora.files.model_folder import merge_folder
 from reslora.injection.adapted import find_layers, injection_of
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -138,6 +141,32 @@ def test_a_module_that_reads_one_tensor_several_times_is_fitted_on_every_call(re
     with pytest.raises(ValueError, match=r"more than one pass .* several places.* read once"):
         reslora.unmerge(model)
         reslora.calibrate(model, iter([x]))
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+@pytest.mark.parametrize(("make", "targets"), MODELS)
+def test_files_name_all_places_and_are_merged_there(tmp_path, make, targets):
+    base, model = made(make, targets, "bs")
+    model.save_pretrained(tmp_path / "plugin")
+    core = reslora.load(copy.deepcopy(base), tmp_path / "plugin").eval()
+    reslora.save_pretrained(core, tmp_path / "core")
+    (tmp_path / "base").mkdir()
+    state = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    kept = {"first.weight": "rest.1.weight", "0.lin.weight": "2.lin.weight"}
+    for missing in ([], kept.keys(), kept.values()):  # files may hold any of them
+        held = {key: tensor for key, tensor in state.items() if key not in missing}
+        _C.save_tensors(tmp_path / "base/model.safetensors", held, {})
+        for adapter in ("plugin", "core"):
+            out = tmp_path / f"{adapter} without {len(missing)} {next(iter(missing), '')}"
+            merge_folder(tmp_path / "base", tmp_path / adapter, out)
+            merged = _C.load_tensors(out / "model.safetensors")[0]
+            for key, tensor in reslora.merge_and_unload(copy.deepcopy(core)).state_dict().items():
+                assert key in missing or torch.equal(merged[key], tensor), key
+    for adapter in ("plugin", "core"):
+        for more in ({}, {"base": tmp_path / "base"}):
+            with pytest.raises(ValueError, match=r"must hang at one place.* too: merge into the base"):
+                export_folder(tmp_path / adapter, tmp_path / "lora", **more)
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
