@@ -20,7 +20,7 @@ from peft.config import PeftConfigMixin
 from peft.utils import register_peft_method
 from transformers.integrations.peft import PeftAdapterMixin
 
-from .._C import PEFT_TYPE, WEIGHTS_NAME, finish_saves, sum_in_header
+from .._C import CONFIG_NAME, PEFT_TYPE, WEIGHTS_NAME, finish_saves, sum_in_header
 from ..files.statistics import give_statistics
 from .config import NAME, ResLoraConfig
 from .folders import Source, apart, check_loaded, read_source, source_of
@@ -72,6 +72,8 @@ def _read_config(read: Any) -> Any:
                 finish_saves(weights.parent)
             config = read(cls, name, subfolder=subfolder, **kwargs)
             if not isinstance(config, ResLoraConfig):
+                if _is_loading.get():
+                    _refuse_ours(weights, config)
                 return config
             if not _is_loading.get():
                 config.reslora_sum = None
@@ -83,6 +85,19 @@ def _read_config(read: Any) -> Any:
         return config
 
     return from_pretrained
+
+
+def _refuse_ours(weights: Path, config: Any) -> None:
+    """Refuse weights of reslora under a config of another method, which would load none of them."""
+    try:
+        is_ours = weights.is_file() and bool(sum_in_header(weights))
+    except (ValueError, OSError):
+        return  # of another method, which says itself what is wrong
+    if is_ours:
+        raise ValueError(
+            f"[load] the weights are an adapter of reslora; got peft_type {config.peft_type} in "
+            f"{weights.parent / CONFIG_NAME} (set it to {PEFT_TYPE})"
+        )
 
 
 def _from_pretrained(load: Any) -> Any:
