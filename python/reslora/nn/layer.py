@@ -325,7 +325,12 @@ class ResLoraLinear(nn.Module):
             self._make_norm_ring(x.device)
         elif self.norms.device != x.device:
             self.norms, self.norm_count = self.norms.to(x.device), self.norm_count.to(x.device)
-        ops.record_norms(norms, self.norms, self.norm_count)  # type: ignore[arg-type]
+        ring, count = self.norms, self.norm_count
+        if torch.compiler.is_compiling():
+            # A checkpoint that is compiled for no kernels (backend "eager") keeps what goes into
+            # its region, and demands that nobody writes there: `data` has a version of its own.
+            ring, count = ring.data, count.data  # type: ignore[union-attr]
+        ops.record_norms(norms, ring, count)  # type: ignore[arg-type]
 
     def _make_norm_ring(self, device: torch.device) -> None:
         size = self.chain.config.norm_window

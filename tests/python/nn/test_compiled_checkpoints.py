@@ -1,9 +1,13 @@
 """Compiled blocks and checkpoints: what is compiled may hold a checkpoint, not the other way."""
 
+import copy
+
 import pytest
 import torch
 from models import Net, adapted, assert_equal, gradients, tiny_llama, tokens, trained, x_of
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from reslora.injection.adapted import find_layers
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -50,6 +54,21 @@ def test_compiled_checkpoints_and_what_hands_on_nothing_have_their_gradients(res
     model = adapted(res_mode=res_mode)
     wanted = gradients(model, x_of(), x_of(1))
     assert_equal(gradients(wrap_blocks(model, *wraps), x_of(), x_of(1)), wanted)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("res_mode", ["is", "ms"])
+def test_norms_are_recorded_in_a_compiled_checkpoint(res_mode, backend):
+    model = adapted(res_mode=res_mode, norm_window=5).train()
+    model.checkpointing = {"use_reentrant": False}
+    twin = copy.deepcopy(model)
+    wanted = gradients(model, x_of(), x_of(1))
+    assert_equal(gradients(torch.compile(twin, backend=backend), x_of(), x_of(1)), wanted)
+    for layer, other in zip(find_layers(model), find_layers(twin), strict=True):
+        # The backend "eager" records those of a recompute again, so that all stand there twice.
+        assert int(layer.norm_count) == 2 and int(other.norm_count) == (4, 2)[backend != "eager"]
+        means = [x.norms[:, : int(x.norm_count)].mean(1) for x in (layer, other)]
+        torch.testing.assert_close(*means)
 
 
 def test_a_layer_of_transformers_compiled_inside_of_its_own_checkpoint_is_refused():

@@ -164,7 +164,9 @@ def test_files_name_all_places_and_are_merged_there(tmp_path, make, targets):
                 assert key in missing or torch.equal(merged[key], tensor), key
     for adapter in ("plugin", "core"):
         for more in ({}, {"base": tmp_path / "base"}):
-            with pytest.raises(ValueError, match=r"must hang at one place.* too: merge into the base"):
+            with pytest.raises(
+                ValueError, match=r"must hang at one place.* too: merge into the base"
+            ):
                 export_folder(tmp_path / adapter, tmp_path / "lora", **more)
     assert not (tmp_path / "lora").exists()
 
