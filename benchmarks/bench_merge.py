@@ -25,7 +25,7 @@ from typing import Any
 
 import harness
 import torch
-from merge_tasks import Batch, Task, load
+from merge_tasks import Task, inputs, load
 from torch import nn
 from tqdm import tqdm
 
@@ -97,7 +97,7 @@ class Trainer:
             rate = min((self.step + 1) / warm_up, (steps - self.step) / steps)
             self.optimizer.param_groups[0]["lr"] = self.settings.lr * rate
             logits = self.model(**inputs(batch)).logits
-            loss = loss_of(self.task, logits, batch)
+            loss = self.task.loss(logits, batch)
             loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
@@ -113,19 +113,6 @@ class Trainer:
         next(islice(other.batches, self.step - 1, None))
         other.step = self.step
         return other
-
-
-def inputs(batch: Batch) -> Batch:
-    """Return what the model is called with."""
-    return {key: batch[key] for key in ("input_ids", "attention_mask")}
-
-
-def loss_of(task: Task, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return the mean loss of a batch."""
-    labels = batch["labels"]
-    if not task.is_classification:
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return nn.functional.cross_entropy(logits, labels, ignore_index=-100)
 
 
 @torch.no_grad()

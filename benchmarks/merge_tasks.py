@@ -28,6 +28,7 @@ from transformers import (
 
 IGNORED = -100
 Batch = dict[str, Tensor]
+Row = tuple[list[int], Any]
 
 
 @dataclass
@@ -37,8 +38,8 @@ class Task:
     name: str
     model_folder: Path
     pad: int
-    train: list[tuple[list[int], Any]]
-    held_out: list[tuple[list[int], Any]]
+    train: list[Row]
+    held_out: list[Row]
     batch_size: int
     is_classification: bool = False
 
@@ -63,7 +64,7 @@ class Task:
         size = 4 * self.batch_size
         return [self.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def batch(self, rows: list[tuple[list[int], Any]]) -> Batch:
+    def batch(self, rows: list[Row]) -> Batch:
         """Pad rows on the right."""
         length = max(len(tokens) for tokens, _ in rows)
         ids = torch.full((len(rows), length), self.pad)
@@ -78,14 +79,29 @@ class Task:
             labels = torch.tensor([target for _, target in rows])
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the mean loss of a batch."""
+        logits, labels = self._targets(logits, batch)
+        return cross_entropy(logits, labels, ignore_index=IGNORED)
+
     def score(self, logits: Tensor, batch: Batch) -> tuple[float, float, int]:
         """Return the summed loss, the number of right predictions and the number of targets."""
-        labels = batch["labels"]
-        if not self.is_classification:
-            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        logits, labels = self._targets(logits, batch)
         loss = cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
         hits = (logits.argmax(-1) == labels).sum()
         return float(loss), float(hits), int((labels != IGNORED).sum())
+
+    def _targets(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return logits and labels, row by row; of text each token's are those of the next."""
+        labels = batch["labels"]
+        if self.is_classification:
+            return logits, labels
+        return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+
+
+def inputs(batch: Batch) -> Batch:
+    """Return what the model is called with."""
+    return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 
 def load(name: str, model_folder: Path, data_folder: Path) -> Task:
@@ -95,36 +111,65 @@ def load(name: str, model_folder: Path, data_folder: Path) -> Task:
     return make(model_folder, data_folder, tokenizer)
 
 
-def _shakespeare(model: Path, data: Path, tokenizer: Any, length: int = 96) -> Task:
-    ids = tokenizer((data / "tinyshakespeare/input.txt").read_text())["input_ids"]
+# ---- Rows of each kind of data
+
+
+def text_rows(text: str, tokenizer: Any, length: int) -> list[Row]:
+    """Return text as windows of `length` tokens that follow each other; every token is a target."""
+    ids = tokenizer(text)["input_ids"]
     blocks = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    rows = [(block, block) for block in blocks]
+    return [(block, block) for block in blocks]
+
+
+def answer_rows(lines: list[str], tokenizer: Any, longest: int) -> list[Row]:
+    """Return questions with their answers, of which the answers alone are targets.
+
+    Rows are cut off at `longest` tokens; those that would hold fewer than 8 of the answer are left
+    out.
+    """
+    found = []
+    for line in lines:
+        entry = json.loads(line)
+        question = tokenizer(entry["question"] + "\n")["input_ids"]
+        answer = [*tokenizer(entry["answer"])["input_ids"], 0]
+        tokens = (question + answer)[:longest]
+        labels = ([IGNORED] * len(question) + answer)[:longest]
+        if len(question) < longest - 8:
+            found.append((tokens, labels))
+    return found
+
+
+def sentiment_rows(lines: list[str], tokenizer: Any, longest: int) -> list[Row]:
+    """Return sentences, cut off at `longest` tokens, with their labels."""
+    return [(tokenizer(line[2:])["input_ids"][:longest], int(line[0])) for line in lines]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file, which may be gzipped."""
+    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+    with opened as file:
+        return file.read().splitlines()
+
+
+# ---- The tasks
+
+
+def _shakespeare(model: Path, data: Path, tokenizer: Any, length: int = 96) -> Task:
+    rows = text_rows((data / "tinyshakespeare/input.txt").read_text(), tokenizer, length)
     cut = int(0.9 * len(rows))
     held_out = rows[cut:]
     return Task("shakespeare", model, 1, rows[:cut], held_out[:: max(1, len(held_out) // 160)], 8)
 
 
 def _gsm8k(model: Path, data: Path, tokenizer: Any, longest: int = 160) -> Task:
-    def rows(lines: list[str]) -> list[tuple[list[int], Any]]:
-        found = []
-        for line in lines:
-            entry = json.loads(line)
-            question = tokenizer(entry["question"] + "\n")["input_ids"]
-            answer = [*tokenizer(entry["answer"])["input_ids"], 0]
-            tokens = (question + answer)[:longest]
-            labels = ([IGNORED] * len(question) + answer)[:longest]
-            if len(question) < longest - 8:
-                found.append((tokens, labels))
-        return found
-
-    train = gzip.open(data / "gsm8k/train.jsonl.gz", "rt").read().splitlines()
-    test = (data / "gsm8k/test.jsonl").read_text().splitlines()
-    return Task("gsm8k", model, 1, rows(train), rows(test[::10]), 4)
+    train = answer_rows(read_lines(data / "gsm8k/train.jsonl.gz"), tokenizer, longest)
+    test = answer_rows(read_lines(data / "gsm8k/test.jsonl")[::10], tokenizer, longest)
+    return Task("gsm8k", model, 1, train, test, 4)
 
 
 def _sst2(model: Path, data: Path, tokenizer: Any) -> Task:
-    def rows(part: str) -> list[tuple[list[int], Any]]:
-        lines = (data / f"sst2/stsa.binary.{part}").read_text().splitlines()
-        return [(tokenizer(line[2:])["input_ids"][:48], int(line[0])) for line in lines]
-
-    return Task("sst2", model, 1, rows("train"), rows("test"), 16, True)
+    train, test = (
+        sentiment_rows(read_lines(data / f"sst2/stsa.binary.{part}"), tokenizer, 48)
+        for part in ("train", "test")
+    )
+    return Task("sst2", model, 1, train, test, 16, True)
