@@ -38,8 +38,8 @@ class RESLORA_API Stage {
 
   /// Begins to write. For files `folder` is made where there is none, with those above it. A whole
   /// folder must not be there, or be empty, when it is committed, and the folder above it must be
-  /// there; what an earlier writer left that was killed is removed, and where another is at work
-  /// c10::ValueError is thrown.
+  /// there; what an earlier writer left that was killed is removed, and where another is at work,
+  /// or a folder of somebody else has the hidden name, c10::ValueError is thrown.
   explicit Stage(const std::string& folder, Kind kind = Kind::kFiles);
   /// Discards what was not committed.
   ~Stage();
@@ -47,7 +47,7 @@ class RESLORA_API Stage {
   Stage& operator=(const Stage&) = delete;
 
   /// The folder to write to until `commit`.
-  const std::string& place() const { return hidden_; }
+  const std::string& place() const { return place_; }
   // What follows throws c10::ValueError once the stage is over.
 
   /// Where to write the file that will have this name, or this path below the folder (without "."
@@ -72,6 +72,7 @@ class RESLORA_API Stage {
 
   std::string folder_;
   std::string hidden_;  // empty: there is nothing to discard
+  std::string place_;   // in it, or the same
   Kind kind_;
   bool is_new_ = false;
   std::unique_ptr<detail::FolderLock> lock_;  // of the hidden folder

@@ -17,16 +17,15 @@
 namespace reslora::detail {
 
 std::string final_path(const std::string& path) {
-  const size_t end = path.rfind('/');
-  if (end == std::string::npos) return path;
-  const size_t slash = end == 0 ? std::string::npos : path.rfind('/', end - 1);
-  const size_t start = slash == std::string::npos ? 0 : slash + 1;
-  const std::string folder = path.substr(start, end - start);
-  if (folder.compare(0, std::strlen(kHidden), kHidden) == 0)
-    return path.substr(0, start) + path.substr(end + 1);
-  const size_t marks = std::strlen(kUnfinished) + 1;  // with the dot before the name
-  if (folder.size() <= marks || folder[0] != '.' || !ends_with(folder, kUnfinished)) return path;
-  return path.substr(0, start) + folder.substr(1, folder.size() - marks) + path.substr(end);
+  for (size_t begin = 0, end = 0; end != std::string::npos; begin = end + 1) {
+    end = path.find('/', begin);
+    const std::string part = path.substr(begin, end - begin);
+    const bool is_hidden = part.compare(0, std::strlen(kHidden), kHidden) == 0;
+    const bool is_unfinished = !part.empty() && part[0] == '.' && ends_with(part, kUnfinished);
+    if (end != std::string::npos && (is_hidden || is_unfinished))
+      return path.substr(0, begin) + path.substr(end + 1);
+  }
+  return path;
 }
 
 std::string in_folder(const std::string& folder, const std::string& name) {

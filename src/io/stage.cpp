@@ -67,13 +67,12 @@ Stage::Stage(const std::string& folder, Kind kind)
   }
   is_new_ = !detail::exists(folder_);
   detail::make_folder(folder_);
-  hidden_ = detail::make_hidden(folder_, *lock_);
+  place_ = hidden_ = detail::make_hidden(folder_, *lock_);
 }
 
 void Stage::open_folder() {
-  const std::string parent = parent_of(folder_);
-  const std::string hidden =
-      parent + "." + folder_.substr(folder_.rfind('/') + 1) + detail::kUnfinished;
+  const std::string parent = parent_of(folder_), name = folder_.substr(folder_.rfind('/') + 1);
+  const std::string hidden = parent + "." + name + detail::kUnfinished;
   if (::mkdir(hidden.c_str(), 0777) != 0 && errno != EEXIST)
     refuse_system(hidden, "the folder could not be made", errno);
   struct stat found;
@@ -83,9 +82,17 @@ void Stage::open_folder() {
   TORCH_CHECK_VALUE(
       lock_->is_held(),
       fmt::format("[merge] one merge may write {} at a time; got another", shown(folder_, 4096)));
+  TORCH_CHECK_VALUE(
+      detail::is_of_writer(hidden),
+      fmt::format("[merge] {} must be free for what is not finished; got a folder of somebody "
+                  "else: move it",
+                  shown(hidden, 4096)));
   if (detail::remove_below(hidden) != 0)
     refuse_system(hidden, "what an earlier merge left could not be removed", errno);
   hidden_ = hidden;
+  detail::mark(hidden);
+  place_ = hidden + "/" + name;
+  detail::make_folder(place_);
 }
 
 Stage::~Stage() { discard(); }
@@ -94,7 +101,7 @@ std::string Stage::path(const std::string& name) {
   check_open();
   check_name(name);
   names_.push_back(name);
-  return hidden_ + "/" + name;
+  return place_ + "/" + name;
 }
 
 void Stage::remove(const std::string& name) {
@@ -114,10 +121,9 @@ void Stage::commit() {
     discard();
     return;
   }
-  if (sync_below(hidden_) != 0) refuse_system(folder_, "its files could not be synced", errno);
-  if (::rename(hidden_.c_str(), folder_.c_str()) != 0)
+  if (sync_below(place_) != 0) refuse_system(folder_, "its files could not be synced", errno);
+  if (::rename(place_.c_str(), folder_.c_str()) != 0)
     refuse_system(folder_, "the folder could not be put in place", errno);
-  hidden_.clear();
   discard();
   detail::on_file("save", folder_, [&] { detail::sync_folder(parent_of(folder_)); });
 }

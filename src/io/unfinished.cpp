@@ -22,6 +22,7 @@ namespace reslora::detail {
 namespace {
 
 constexpr const char* kNote = ".commit";
+constexpr const char* kMark = ".writer";
 constexpr char kPut = '+', kRemove = '-';
 constexpr int kAttempts = 16;
 
@@ -41,27 +42,43 @@ bool is_folder(const std::string& path) {
   return ::lstat(path.c_str(), &found) == 0 && S_ISDIR(found.st_mode);
 }
 
-/// The hidden folders in a folder; links that are called so are not.
+/// True for the path of a file below a folder, none of whose folders is a link: what a note names
+/// may have come with somebody's adapter.
+bool is_below(const std::string& folder, const std::string& name) {
+  for (size_t begin = 0, end = 0; end != std::string::npos; begin = end + 1) {
+    end = name.find('/', begin);
+    const std::string part = name.substr(begin, end - begin);
+    if (part.empty() || part == "." || part == "..") return false;
+    if (end != std::string::npos && !is_folder(in_folder(folder, name.substr(0, end))))
+      return false;
+  }
+  return true;
+}
+
+/// The hidden folders of writers in a folder; links that are called so are not.
 std::vector<std::string> hidden_in(const std::string& folder) {
   std::vector<std::string> found;
   const std::unique_ptr<DIR, int (*)(DIR*)> open(::opendir(folder.c_str()), ::closedir);
   if (!open) return found;
   while (const dirent* item = ::readdir(open.get()))
-    if (std::strncmp(item->d_name, kHidden, std::strlen(kHidden)) == 0 &&
-        is_folder(in_folder(folder, item->d_name)))
-      found.push_back(in_folder(folder, item->d_name));
+    if (std::strncmp(item->d_name, kHidden, std::strlen(kHidden)) == 0) {
+      const std::string hidden = in_folder(folder, item->d_name);
+      if (is_folder(hidden) && is_of_writer(hidden)) found.push_back(hidden);
+    }
   return found;
 }
 
-/// What a hidden folder's commit does; nothing where it was not reached.
-Commit noted_commit(const std::string& hidden) {
+/// What a hidden folder's commit does to `folder`; nothing where it was not reached.
+Commit noted_commit(const std::string& folder, const std::string& hidden) {
   Commit commit;
   const std::string text = file_text(in_folder(hidden, kNote));
   for (size_t begin = 0, end = 0; begin < text.size(); begin = end + 1) {
     end = text.find('\0', begin);
     if (end == std::string::npos || end == begin) break;
     std::vector<std::string>& names = text[begin] == kPut ? commit.names : commit.removed;
-    names.push_back(text.substr(begin + 1, end - begin - 1));
+    const std::string name = text.substr(begin + 1, end - begin - 1);
+    if (!is_below(folder, name)) return {};
+    names.push_back(name);
   }
   return commit;
 }
@@ -117,9 +134,27 @@ std::string make_hidden(const std::string& folder, FolderLock& lock) {
     if (::mkdtemp(hidden.data()) == nullptr)
       refuse_system(folder, "no file can be made there", errno);
     lock = FolderLock(hidden, FolderLock::Kind::kTry);
-    if (lock.is_held()) return hidden;  // else somebody took it for a dead one
+    if (!lock.is_held()) continue;  // somebody took it for a dead one
+    mark(hidden);
+    return hidden;
   }
   refuse_system(folder, "no file can be made there", EAGAIN);
+}
+
+void mark(const std::string& hidden) {
+  const std::string path = in_folder(hidden, kMark);
+  const int descriptor = ::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+  if (descriptor < 0) refuse_system(hidden, "no file can be made there", errno);
+  ::close(descriptor);
+}
+
+bool is_of_writer(const std::string& hidden) {
+  if (exists(in_folder(hidden, kMark)) || exists(in_folder(hidden, kNote))) return true;
+  const std::unique_ptr<DIR, int (*)(DIR*)> open(::opendir(hidden.c_str()), ::closedir);
+  if (!open) return false;
+  int items = 0;  // "." and ".." among them
+  while (::readdir(open.get()) != nullptr) ++items;
+  return items <= 2;
 }
 
 // ---- Commits ------------------------------------------------------------------------------------
@@ -152,7 +187,7 @@ void finish_dead(const std::string& folder) {
   for (const std::string& hidden : hidden_in(folder)) {
     const FolderLock lock(hidden, FolderLock::Kind::kTry);
     if (!lock.is_held() || !lock.is_certain()) continue;
-    const Commit commit = noted_commit(hidden);
+    const Commit commit = noted_commit(folder, hidden);
     const bool is_noted = !commit.names.empty() || !commit.removed.empty();
     if (is_noted && is_decided(hidden, commit)) put_in_place(folder, hidden, commit);
     if (remove_below(hidden) != 0 || ::rmdir(hidden.c_str()) != 0)

@@ -41,8 +41,14 @@ class FolderLock {
   bool is_certain_ = false;
 };
 
-/// Makes a hidden folder in `folder` for a writer and locks it. Throws c10::Error.
+/// Makes a hidden folder in `folder` for a writer, locks and marks it. Throws c10::Error.
 std::string make_hidden(const std::string& folder, FolderLock& lock);
+
+/// Marks a hidden folder as one that may be emptied. Throws c10::Error.
+void mark(const std::string& hidden);
+
+/// True for a folder that a writer marked, or with nothing in it: not one of somebody else.
+bool is_of_writer(const std::string& hidden);
 
 /// Notes in the hidden folder what its commit will do, and syncs it. Throws FileError.
 void note_commit(const std::string& hidden, const Commit& commit);

@@ -182,5 +182,6 @@ def apart(folder: Path) -> Iterator[Path]:
         finally:
             _places.reset(token)
         for path in sorted(stage.place.iterdir()):
-            if path.is_file() and path.name not in (WEIGHTS_NAME, CONFIG_NAME):
+            is_hidden = path.name.startswith(".")  # the mark of the stage
+            if path.is_file() and not is_hidden and path.name not in (WEIGHTS_NAME, CONFIG_NAME):
                 stage.path(os.fspath(path.name))

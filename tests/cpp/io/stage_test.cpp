@@ -98,7 +98,7 @@ TEST_F(StageTest, RefusesAPlaceThatIsAFile) {
 TEST_F(StageTest, AWholeFolderAppearsAtOnce) {
   for (const char* name : {"out", "out/"}) {  // the second time the folder is there, and empty
     Stage stage(path(name), Stage::Kind::kFolder);
-    EXPECT_EQ(stage.place(), path(".out.unfinished"));
+    EXPECT_EQ(stage.place(), path(".out.unfinished/out"));
     std::filesystem::create_directory(stage.path("below"));
     write_text(stage.path("below/a"), "1");
     stage.commit();
@@ -125,20 +125,63 @@ TEST_F(StageTest, OneWriterOfAFolderAtATime) {
   Stage first(path("out"), Stage::Kind::kFolder);
   write_text(first.path("a"), "first");
   EXPECT_TRUE(refuses([&] { Stage second(path("out"), Stage::Kind::kFolder); }, "at a time"));
-  EXPECT_EQ(text_of(".out.unfinished/a"), "first");
+  EXPECT_EQ(text_of(".out.unfinished/out/a"), "first");
   first.discard();
   EXPECT_THAT(names(), UnorderedElementsAre());
   Stage third(path("out"), Stage::Kind::kFolder);
-  EXPECT_THAT(names(".out.unfinished"), UnorderedElementsAre());
+  EXPECT_THAT(names(".out.unfinished"), UnorderedElementsAre(".writer", "out"));
+}
+
+TEST_F(StageTest, ANoteIsBelievedOfFilesInTheFolderAlone) {
+  put("precious", "kept");
+  std::filesystem::create_directories(path("in/.reslora-abcdef/link"));
+  std::filesystem::create_symlink(folder_, path("in/link"));
+  const auto note = [&](const std::string& text) {
+    std::filesystem::create_directories(path("in/.reslora-abcdef/link"));
+    put("in/.reslora-abcdef/link/precious", "theirs");
+    put("in/mine", "kept");
+    put("in/.reslora-abcdef/.commit", text);
+    finish_saves(path("in"));
+    EXPECT_EQ(text_of("precious"), "kept") << text;
+    EXPECT_FALSE(std::filesystem::exists(path("in/.reslora-abcdef")));
+  };
+  const std::string end(1, '\0');
+  for (const std::string& name :
+       {std::string("../precious"), path("precious"), std::string("./../precious"),
+        std::string("link/precious"), std::string("mine/../../precious")}) {
+    note("-" + name + end);
+    note("+none" + end + "-" + name + end);
+    note("+none" + end + "+" + name + end);
+    EXPECT_EQ(text_of("in/mine"), "kept");
+  }
+  note("-mine" + end);
+  EXPECT_FALSE(std::filesystem::exists(path("in/mine"))) << "so a note of a writer is believed";
+}
+
+TEST_F(StageTest, FoldersOfSomebodyElseAreLeftAlone) {
+  for (const char* folder : {"in/.reslora-abcdef", ".in.unfinished"}) {
+    std::filesystem::create_directories(path(folder));
+    put(std::string(folder) + "/mine", "kept");
+  }
+  finish_saves(path("in"));
+  {
+    Stage stage(path("in"));
+    write_text(stage.path("a"), "1");
+    stage.commit();
+  }
+  EXPECT_EQ(text_of("in/.reslora-abcdef/mine"), "kept");
+  EXPECT_TRUE(refuses([&] { Stage stage(path("in"), Stage::Kind::kFolder); }, "must be free"));
+  EXPECT_EQ(text_of(".in.unfinished/mine"), "kept");
 }
 
 TEST_F(StageTest, LeftoversOfAKilledWriterAreRemovedAndLinksNotFollowed) {
   put("precious", "kept");
   std::filesystem::create_directories(path(".out.unfinished/below"));
   put(".out.unfinished/below/half", "half");
+  put(".out.unfinished/.writer", "");
   std::filesystem::create_symlink(folder_, path(".out.unfinished/link"));
   Stage stage(path("out"), Stage::Kind::kFolder);
-  EXPECT_THAT(names(".out.unfinished"), UnorderedElementsAre());
+  EXPECT_THAT(names(".out.unfinished"), UnorderedElementsAre(".writer", "out"));
   EXPECT_EQ(text_of("precious"), "kept");
   stage.discard();
   std::filesystem::create_directory(path("theirs"));

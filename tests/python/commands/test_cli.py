@@ -101,6 +101,7 @@ def test_two_merges_to_one_place_are_refused(tmp_path, capsys):
     folder = tmp_path / ".out.unfinished"
     folder.mkdir()
     (folder / "theirs").write_text("half")
+    (folder / ".writer").touch()
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -110,6 +111,15 @@ def test_two_merges_to_one_place_are_refused(tmp_path, capsys):
     finally:
         os.close(lock)
     assert merge_in(capsys, tmp_path)[0] == 0
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_leftovers(tmp_path, capsys):
+    make(tmp_path)
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished/notes").write_text("mine")
+    code, _, err = merge_in(capsys, tmp_path)
+    assert code == 1 and "must be free for what is not finished" in err
+    assert (tmp_path / ".out.unfinished/notes").read_text() == "mine"
 
 
 # ---- merge --verify

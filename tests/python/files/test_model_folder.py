@@ -590,7 +590,8 @@ def test_leftovers_of_a_killed_merge_are_removed(tmp_path):
     model = make(tmp_path)
     left = tmp_path / ".out.unfinished"
     (left / "folder").mkdir(parents=True)
-    (left / "folder" / "file").write_text("")
+    for name in (".writer", "folder/file"):
+        (left / name).touch()
     (left / "model-00001-of-00009.safetensors").write_bytes(b"half")
     (left / "config.json").write_bytes(b"half")
     assert run(tmp_path) == 0
