@@ -21,9 +21,11 @@ struct Range {
   std::atomic<uintptr_t> end{0};
 };
 
-std::array<Range, 1024> ranges;  // more than models have files
+constexpr int kMostDescriptors = 256;  // a process may have a thousand files open
+std::array<Range, 1024> ranges;        // more than models have files
 struct sigaction previous;
-long page_size = 0;
+std::atomic<bool> has_passed_on{false};
+const long page_size = ::sysconf(_SC_PAGESIZE);
 
 /// Calls nothing but system calls, as a handler must.
 void fill_with_zeros(int signal, siginfo_t* info, void*) {
@@ -39,21 +41,25 @@ void fill_with_zeros(int signal, siginfo_t* info, void*) {
     errno = error;
     return;
   }
-  ::sigaction(SIGBUS, &previous, nullptr);  // the access is tried again, and meets this one
+  // The access is tried again, and meets the handler before; one that comes back here, the default.
+  struct sigaction to_default = {};
+  to_default.sa_handler = SIG_DFL;
+  ::sigaction(SIGBUS, has_passed_on.exchange(true) ? &to_default : &previous, nullptr);
   if (info->si_code <= 0) ::raise(signal);
   errno = error;
 }
 
+/// Handles SIGBUS, also where somebody else has begun to since the map before.
 void install() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    page_size = ::sysconf(_SC_PAGESIZE);
-    struct sigaction own = {};
-    own.sa_sigaction = fill_with_zeros;
-    own.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    ::sigemptyset(&own.sa_mask);
-    ::sigaction(SIGBUS, &own, &previous);
-  });
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  struct sigaction own = {}, now;
+  own.sa_sigaction = fill_with_zeros;
+  own.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  ::sigemptyset(&own.sa_mask);
+  if (::sigaction(SIGBUS, nullptr, &now) != 0 || now.sa_sigaction == fill_with_zeros) return;
+  previous = now;
+  ::sigaction(SIGBUS, &own, nullptr);
 }
 
 int taken_slot(const unsigned char* base, uint64_t size) {
@@ -74,15 +80,20 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   InputFile file(path);  // checks that it is a regular file
   header_ = read_header(file);
   size_ = file.size();
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   void* at = MAP_FAILED;
-  if (descriptor >= 0 && ::fstat(descriptor, &found_) == 0)
-    at = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
+  if (descriptor_ >= 0 && ::fstat(descriptor_, &found_) == 0)
+    at = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor_, 0);
   const int error = errno;
-  if (descriptor >= 0) ::close(descriptor);
-  if (at == MAP_FAILED)
+  if (at == MAP_FAILED) {
+    if (descriptor_ >= 0) ::close(descriptor_);
     throw FileError("the file cannot be mapped: " + std::generic_category().message(error));
+  }
   base_ = static_cast<unsigned char*>(at);
+  if (descriptor_ >= kMostDescriptors) {
+    ::close(descriptor_);
+    descriptor_ = -1;
+  }
   ::madvise(base_, size_, MADV_SEQUENTIAL);
   install();
   slot_ = taken_slot(base_, size_);
@@ -92,6 +103,7 @@ MappedFile::~MappedFile() {
   if (slot_ >= 0) ranges[slot_].begin = 1;
   ::munmap(base_, size_);
   if (slot_ >= 0) ranges[slot_].begin = 0;
+  if (descriptor_ >= 0) ::close(descriptor_);
 }
 
 const unsigned char* MappedFile::data() const {
@@ -101,7 +113,7 @@ const unsigned char* MappedFile::data() const {
 
 void MappedFile::check_unchanged() const {
   struct stat now;
-  if (::stat(path_.c_str(), &now) != 0) return;  // it has another name, or none
+  if ((descriptor_ >= 0 ? ::fstat(descriptor_, &now) : ::stat(path_.c_str(), &now)) != 0) return;
   if (now.st_dev != found_.st_dev || now.st_ino != found_.st_ino) return;
   const bool is_same = static_cast<uint64_t>(now.st_size) == size_ &&
                        now.st_mtim.tv_sec == found_.st_mtim.tv_sec &&

@@ -26,13 +26,14 @@ class MappedFile {
   const Header& header() const { return header_; }
   /// The first byte behind the header.
   const unsigned char* data() const;
-  /// Throws FileError where the file was written to since it was mapped. One that took its place is
-  /// another file.
+  /// Throws FileError where the file was written to since it was mapped, also under another name.
+  /// One that took its place is another file.
   void check_unchanged() const;
 
  private:
   std::string path_;
   Header header_;
+  int descriptor_ = -1;     // to look at the file whatever its name; not kept of a thousand shards
   struct stat found_ = {};  // when it was mapped
   unsigned char* base_ = nullptr;
   uint64_t size_ = 0;

@@ -72,6 +72,33 @@ TEST_F(MappedFileTest, AFileThatIsWrittenToMeanwhileIsRefused) {
     EXPECT_THAT(said([&] { touch(); }, is_before), HasSubstr(kSentence));
 }
 
+TEST_F(MappedFileTest, AFileThatIsShortenedAndThenRenamedOrRemovedIsRefused) {
+  const auto renamed = [&] {
+    shorten(5000);
+    fs::rename(path("in"), path("other"));
+  };
+  const auto removed = [&] {
+    shorten(5000);
+    fs::remove(path("in"));
+  };
+  for (const bool is_before : {true, false}) {
+    EXPECT_THAT(said(renamed, is_before), HasSubstr(kSentence));
+    EXPECT_THAT(said(removed, is_before), HasSubstr(kSentence));
+  }
+}
+
+TEST_F(MappedFileTest, AHandlerThatCameLaterDoesNotEndTheProgram) {
+  const auto in_a_process_of_its_own = [&] {
+    said([] {}, true);  // a map: the handler is there
+    struct sigaction other = {};
+    other.sa_handler = [](int) { std::_Exit(9); };
+    ::sigaction(SIGBUS, &other, nullptr);
+    const std::string sentence = said([&] { shorten(5000); }, true);
+    std::_Exit(sentence.find(kSentence) == std::string::npos ? 1 : 0);
+  };
+  EXPECT_EXIT(in_a_process_of_its_own(), ::testing::ExitedWithCode(0), "");
+}
+
 TEST_F(MappedFileTest, AFileThatIsReplacedOrRemovedIsReadAsItWas) {
   const auto replace = [&] {
     save_tensors(path("new"), {{{"a", at::zeros({2})}}, {}});
