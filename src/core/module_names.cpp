@@ -20,14 +20,28 @@ const ExpressionMatch& checked(const ExpressionMatch& match) {
 // left of it once braces are written out, and by parentheses.
 constexpr size_t kMaxExpanded = 8192;
 constexpr size_t kMaxNested = 100;
+// What it tries grows with the square of these, and with a power of what looks ahead within others.
+constexpr size_t kMaxRepeated = 200;
+constexpr size_t kMaxAhead = 2;
 
 void check_bounded(const std::string& expression) {
-  size_t depth = 0, deepest = 0, expanded = expression.size();
+  size_t depth = 0, deepest = 0, expanded = expression.size(), repeated = 0;
+  std::vector<size_t> ahead;  // the depths at which something looks ahead, and how deep that was
+  size_t deepest_ahead = 0;
   for (size_t i = 0; i < expression.size() && expanded <= kMaxExpanded; ++i) {
     const char c = expression[i];
     if (c == '\\') ++i;
-    if (c == '(') deepest = std::max(deepest, ++depth);
-    if (c == ')' && depth > 0) --depth;
+    if (c == '(') {
+      deepest = std::max(deepest, ++depth);
+      if (expression.compare(i, 3, "(?=") == 0 || expression.compare(i, 3, "(?!") == 0)
+        ahead.push_back(depth);
+      deepest_ahead = std::max(deepest_ahead, ahead.size());
+    }
+    if (c == ')' && depth > 0) {
+      if (!ahead.empty() && ahead.back() == depth) ahead.pop_back();
+      --depth;
+    }
+    if (c == '*' || c == '+' || c == '{') ++repeated;
     if (c != '{') continue;
     size_t repeats = 1;  // the larger number of {2,5}
     for (size_t number = 0; ++i < expression.size() && expression[i] != '}';) {
@@ -37,10 +51,12 @@ void check_bounded(const std::string& expression) {
     }
     expanded *= repeats;
   }
-  RESLORA_CHECK(expanded <= kMaxExpanded && deepest <= kMaxNested,
+  RESLORA_CHECK(expanded <= kMaxExpanded && deepest <= kMaxNested && repeated <= kMaxRepeated &&
+                    deepest_ahead <= kMaxAhead,
                 "[config] a pattern may have at most {} characters, with all that its braces "
-                "repeat, and parentheses at most {} deep; got a larger one that begins with '{}'",
-                kMaxExpanded, kMaxNested, expression.substr(0, 40));
+                "repeat, at most {} of '*', '+' and '{{', parentheses at most {} deep, and at most "
+                "{} that look ahead within each other; got a larger one that begins with '{}'",
+                kMaxExpanded, kMaxRepeated, kMaxNested, kMaxAhead, expression.substr(0, 40));
 }
 
 // Matching in time that grows with the pattern times the text. It takes no back-references.
