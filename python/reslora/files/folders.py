@@ -54,8 +54,8 @@ def card_for(folder: PathLike, text: str) -> str | None:
 
 
 def _is_untouched(card: bytes) -> bool:
-    text, mark, rest = card.rpartition(_CARD_MARK.partition("{")[0].encode())
-    return bool(mark) and rest.startswith(_sum(text).encode())
+    text = card.rpartition(_CARD_MARK.partition("{")[0].encode())[0]
+    return card == text + _CARD_MARK.format(_sum(text)).encode()
 
 
 def _sum(text: bytes) -> str:

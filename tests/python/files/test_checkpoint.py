@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from models import SHORTCUTS, Net, adapted, randomize, tiny_bert, tiny_llama, tokens, trained
 
-from reslora import ResLoraConfig, inject, load, merge, save_pretrained
+from reslora import ResLoraConfig, export_lora, inject, load, merge, save_pretrained
 from reslora.files import checkpoint
 from reslora.injection.adapted import find_layers, injection_of
 
@@ -240,3 +240,18 @@ def test_an_empty_name_is_the_folder_that_one_stands_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_pretrained(adapted(), "")
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "README.md"}
+
+
+@pytest.mark.parametrize("write", [save_pretrained, export_lora])
+@pytest.mark.parametrize("place", ["front", "end"])
+def test_a_card_with_notes_of_the_user_is_kept(tmp_path, write, place):
+    model = adapted(res_mode="none", target_modules=["lin"])
+    write(model, tmp_path)
+    card = tmp_path / "README.md"
+    ours = card.read_text()
+    write(model, tmp_path)
+    assert card.read_text() == ours
+    card.write_text(f"My notes\n{ours}" if place == "front" else f"{ours}\nMy notes\n")
+    noted = card.read_text()
+    write(model, tmp_path)
+    assert card.read_text() == noted
