@@ -69,13 +69,19 @@ class RESLORA_API MergePlan {
 
   /// Writes W* into every weight, one matrix in memory at a time. With `keep_originals` the old
   /// bits are copied to the CPU for `revert`. With `safe_merge` every W* is checked for NaN and
-  /// infinity before the first weight is written (computes each W* twice). `progress(done)` is
+  /// infinity before the first weight is written (computes each W* twice), and those of fp16, where
+  /// W* may not fit, always are. `progress(done)` is
   /// called after each layer; an exception from it, or any other (out of memory), restores the
   /// weights already written where originals are kept. Without originals they stay, `done` says how
   /// many, and a second call goes on behind them. Throws c10::ValueError when applied twice, for
   /// weights that cannot take a sum, and for `keep_originals` where some are gone.
   void apply(bool keep_originals = true, bool safe_merge = false,
              const std::function<void(int64_t)>& progress = nullptr);
+
+  /// Lets `apply` go on with the tensors that hold the weights and biases now, as `layers`, where
+  /// it failed without originals and the model was moved to another device since. Cost: reads all
+  /// weights. Throws c10::ValueError for tensors of other values, dtypes or shapes.
+  void go_on_with(const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& biases);
 
   /// Restores the exact bits that `apply` replaced, after which `apply` may be called again.
   /// `weights` and `biases`, as `layers`: the tensors that hold the merged values now, where they
@@ -86,7 +92,7 @@ class RESLORA_API MergePlan {
               const std::vector<at::Tensor>& biases = {});
 
  private:
-  void check_finite() const;
+  void check_finite(bool all) const;
   void write(size_t i, bool keep_original);
   void restore();
 

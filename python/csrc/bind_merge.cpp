@@ -66,14 +66,17 @@ void bind_plan(py::module_& m) {
       .def("apply", &MergePlan::apply, py::arg("keep_originals") = true,
            py::arg("safe_merge") = false, py::arg("progress") = nullptr, NoGil())
       .def(
+          "go_on_with",
+          [](MergePlan& plan, const std::vector<MaybeTensor>& weights,
+             const std::vector<MaybeTensor>& biases) {
+            plan.go_on_with(or_undefined(weights), or_undefined(biases));
+          },
+          py::arg("weights"), py::arg("biases"), NoGil())
+      .def(
           "revert",
           [](MergePlan& plan, const std::vector<MaybeTensor>& weights,
              const std::vector<MaybeTensor>& biases) {
-            std::vector<Tensor> own;
-            std::vector<Tensor> own_biases;
-            for (const MaybeTensor& weight : weights) own.push_back(or_undefined(weight));
-            for (const MaybeTensor& bias : biases) own_biases.push_back(or_undefined(bias));
-            plan.revert(own, own_biases);
+            plan.revert(or_undefined(weights), or_undefined(biases));
           },
           py::arg("weights") = std::vector<MaybeTensor>(),
           py::arg("biases") = std::vector<MaybeTensor>(), NoGil());

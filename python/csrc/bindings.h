@@ -79,6 +79,12 @@ auto with_warnings(Body body) {
 
 inline Tensor or_undefined(const MaybeTensor& tensor) { return tensor.value_or(Tensor()); }
 
+inline std::vector<Tensor> or_undefined(const std::vector<MaybeTensor>& tensors) {
+  std::vector<Tensor> found;
+  for (const MaybeTensor& tensor : tensors) found.push_back(or_undefined(tensor));
+  return found;
+}
+
 inline MaybeTensor or_none(const Tensor& tensor) {
   return tensor.defined() ? MaybeTensor(tensor) : std::nullopt;
 }

@@ -505,6 +505,8 @@ class MergePlan:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Write W* into every weight; an exception restores what was written, from originals."""
+    def go_on_with(self, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None]) -> None:
+        """Let `apply` go on with the tensors that hold the weights now, of equal values."""
     def revert(
         self, weights: Sequence[Tensor | None] = ..., biases: Sequence[Tensor | None] = ...
     ) -> None:

@@ -158,6 +158,9 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
   Stage stage(folder);
   save_tensors(stage.path(kWeightsName), file);
   write_text(stage.path(kConfigName), options);
+  for (const auto& [name, tensor] : lora.heads)  // which files can hold
+    RESLORA_CHECK(!at::isFloatingType(tensor.scalar_type()) || detail::is_finite(tensor),
+                  "[export] trained modules must be finite; got NaN or infinity in {}", name);
   stage.commit();
   return R;
 }

@@ -105,7 +105,7 @@ void MergePlan::apply(bool keep_originals, bool safe_merge,
   }
   check_untied(weights_, layers_);
   check_untied_biases(biases_, layers_);
-  if (safe_merge) check_finite();
+  check_finite(/*all=*/safe_merge);
   try {
     is_running_ = true;
     while (done_ < layers_.size()) {
@@ -122,14 +122,16 @@ void MergePlan::apply(bool keep_originals, bool safe_merge,
   is_applied_ = true;
 }
 
-void MergePlan::check_finite() const {
+/// Of weights that are not `all` in question, those of fp16, whose range is small.
+void MergePlan::check_finite(bool all) const {
   for (size_t i = done_; i < layers_.size(); ++i) {
+    if (!all && weights_[i].scalar_type() != at::kHalf) continue;
     const Tensor merged = detail::unchecked_merged_weight(weights_[i], layers_[i]);
     const Tensor& bias = layers_[i].bias;
     RESLORA_CHECK(detail::is_finite(merged.to(weights_[i].scalar_type())) &&
                       (!bias.defined() || detail::is_finite(bias)),
-                  "[merge] safe_merge demands finite merged weights; got NaN or infinity in {} "
-                  "(layer {}): nothing was written",
+                  "[merge] merged weights must be finite and fit into their dtype; got NaN or "
+                  "infinity in {} (layer {}): nothing was written",
                   c10::toString(weights_[i].scalar_type()), layers_[i].name);
   }
 }
@@ -159,6 +161,28 @@ void MergePlan::restore() {
   originals_.clear();
   is_applied_ = false;
   done_ = 0;
+}
+
+void MergePlan::go_on_with(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  RESLORA_CHECK(weights.size() == layers_.size() && biases.size() == layers_.size(),
+                "[merge] going on needs one weight and one bias for each layer; got {} and {} for "
+                "{} layers",
+                weights.size(), biases.size(), layers_.size());
+  const auto check = [&](const Tensor& now, const Tensor& then, size_t i) {
+    if (!now.defined() && !then.defined()) return;
+    RESLORA_CHECK(now.defined() && then.defined() && detail::is_dense(now) && !now.is_meta() &&
+                      now.scalar_type() == then.scalar_type() && now.sizes() == then.sizes() &&
+                      at::equal(now.to(then.device()), then),
+                  "[merge] the weights of a merge that goes on must be as it left them, on any "
+                  "device; got {} where it left {} (layer {}): load the base model again",
+                  detail::described(now), detail::described(then), layers_[i].name);
+  };
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    check(weights[i], weights_[i], i);
+    check(biases[i], biases_[i], i);
+  }
+  weights_ = weights;
+  biases_ = biases;
 }
 
 void MergePlan::revert(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {

@@ -20,7 +20,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..injection.adapted import (
     Applied,
@@ -247,10 +247,27 @@ def _go_on(injection: Injection, halted: Halted, request: MergeRequest) -> Merge
             f"{halted.merge_method or 'default'!r}; got merge_method {request.merge_method!r}, "
             "data, refine_steps, verify or max_error"
         )
+    weights, biases = live_tensors(injection)  # of a model that was moved, others than the plan's
+    for i, layer in enumerate(injection.layers):
+        if layer.name in halted.dense:
+            weights[i] = halted.dense[layer.name].weight.detach()
+    halted.plan.go_on_with(weights, biases)
     interrupt = _apply(injection, halted, request)
     if interrupt is not None:
         raise interrupt
     return describe(halted.plan)
+
+
+Maybe = list[Tensor | None]
+
+
+def live_tensors(injection: Injection) -> tuple[Maybe, Maybe]:
+    """Return the weight and bias of each layer as they are now."""
+    weights = [base_weight(layer.base_layer) for layer in injection.layers]
+    biases = [getattr(layer.base_layer, "bias", None) for layer in injection.layers]
+    return [w if w is None else w.detach() for w in weights], [
+        b if b is None else b.detach() for b in biases
+    ]
 
 
 def _apply(injection: Injection, made: Halted, request: MergeRequest) -> BaseException | None:
@@ -346,13 +363,7 @@ def unmerge_adapters(injection: Injection) -> None:
             "[unmerge] the originals must be at hand; got a copy of a merged model (unmerge the "
             "model that was merged, or copy it before)"
         )
-    # The live tensors: a model that was moved since has others than the plan.
-    weights = [base_weight(layer.base_layer) for layer in injection.layers]
-    biases = [getattr(layer.base_layer, "bias", None) for layer in injection.layers]
-    injection.applied.plan.revert(
-        [None if weight is None else weight.detach() for weight in weights],
-        [None if bias is None else bias.detach() for bias in biases],
-    )
+    injection.applied.plan.revert(*live_tensors(injection))  # a model may have been moved since
     injection.applied = None
     for layer in injection.layers:
         layer.is_merged = False

@@ -54,6 +54,12 @@ def _loading() -> Iterator[None]:
     token = _is_loading.set(True)
     try:
         yield
+    except RecursionError as error:
+        if "JSON" not in str(error):
+            raise
+        raise ValueError(
+            f"[load] {CONFIG_NAME} must be JSON that can be read; got one that is nested too deep"
+        ) from None
     finally:
         _is_loading.reset(token)
 

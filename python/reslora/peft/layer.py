@@ -143,13 +143,13 @@ class PeftLinear(nn.Module, BaseTunerLayer):
                 f"[reslora.peft] one adapter can be active at a time; got {names} (export_lora "
                 "each, and combine them as plain LoRA)"
             )
+        self.refuse_halted("set_adapter")
         super().set_adapter(names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off; a merged one is taken out of the weights first."""
         if not enabled:
-            for name in self.reslora_adapters:
-                self.injection(name).refuse_halted("disable_adapter")
+            self.refuse_halted("disable_adapter")
             self.unmerge()
         super().enable_adapters(enabled)
 
@@ -158,6 +158,11 @@ class PeftLinear(nn.Module, BaseTunerLayer):
         if adapter_name in self.reslora_adapters:
             self.injection(adapter_name).close_passes()
         super().delete_adapter(adapter_name)
+
+    def refuse_halted(self, op: str) -> None:
+        """Refuse what would leave a merge half done, whichever adapter it is of."""
+        for name in self.reslora_adapters:
+            self.injection(name).refuse_halted(op)
 
     def close_passes(self) -> None:
         """Remove the hooks that the chains of all adapters needed."""

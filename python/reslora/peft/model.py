@@ -54,6 +54,8 @@ class ResLoraModel(BaseTuner):
         """Add an adapter: PEFT finds and wraps the layers, then they are linked."""
         refuse_wrapped(model, "reslora.peft")
         for name, module in model.named_modules():
+            if isinstance(module, PeftLinear):
+                module.refuse_halted("add_adapter")
             is_foreign = isinstance(module, BaseTunerLayer) and not isinstance(module, PeftLinear)
             if is_foreign or type(module) is ResLoraLinear:
                 raise ValueError(
@@ -269,6 +271,7 @@ class ResLoraModel(BaseTuner):
                 )
         else:
             for layer in layers:
+                layer.refuse_halted("unload")
                 layer.unmerge()
         for layer in layers:
             layer.close_passes()
@@ -288,6 +291,13 @@ class ResLoraModel(BaseTuner):
                 f"{kwargs['adapter_names']} (export_lora: plain LoRA can mix them)"
             )
         yield
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; PEFT forgets its config first, so what is refused is refused here."""
+        for layer in self.model.modules():
+            if isinstance(layer, PeftLinear):
+                layer.refuse_halted("delete_adapter")
+        super().delete_adapter(adapter_name)
 
     def _check_active(self, adapter_names: list[str] | None) -> None:
         if adapter_names is not None and list(adapter_names) != self.active_adapters:

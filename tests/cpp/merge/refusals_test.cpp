@@ -134,6 +134,18 @@ TEST(MergeRefusals, Reverting) {
       plan.revert(W, b);
     };
   };
+  const auto going_on = [&](bool is_bias) {
+    return [&, is_bias](const at::Tensor& tensor) {
+      std::vector<at::Tensor> W = weights, b = biases;
+      (is_bias ? b : W)[1] = tensor;
+      plan.go_on_with(W, b);
+    };
+  };
+  refuses_call(
+      "MergePlan::go_on_with", "one weight", [&] { plan.go_on_with({weights[0]}, biases); },
+      "got 1 and 3");
+  refuses_tensors("MergePlan::go_on_with", "weights", weights[1], going_on(false));
+  refuses_tensors("MergePlan::go_on_with", "biases", biases[1], going_on(true));
   refuses_tensors("MergePlan::revert", "weights", weights[1], reverted(false));
   refuses_tensors("MergePlan::revert", "biases", biases[1], reverted(true));
 }

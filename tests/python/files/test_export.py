@@ -105,6 +105,15 @@ def test_a_classification_head_goes_along(tmp_path):
     assert_same_in_peft(model, base, tmp_path)
 
 
+def test_a_head_that_is_not_finite_is_not_exported(tmp_path):
+    model = trained_model(tiny_bert(), target_modules=["query"], modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.classifier.bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"must be finite; got NaN or .* classifier\.bias"):
+        export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_an_encoder_decoder(tmp_path):
     model = tiny_t5()
     base = copy.deepcopy(model)

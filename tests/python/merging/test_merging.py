@@ -281,7 +281,7 @@ def test_safe_merge_refuses_what_is_not_finite():
     with torch.no_grad():
         model.layers[2].lin.base_layer.weight[0, 0] = float("inf")
     before = weights(model)
-    with pytest.raises(ValueError, match=r"safe_merge demands .* layers\.2\.lin"):
+    with pytest.raises(ValueError, match=r"must be finite and fit .* layers\.2\.lin"):
         merge(model, safe_merge=True)
     assert same(weights(model), before)
     merge(model)
@@ -297,6 +297,18 @@ def test_an_adapter_that_is_not_finite_is_never_merged_or_exported(value, tmp_pa
         with pytest.raises(ValueError, match=r"must be finite; got NaN or .* layers\.2\.lin"):
             call(model)
     assert same(weights(model), before) and not (tmp_path / "lora").exists()
+
+
+def test_a_weight_that_would_not_fit_into_fp16_is_not_written():
+    model = adapted(Net().half(), res_mode="bs")
+    with torch.no_grad():
+        model.layers[2].lin.reslora_A.fill_(3e4)
+        model.layers[2].lin.reslora_B.fill_(3e4)
+    before = weights(model)
+    for call in (merge, merge_and_unload):
+        with pytest.raises(ValueError, match=r"fit into their dtype; got .* Half .layer layers\.2"):
+            call(model)
+    assert same(weights(model), before)
 
 
 def test_a_base_without_a_plain_weight_is_refused():

@@ -371,6 +371,13 @@ def test_pickles_are_refused_and_a_file_in_the_way_is(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("read", [by_peft, by_transformers])
+def test_options_that_are_nested_too_deep_are_refused(saved, tmp_path, read):
+    (copied(saved, tmp_path) / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested"):
+        read(tmp_path)
+
+
 def test_other_ranks_write_nothing(tmp_path):
     wrapped(base_of()).save_pretrained(tmp_path / "adapter", is_main_process=False)
     assert not list((tmp_path / "adapter").iterdir())
