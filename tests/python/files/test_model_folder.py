@@ -590,10 +590,8 @@ def test_leftovers_of_a_killed_merge_are_removed(tmp_path):
     model = make(tmp_path)
     left = tmp_path / ".out.unfinished"
     (left / "folder").mkdir(parents=True)
-    for name in (".writer", "folder/file"):
-        (left / name).touch()
-    (left / "model-00001-of-00009.safetensors").write_bytes(b"half")
-    (left / "config.json").write_bytes(b"half")
+    for name in (".writer", "folder/file", "model-00001-of-00009.safetensors", "config.json"):
+        (left / name).write_bytes(b"half")
     assert run(tmp_path) == 0
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {p.name for p in (tmp_path / "base").iterdir()}
