@@ -71,8 +71,9 @@ class RESLORA_API AdaptedFiles {
   /// the base takes one tensor for its embeddings and its head. What the adapter holds alike for
   /// both (of a resized vocabulary) is written once. Throws c10::ValueError for a head that is tied
   /// in the base, for embeddings of another size, where the adapter holds the base weight of an
-  /// adapted head, and it is another, and for the bias of an affine fit where the base has none;
-  /// warns where another head has another shape.
+  /// adapted head, and it is another, for the bias of an affine fit where the base has none, and
+  /// where the adapter's config lists in tied_weights that a layer's weight is another module's
+  /// too; warns where another head has another shape.
   std::map<std::string, TensorEdit> edits(const MergePlan& plan, bool ties_embeddings = false,
                                           c10::Device device = at::kCPU) const;
 

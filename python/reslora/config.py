@@ -29,7 +29,8 @@ NAMES = ("modules_to_save", "layers_pattern")  # a single name stands for a list
 # What an adapter_config.json holds beside the options.
 FILE_KEYS = (
     "peft_type", "reslora_version", "reslora_sum", "base_model_name_or_path", "task_type",
-    "other_places", "fan_in_fan_out", "auto_mapping", "inference_mode", "peft_version",  # of PEFT
+    "other_places", "tied_weights",
+    "fan_in_fan_out", "auto_mapping", "inference_mode", "peft_version",  # of PEFT
 )  # fmt: skip
 
 # Options of PEFT's LoRA that have no meaning here, and why.

@@ -12,9 +12,9 @@
 #include <string_view>
 
 #include "core/check.h"
+#include "io/config_lists.h"
 #include "io/factor_names.h"
 #include "merge/merged_weight.h"
-#include "safetensors/json.h"
 
 namespace reslora {
 namespace {
@@ -25,8 +25,6 @@ using Paths = std::vector<std::string>;
 
 constexpr std::string_view kWeight = ".weight";
 constexpr std::string_view kBaseLayer = ".base_layer.";  // of an adapted layer, as PEFT names it
-constexpr const char* kTransposedKey = "fan_in_fan_out";
-constexpr const char* kPlacesKey = "other_places";
 // Embeddings that transformers ties to a head which the files do not hold.
 constexpr std::array<std::string_view, 5> kEmbeddings{{"embed_tokens.weight", "wte.weight",
                                                        "word_embeddings.weight", "shared.weight",
@@ -173,53 +171,6 @@ ResLoraConfig config_of(const AdapterFile& adapter, const ExpressionMatch& match
 
 }  // namespace
 
-std::vector<std::string> transposed_chains(const AdapterFile& adapter) {
-  std::vector<std::string> chains;
-  std::string value;
-  try {
-    detail::JsonReader config(adapter.config_json, "the adapter's config");
-    config.object([&](const std::string& key) {
-      value = config.raw();
-      if (key != kTransposedKey || value == "null" || value == "false") return;
-      detail::JsonReader list(value, kTransposedKey);
-      list.array([&] { chains.push_back(list.string()); });
-    });
-  } catch (const detail::ContentError& error) {
-    RESLORA_CHECK(false, "[merge] {} must list the chains whose files hold W^T; got {} ({})",
-                  kTransposedKey, detail::shown(value), error.what());
-  }
-  return chains;
-}
-
-std::map<std::string, std::vector<std::string>> other_places(const AdapterFile& adapter) {
-  std::map<std::string, Paths> places;
-  std::string value;
-  try {
-    detail::JsonReader config(adapter.config_json, "the adapter's config");
-    config.object([&](const std::string& key) {
-      value = config.raw();
-      if (key != kPlacesKey || value == "null") return;
-      detail::JsonReader layers(value, kPlacesKey);
-      layers.object([&](const std::string& layer) {
-        layers.array([&] { places[layer].push_back(layers.string()); });
-      });
-    });
-  } catch (const detail::ContentError& error) {
-    RESLORA_CHECK(false, "[merge] {} must list further paths by layer; got {} ({})", kPlacesKey,
-                  detail::shown(value), error.what());
-  }
-  return places;
-}
-
-void check_one_place(const AdapterFile& adapter) {
-  for (const auto& [layer, paths] : other_places(adapter))
-    RESLORA_CHECK(paths.empty(),
-                  "[export_lora] a layer of a plain LoRA must hang at one place; got {}, which "
-                  "hangs at {} too: merge into the base, or export the loaded model, which knows "
-                  "whether a whole block hangs there",
-                  layer, fmt::join(paths, ", "));
-}
-
 MergePlan plan_adapter(const AdapterFile& adapter, const Statistics& statistics,
                        const std::string& merge_method, const ExpressionMatch& match) {
   check_one_place(adapter);
@@ -236,12 +187,18 @@ AdaptedFiles::AdaptedFiles(const ModelFiles& files, const AdapterFile& adapter,
     for (const LayerShape& layer : chain.layers) checked_weight(layer);
 }
 
-/// The tensors of a layer at each of its paths that the files hold.
+/// The tensors of a layer at each of its paths that the files hold: under other prefixes only where
+/// they hold none of the paths as it is.
 std::vector<AdaptedFiles::Names> AdaptedFiles::names_of(
     const std::vector<std::string>& paths) const {
+  const bool is_there = std::any_of(paths.begin(), paths.end(), [&](const std::string& path) {
+    return files_.contains(path + std::string(kWeight));
+  });
   std::vector<Names> found;
   for (const std::string& path : paths) {
-    const std::string key = find_name(files_, path + std::string(kWeight));
+    const std::string wanted = path + std::string(kWeight);
+    const std::string key =
+        is_there ? (files_.contains(wanted) ? wanted : "") : find_name(files_, wanted);
     const bool is_new = std::none_of(found.begin(), found.end(),
                                      [&](const Names& other) { return other.weight == key; });
     if (key.empty() || !is_new) continue;
@@ -319,6 +276,11 @@ MergePlan AdaptedFiles::plan(const Statistics& statistics, const std::string& me
 std::map<std::string, TensorEdit> AdaptedFiles::edits(const MergePlan& plan, bool ties_embeddings,
                                                       c10::Device device) const {
   std::map<std::string, TensorEdit> edits;
+  for (const auto& [layer, names] : detail::tied_weights(adapter_))
+    RESLORA_CHECK(names.empty(),
+                  "[merge] the weight of an adapted layer must be its own; got that of {}, which "
+                  "is {} too (an export as plain LoRA leaves the weights alone)",
+                  layer, fmt::join(names, ", "));
   for (const LayerMerge& layer : plan.layers()) {
     const auto place = places_.find(layer.name);
     RESLORA_CHECK(place != places_.end(),

@@ -153,7 +153,9 @@ int64_t save_plain_lora(const std::string& folder, const PlainLora& lora) {
     file.tensors.emplace(prefix + layer.name + ".lora_A.weight", std::move(A));
     file.tensors.emplace(prefix + layer.name + ".lora_B.weight", std::move(B));
   }
-  for (const auto& [name, tensor] : lora.heads) file.tensors.emplace(prefix + name, tensor);
+  for (const auto& [name, tensor] : lora.heads)
+    RESLORA_CHECK(file.tensors.emplace(prefix + name, tensor).second,
+                  "[export] trained modules must have names of their own; got {}", name);
   const std::string options = peft_config(lora, R);
   Stage stage(folder);
   save_tensors(stage.path(kWeightsName), file);

@@ -92,9 +92,13 @@ void refuse_system(const std::string& path, const char* what, int error) {
 
 int remove_below(const std::string& folder) {
   const auto remove = [](const char* path, const struct stat*, int, struct FTW* at) {
-    return at->level > 0 ? std::remove(path) : 0;
+    const bool is_mark = at->level == 1 && std::strcmp(path + at->base, kMark) == 0;
+    return at->level > 0 && !is_mark ? std::remove(path) : 0;
   };
-  return ::nftw(folder.c_str(), remove, 16, FTW_DEPTH | FTW_PHYS);
+  const int result = ::nftw(folder.c_str(), remove, 16, FTW_DEPTH | FTW_PHYS);
+  // Last, so that what is left by a writer who dies here is still known to be one's.
+  if (result == 0) ::unlink(in_folder(folder, kMark).c_str());
+  return result;
 }
 
 // ---- Locks --------------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ def save_pretrained(
         base_model_name_or_path=base,
         fan_in_fan_out=transposed_chains(injection) or None,
         other_places=injection.other_places(model) or None,
+        tied_weights=injection.tied_weights(model) or None,
     )
     layers = statistics_of(injection, statistics == "covariances") if statistics else {}
     found = _own_tensors(model, injection)

@@ -145,6 +145,17 @@ class Injection:
                     found.setdefault(layer.name, []).append(name)
         return found
 
+    def tied_weights(self, model: nn.Module) -> dict[str, list[str]]:
+        """Return the parameters of other modules that are a layer's weight too, by layer."""
+        owners = {id(getattr(x.base_layer, "weight", None)): x for x in self.layers}
+        found: dict[str, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            layer = owners.get(id(parameter))
+            if layer is None or model.get_submodule(name.rpartition(".")[0]) is layer.base_layer:
+                continue
+            found.setdefault(layer.name, []).append(plain_name(name))
+        return found
+
     def undo(self) -> None:
         """Put the base layers back, remove the hooks, restore which parameters train."""
         for parent, attribute, layer in reversed(self.places):

@@ -84,19 +84,11 @@ def _check_weights(
             )
         if layer.is_disabled:
             raise ValueError(f"[{op}] adapters must be enabled; got {layer.name} disabled")
-    owners: dict[int, str] = {}
-    adapted = {id(getattr(layer.base_layer, "weight", None)) for layer in injection.layers}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = owners.setdefault(id(parameter), name)
-        if id(parameter) in adapted and other != name and not _is_same_module(model, other, name):
-            raise ValueError(
-                f"[{op}] a merged weight must belong to one layer; got {name}, which is {other} "
-                "too (export_lora leaves the weights alone)"
-            )
-
-
-def _is_same_module(model: nn.Module, a: str, b: str) -> bool:
-    return model.get_submodule(a.rpartition(".")[0]) is model.get_submodule(b.rpartition(".")[0])
+    for name, others in injection.tied_weights(model).items():
+        raise ValueError(
+            f"[{op}] a merged weight must belong to one layer; got that of {name}, which is "
+            f"{others[0]} too (export_lora leaves the weights alone)"
+        )
 
 
 def merge(

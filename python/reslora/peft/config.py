@@ -54,6 +54,10 @@ class ResLoraConfig(CoreConfig, PeftConfig):
             "help": "Taken from the model: further paths of layers that hang at several places"
         },
     )
+    tied_weights: dict[str, list[str]] | None = field(
+        default=None,
+        metadata={"help": "Taken from the model: other parameters that are a layer's weight too"},
+    )
     reslora_version: str | None = field(
         default=None, metadata={"help": "Version of reslora, leave empty to auto-fill."}
     )

@@ -212,6 +212,7 @@ class ResLoraModel(BaseTuner):
         open_sessions(model, injection)
         config.fan_in_fan_out = transposed_chains(injection)
         config.other_places = injection.other_places(model) or None
+        config.tied_weights = injection.tied_weights(model) or None
         injection.note_chains()
         warn_without_links(injection)
 

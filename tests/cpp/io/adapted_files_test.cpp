@@ -146,6 +146,26 @@ TEST_F(AdaptedFilesTest, ALayerAtSeveralPlacesIsMergedAtEachAndNotExported) {
   check({"head.q.weight"});
 }
 
+TEST_F(AdaptedFilesTest, ACopyBesideTheModelIsNoPlaceOfALayer) {
+  const AdapterFile adapter = adapter_of(ResLoraConfig().r(2).res_mode("none"),
+                                         R"("other_places": {"m.0.q": ["head.q"]},)");
+  auto base = base_of();
+  base["head.q.weight"] = base["ema.m.0.q.weight"] = base["m.0.q.weight"].clone();
+  base.erase("m.0.q.weight");
+  const AdaptedFiles adapted(files_of(base), adapter);
+  EXPECT_THAT(adapted.edits(adapted.plan({}, "")),
+              ElementsAre(Key("head.q.weight"), Key("m.1.q.weight")));
+}
+
+TEST_F(AdaptedFilesTest, AWeightThatIsAnotherModulesTooIsRefused) {
+  const AdapterFile adapter = adapter_of(ResLoraConfig().r(2).res_mode("none"),
+                                         R"("tied_weights": {"m.0.q": ["other.q.weight"]},)");
+  const AdaptedFiles adapted(files_of(base_of()), adapter);
+  const MergePlan plan = adapted.plan({}, "");
+  EXPECT_TRUE(refuses([&] { adapted.edits(plan); }, "got that of m.0.q, which is other.q.weight"));
+  EXPECT_EQ(plan_adapter(adapter, {}, "").layers().size(), 2U);
+}
+
 TEST_F(AdaptedFilesTest, AnotherBaseIsRefused) {
   auto base = base_of();
   base["m.1.q.weight"] = at::ones({kOut, kIn + 1});

@@ -171,6 +171,36 @@ def test_files_name_all_places_and_are_merged_there(tmp_path, make, targets):
     assert not (tmp_path / "lora").exists()
 
 
+class Tied(nn.Module):
+    """Two modules with one weight, of which one is adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x):
+        return self.decoder(torch.tanh(self.encoder(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+def test_a_weight_of_two_modules_is_merged_neither_in_memory_nor_in_files(tmp_path):
+    base, model = made(Tied, ["encoder"], "none")
+    model.save_pretrained(tmp_path / "plugin")
+    core = reslora.load(copy.deepcopy(base), tmp_path / "plugin").eval()
+    reslora.save_pretrained(core, tmp_path / "core")
+    (tmp_path / "base").mkdir()
+    state = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    _C.save_tensors(tmp_path / "base/model.safetensors", state, {})
+    for adapter in ("plugin", "core"):
+        with pytest.raises(ValueError, match=r"must be its own; got that of encoder"):
+            merge_folder(tmp_path / "base", tmp_path / adapter, tmp_path / "out")
+        export_folder(tmp_path / adapter, tmp_path / f"lora of {adapter}")
+    for adapted in (core, model):
+        with pytest.raises(ValueError, match=r"must belong to one layer; got that of encoder"):
+            reslora.merge(adapted)
+
+
 @pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
 def test_a_plain_lora_of_a_layer_at_two_places_is_refused(tmp_path):
     convert_to_lora = pytest.importorskip("peft", minversion="0.19").convert_to_lora
