@@ -3,13 +3,17 @@
 ///
 /// @verbatim
 /// v_n = A_n x_n + taps                      (known on calibration batches: the output s of adapt)
-/// A'_n = argmin  sum |v_n - A' x_n|^2 + lambda |A' - A_n|^2
-///      = A_n + (sum v x^T - A_n sum x x^T) (sum x x^T + lambda I)^-1
+/// A'_n = argmin  sum |v_n - A' x_n|^2 + lambda |A' - A0_n|^2
+///      = A0_n + (sum v x^T - A0_n sum x x^T) (sum x x^T + lambda I)^-1
+/// A0_n = c_n A_n                            (is: the paper's form, c_n = 1 + alpha*)
+///      = c_n A_n + sum over k of c_{n-k} A_{n-k}    (ms, of the layers with A of one shape)
 /// @endverbatim
 ///
-/// lambda is `ridge` times the mean diagonal of sum x x^T (of centred x in the affine form). The
+/// The factors c are fitted too: the best ones for these rows and for kPriorRows more that follow
+/// what the norms of training say, where they were recorded. lambda is `ridge` times the mean of
+/// |x|^2 over the rows (of centred x in the affine form), so that few rows leave A' near A0. The
 /// rank stays r and B is untouched; what remains is the part of the taps that is no linear function
-/// of x_n. The paper's alpha* is the special case A' = (1 + alpha*) A_n.
+/// of x_n.
 ///
 /// @code{.cpp}
 /// reslora::FitCollector collector({chain.view()});
@@ -42,7 +46,7 @@ namespace reslora {
 
 /// How fits are made.
 struct FitOptions {
-  double ridge = 1e-4;  ///< lambda over the mean diagonal of sum x x^T; > 0
+  double ridge = 0.3;   ///< lambda over the mean of |x|^2; > 0
   bool affine = false;  ///< also fit an offset, for layers with a bias that fit into max_cov_bytes
   int64_t max_cov_bytes = int64_t{4}
                           << 30;  ///< of sums held at once; solving takes one more matrix
@@ -59,12 +63,26 @@ struct FitSums {
   int64_t rows = 0;  ///< calibration rows
 };
 
+/// How many rows the norms of training are worth beside those of a calibration.
+constexpr double kPriorRows = 64;
+
+/// What a fit of A is pulled to, beside A itself.
+struct FitAnchor {
+  std::vector<at::Tensor> others;  ///< A of other layers, of the shape of A
+  std::vector<double> factors;     ///< of A and of each other by the norms; empty: not known
+};
+
+/// The anchor of a layer: for `ms` the A of the layers that it reaches, where they have the shape
+/// of its own, and the rule `factored`'s factors where all norms are there. Throws c10::ValueError
+/// for a view that has not the tensors of every layer, and for a position that is none.
+RESLORA_API FitAnchor fit_anchor(const ChainView& chain, int64_t position);
+
 /// Solves for A' (and the affine form). A: [r, in]. Throws c10::ValueError for sums that are not
-/// finite fp64, do not fit A or have negative squares, for no rows, and for ridge <= 0; `name` is
-/// the layer's, for messages.
+/// finite fp64, do not fit A or have negative squares, for no rows, for ridge <= 0, and for an
+/// anchor that does not fit A; `name` is the layer's, for messages.
 /// Cost: in^3 / 3 flops and two matrices of in x in.
 RESLORA_API Fit solve_fit(const FitSums& sums, const at::Tensor& A, const FitOptions& options,
-                          const std::string& name);
+                          const std::string& name, const FitAnchor& anchor = {});
 
 /// Moves a share of every tap to the layer whose input it reads, starting from fits.
 ///

@@ -20,8 +20,15 @@ void bind_solving(py::module_& m) {
       .def_readonly("affine", &FitOptions::affine)
       .def_readonly("max_cov_bytes", &FitOptions::max_cov_bytes)
       .def_readonly("keep_sums", &FitOptions::keep_sums);
-  m.def("solve_fit", &solve_fit, py::arg("sums"), py::arg("A"), py::arg("options"), py::arg("name"),
-        NoGil(), "Solve for A' from sums.");
+  m.def(
+      "solve_fit",
+      [](const FitSums& sums, const Tensor& A, const FitOptions& options, const std::string& name,
+         const std::optional<ChainView>& chain, int64_t position) {
+        return solve_fit(sums, A, options, name,
+                         chain ? fit_anchor(*chain, position) : FitAnchor());
+      },
+      py::arg("sums"), py::arg("A"), py::arg("options"), py::arg("name"),
+      py::arg("chain") = std::nullopt, py::arg("position") = 0, NoGil(), "Solve for A' from sums.");
 }
 
 void bind_collector(py::module_& m) {

@@ -350,7 +350,14 @@ class FitOptions:
     @property
     def keep_sums(self) -> bool: ...
 
-def solve_fit(sums: FitSums, A: Tensor, options: FitOptions, name: str) -> Fit:
+def solve_fit(
+    sums: FitSums,
+    A: Tensor,
+    options: FitOptions,
+    name: str,
+    chain: ChainView | None = ...,
+    position: int = ...,
+) -> Fit:
     """Solve for A' from sums; `name` is the layer's, for messages."""
 
 class FinishedLayer:

@@ -163,13 +163,15 @@ Fit FitCollector::State::fit(const Slot& slot, int64_t c, int64_t n) {
   if (input.file) {
     int64_t steps = 0;
     const detail::RowSums sums{slot.vx, slot.ux, input.diagonal, slot.vv, input.rows};
-    Fit fit = detail::solve_rows(sums, *input.file, A, options.ridge, name, steps);
+    const FitAnchor anchor = fit_anchor(views[c], n);
+    Fit fit = detail::solve_rows(sums, *input.file, A, options.ridge, name, anchor, steps);
     cost.solver_steps += steps;
     return fit;
   }
   FitOptions own = options;
   own.affine = options.affine && views[c].layers[n].bias.defined();
-  return solve_fit({input.xx, slot.vx, input.x_sum, slot.v_sum, slot.vv, input.rows}, A, own, name);
+  return solve_fit({input.xx, slot.vx, input.x_sum, slot.v_sum, slot.vv, input.rows}, A, own, name,
+                   fit_anchor(views[c], n));
 }
 
 FitCollector::FitCollector(std::vector<ChainView> chains, FitOptions options)

@@ -5,15 +5,18 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <reslora/formulas.h>
+#include <reslora/regression.h>
 
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include "core/check.h"
 #include "core/tensor_checks.h"
 #include "merge/merged_weight.h"
 
-namespace reslora::detail {
+namespace reslora {
+namespace detail {
 namespace {
 
 using at::Tensor;
@@ -201,6 +204,19 @@ class AlphaStar {
   std::vector<double> merged_norms_;
 };
 
+/// alpha* of the layers that layer n reaches by |x|_F; nothing where a norm is missing or no use.
+std::optional<std::vector<double>> factors_by_norms(const ChainView& view, int64_t n) {
+  const std::optional<double> own = view.layers[n].norms.mean(Norm::kInput);
+  if (!own || !std::isfinite(*own) || *own <= 0) return std::nullopt;
+  std::vector<double> factors;
+  for (const int64_t j : view.chain.reached(n)) {
+    const std::optional<double> other = view.layers[j].norms.mean(Norm::kInput);
+    if (!other || !std::isfinite(*other)) return std::nullopt;
+    factors.push_back(formulas::alpha_star_input(*other, *own));
+  }
+  return factors;
+}
+
 }  // namespace
 
 bool merges_exactly(const Chain& chain) {
@@ -284,4 +300,25 @@ std::vector<LayerMerge> plan_chain(const ChainView& view, MergeRule rule, bool u
   return layers;
 }
 
-}  // namespace reslora::detail
+}  // namespace detail
+
+FitAnchor fit_anchor(const ChainView& chain, int64_t position) {
+  detail::check_view(chain, "calibrate");
+  chain.chain.layer(position);  // refuses a position that is none
+  const at::Tensor& A = chain.layers[position].A;
+  const std::vector<int64_t> reached = chain.chain.reached(position);
+  const bool is_summed = chain.chain.shortcut() == Shortcut::kMs;
+  const auto by_norms = detail::factors_by_norms(chain, position);
+  FitAnchor anchor;
+  if (by_norms) anchor.factors = {1};
+  for (size_t k = 0; k < reached.size(); ++k) {
+    if (!is_summed && by_norms) anchor.factors[0] += (*by_norms)[k];
+    const at::Tensor& other = chain.layers[reached[k]].A;
+    if (!is_summed || other.sizes() != A.sizes()) continue;
+    anchor.others.push_back(other);
+    if (by_norms) anchor.factors.push_back((*by_norms)[k]);
+  }
+  return anchor;
+}
+
+}  // namespace reslora

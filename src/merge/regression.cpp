@@ -47,7 +47,7 @@ void check_sums(const FitSums& sums, const Tensor& A, const FitOptions& options,
                 name);
 }
 
-/// |v - A' x - offset|_F / |v|_F from the sums, where A' solves the normal equations:
+/// |v - A' x - offset|_F / |v|_F from the sums, where A' solves the normal equations pulled to A:
 /// A' xx = vx + lambda (A - A').
 double residual_of(double vv, const Tensor& vx, const Tensor& A, const Tensor& fitted,
                    double lambda) {
@@ -58,17 +58,62 @@ double residual_of(double vv, const Tensor& vx, const Tensor& A, const Tensor& f
 }
 
 /// lambda, from the diagonal of sum x x^T.
-double lambda_of(const Tensor& diagonal, double ridge, const std::string& name) {
-  const double mean = diagonal.mean().item<double>();
+double lambda_of(const Tensor& diagonal, int64_t rows, double ridge, const std::string& name) {
+  const double mean = sum_of(diagonal) / static_cast<double>(rows);
   RESLORA_CHECK(std::isfinite(mean),
                 "[calibrate] activations must be finite; got NaN or infinity (layer {}): check the "
                 "batches and the adapter",
                 name);
   RESLORA_CHECK(std::isfinite(ridge * mean),
-                "[calibrate] ridge times the mean sum of squares of the inputs must be finite; got "
+                "[calibrate] ridge times the mean square of the inputs must be finite; got "
                 "{} times {} (layer {}): lower ridge",
                 ridge, mean, name);
   return ridge * mean;
+}
+
+/// sum c_j A_j: the best factors for the rows and for those that the norms stand for. Without norms
+/// they are held by a small share of what the products weigh. `xx_of(A)`: A sum x x^T.
+Tensor anchor_of(const std::vector<Tensor>& all, const std::vector<Tensor>& all_xx,
+                 const Tensor& vx, const std::vector<double>& known, int64_t rows) {
+  const auto count = static_cast<int64_t>(all.size());
+  const auto options = at::TensorOptions().dtype(at::kDouble);
+  Tensor products = at::zeros({count, count}, options), targets = at::zeros({count}, options);
+  Tensor factors = at::zeros({count}, options);
+  factors[0] = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    targets[i] = sum_of(all[i] * vx);
+    if (!known.empty()) factors[i] = known[i];
+    for (int64_t j = 0; j <= i; ++j) products[i][j] = products[j][i] = sum_of(all_xx[i] * all[j]);
+  }
+  const Tensor diagonal = products.diagonal();
+  const double largest = diagonal.max().item<double>();
+  if (largest > 0) {
+    const double share = known.empty() ? 1e-3 : kPriorRows / static_cast<double>(rows);
+    const Tensor held = at::diag(diagonal * share + 1e-12 * largest);
+    factors += at::linalg_solve(products + held, targets - at::mv(products, factors));
+  }
+  Tensor anchor = at::zeros_like(vx);
+  for (int64_t i = 0; i < count; ++i) anchor.add_(all[i], factors[i].item<double>());
+  return anchor;
+}
+
+/// A and the others of its anchor; refuses what does not fit.
+std::vector<Tensor> factors_of(const Tensor& A, const FitAnchor& anchor,
+                               const at::TensorOptions& options, const std::string& name) {
+  RESLORA_CHECK(anchor.factors.empty() || anchor.factors.size() == anchor.others.size() + 1,
+                "[calibrate] an anchor needs a factor of A and of each other; got {} for {} others "
+                "(layer {})",
+                anchor.factors.size(), anchor.others.size(), name);
+  for (const double factor : anchor.factors)
+    RESLORA_CHECK(std::isfinite(factor),
+                  "[calibrate] the factors of an anchor must be finite; got {} (layer {})", factor,
+                  name);
+  std::vector<Tensor> all = {A.detach().to(options)};
+  for (const Tensor& other : anchor.others) {
+    detail::check_floating(other, A.sizes().vec(), "calibrate", "an A of the anchor", name);
+    all.push_back(other.detach().to(options));
+  }
+  return all;
 }
 
 struct Solved {
@@ -76,13 +121,16 @@ struct Solved {
   double residual = 0;
 };
 
-/// Solves in fp64; `xx` is overwritten.
-Solved solve(Tensor xx, const Tensor& vx, double vv, const Tensor& A, double ridge,
-             const std::string& name) {
-  const Tensor rhs = vx - at::mm(A, xx);
+/// Solves in fp64; `xx` is overwritten. `all`: A, and what else the anchor is made of.
+Solved solve(Tensor xx, const Tensor& vx, double vv, int64_t rows, const std::vector<Tensor>& all,
+             const std::vector<double>& known, double ridge, const std::string& name) {
+  std::vector<Tensor> all_xx;
+  for (const Tensor& own : all) all_xx.push_back(at::mm(own, xx));
   const Tensor diagonal = xx.diagonal();
-  const double lambda = lambda_of(diagonal, ridge, name);
-  if (lambda <= 0) return {A.clone(), residual_of(vv, vx, A, A, 0)};  // x was 0 throughout
+  const double lambda = lambda_of(diagonal, rows, ridge, name);
+  if (lambda <= 0) return {all[0].clone(), residual_of(vv, vx, all[0], all[0], 0)};  // x was 0
+  const Tensor A = anchor_of(all, all_xx, vx, known, rows);
+  const Tensor rhs = vx - at::mm(A, xx);
   diagonal.add_(lambda);
   const auto [factor, info] = at::linalg_cholesky_ex(xx);
   if (info.item<int>() != 0) return {};
@@ -99,9 +147,10 @@ double best_alpha(const Tensor& A, const Tensor& A_xx, const Tensor& vx) {
 }  // namespace
 
 Fit solve_fit(const FitSums& sums, const Tensor& A, const FitOptions& options,
-              const std::string& name) {
+              const std::string& name, const FitAnchor& anchor) {
   const detail::FullPrecision guard;
   check_sums(sums, A, options, name);
+  const std::vector<Tensor> all = factors_of(A, anchor, sums.vx.options(), name);
   const auto check = [&](const char* role, const Tensor& sum, std::vector<int64_t> sizes) {
     RESLORA_CHECK(is_sum(sum, sizes) && sum.device() == sums.vx.device(),
                   "[calibrate] {} must be fp64 [{}] on the device of vx; got {} (layer {})", role,
@@ -121,11 +170,11 @@ Fit solve_fit(const FitSums& sums, const Tensor& A, const FitOptions& options,
     check("x_sum", sums.x_sum, {A.size(1)});
     check("v_sum", sums.v_sum, {A.size(0)});
   }
-  const Tensor own = A.detach().to(sums.vx.options());
   Fit fit;
   fit.rows = sums.rows;
-  fit.alpha_star = best_alpha(own, at::mm(own, sums.xx), sums.vx);
-  const Solved linear = solve(sums.xx.clone(), sums.vx, sums.vv, own, options.ridge, name);
+  fit.alpha_star = best_alpha(all[0], at::mm(all[0], sums.xx), sums.vx);
+  const Solved linear =
+      solve(sums.xx.clone(), sums.vx, sums.vv, sums.rows, all, anchor.factors, options.ridge, name);
   RESLORA_CHECK(linear.fitted.defined(),
                 "[calibrate] the sum of x x^T plus ridge must be positive definite; got one that "
                 "is not (layer {}): raise ridge (now {})",
@@ -136,12 +185,11 @@ Fit solve_fit(const FitSums& sums, const Tensor& A, const FitOptions& options,
   fit.residual = linear.residual;
   if (!options.affine) return fit;
   const double count = static_cast<double>(sums.rows);
-  const Tensor x_mean = sums.x_sum / count;
-  const Tensor v_mean = sums.v_sum / count;
+  const Tensor x_mean = sums.x_sum / count, v_mean = sums.v_sum / count;
   const Tensor xx = at::addr(sums.xx, sums.x_sum, x_mean, 1, -1);
   const Tensor vx = at::addr(sums.vx, sums.v_sum, x_mean, 1, -1);
   const double vv = sums.vv - sum_of(sums.v_sum * v_mean);
-  const Solved affine = solve(xx, vx, vv, own, options.ridge, name);
+  const Solved affine = solve(xx, vx, vv, sums.rows, all, anchor.factors, options.ridge, name);
   if (!affine.fitted.defined()) return fit;  // x hardly varies: what is left of it is rounding
   fit.affine_A = affine.fitted.to(like);
   fit.offset = (v_mean - at::mv(affine.fitted, x_mean)).to(like);
@@ -152,19 +200,25 @@ Fit solve_fit(const FitSums& sums, const Tensor& A, const FitOptions& options,
 namespace detail {
 
 Fit solve_rows(const RowSums& sums, RowFile& rows, const Tensor& A, double ridge,
-               const std::string& name, int64_t& steps) {
+               const std::string& name, const FitAnchor& anchor, int64_t& steps) {
   const FullPrecision guard;
   const FitSums plain{{}, sums.vx, {}, {}, sums.vv, sums.rows};
   check_sums(plain, A, {ridge}, name);
   const Tensor own = A.detach().to(sums.vx.options());
-  const double lambda = lambda_of(sums.diagonal, ridge, name);
+  const double lambda = lambda_of(sums.diagonal, sums.rows, ridge, name);
   Fit fit;
   fit.rows = sums.rows;
   fit.alpha_star = best_alpha(own, sums.ux, sums.vx);
-  Tensor step = at::zeros_like(own);  // A' - A, a row of A' at a time in parallel
+  // What others' A make of the rows is not summed, so the anchor is a multiple of A.
+  const bool is_known = anchor.others.empty() && !anchor.factors.empty();
+  const std::vector<double> known = is_known ? anchor.factors : std::vector<double>();
+  const Tensor start = anchor_of({own}, {sums.ux}, sums.vx, known, sums.rows);
+  Tensor step = at::zeros_like(own);  // A' - start, a row of A' at a time in parallel
   if (lambda > 0) {
     const Tensor preconditioner = sums.diagonal + lambda;
-    Tensor left = sums.vx - sums.ux;
+    const double square = sum_of(own * own);
+    const double factor = square > 0 ? sum_of(start * own) / square : 0;
+    Tensor left = sums.vx - sums.ux * factor;
     Tensor z = left / preconditioner;
     Tensor direction = z.clone();
     Tensor rho = (left * z).sum(1, /*keepdim=*/true);
@@ -183,10 +237,10 @@ Fit solve_rows(const RowSums& sums, RowFile& rows, const Tensor& A, double ridge
       rho = next;
     }
   }
-  const Tensor fitted = own + step;
+  const Tensor fitted = start + step;
   const auto dtype = A.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   fit.A = fitted.to(A.options().dtype(dtype).requires_grad(false));
-  fit.residual = residual_of(sums.vv, sums.vx, own, fitted, lambda);
+  fit.residual = residual_of(sums.vv, sums.vx, start, fitted, lambda);
   return fit;
 }
 

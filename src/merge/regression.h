@@ -22,6 +22,6 @@ struct RowSums {
 /// The linear fit by conjugate gradients, each step one read of the file (GEMMs in fp32, the rest
 /// in fp64); `steps` is set to their number.
 Fit solve_rows(const RowSums& sums, RowFile& rows, const at::Tensor& A, double ridge,
-               const std::string& name, int64_t& steps);
+               const std::string& name, const FitAnchor& anchor, int64_t& steps);
 
 }  // namespace reslora::detail

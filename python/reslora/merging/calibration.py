@@ -110,7 +110,7 @@ def calibrate(
     Args:
         model: an adapted model; it is run in eval mode and without gradients.
         data: batches. None: solve again from kept covariances; []: forget all fits.
-        ridge: lambda over the mean diagonal of sum xx^T.
+        ridge: lambda over the mean of |x|^2: how strongly few rows are held to the paper's form.
         affine: also fit an offset where the base has a bias, for merging into both (not exports).
         max_cov_bytes: limit of the sums held at once, 8 in^2 bytes for each distinct x. Above it
             layers are fitted in groups over repeated passes, a larger one from rows in a file.
@@ -318,7 +318,6 @@ def solve_again(injection: Injection, ridge: float, affine: bool, moved: list[st
             "[calibrate] covariances must be of the adapter as it is; got some made before it "
             "changed: pass batches"
         )
-    layers = {layer.name: layer for layer in injection.layers}
     # What was refined or has moved taps is left out: it belongs to the fits that are replaced.
     fits = {name: fit for name, fit in calibrated.fits.items() if fit.B is None}
     lacking = {x.name for _, _, x in _places(injection)} - set(fits) - set(calibrated.sums)
@@ -327,12 +326,14 @@ def solve_again(injection: Injection, ridge: float, affine: bool, moved: list[st
             f"[calibrate] solving again needs the covariance of every layer; got none of "
             f"{min(lacking)}: pass batches"
         )
-    for name, sums in calibrated.sums.items():
-        layer = layers[name]
-        has_bias = getattr(layer.base_layer, "bias", None) is not None
-        A = layer.reslora_A.detach()
-        options = FitOptions(ridge, affine and has_bias)
-        fits[name] = solve_fit(sums, A, options, name)
+    for chain, view in zip(injection.chains, views_with(injection, None), strict=True):
+        for n, layer in enumerate(chain.layers):
+            if layer.name not in calibrated.sums:
+                continue
+            has_bias = getattr(layer.base_layer, "bias", None) is not None
+            options = FitOptions(ridge, affine and has_bias)
+            sums, A = calibrated.sums[layer.name], layer.reslora_A.detach()
+            fits[layer.name] = solve_fit(sums, A, options, layer.name, view, n)
     injection.calibrated = Calibrated(fits, calibrated.adapter_sum, calibrated.sums)
     result = _result_of(fits)
     _move_again(injection, moved, result)

@@ -227,6 +227,32 @@ TEST(MergeRefusals, Finishing) {
       kMayMiss);
 }
 
+TEST(MergeRefusals, Anchors) {
+  const at::Tensor A = at::randn({kR, kIn});
+  const auto d = at::kDouble;
+  const FitSums good{
+      at::eye(kIn, d), at::randn({kR, kIn}, d), at::randn({kIn}, d), at::randn({kR}, d), 2.0, 10};
+  const FitOptions options;
+  refuses_tensors("solve_fit", "the anchor", A, [&](const at::Tensor& other) {
+    solve_fit(good, A, options, "q", {{other}, {}});
+  });
+  refuses_call(
+      "solve_fit", "factors",
+      [&] {
+        solve_fit(good, A, options, "q", {{A}, {1}});
+      },
+      "a factor of A and of each other; got 1 for 1 others");
+  refuses_call(
+      "solve_fit", "factors",
+      [&] {
+        solve_fit(good, A, options, "q", {{}, {NAN}});
+      },
+      "must be finite; got nan");
+  of_factors("fit_anchor", [](const ChainView& view) { fit_anchor(view, 1); });
+  refuses_call(
+      "fit_anchor", "position", [] { fit_anchor(good_view(), 9); }, "9");
+}
+
 TEST(MergeRefusals, Sums) {
   const at::Tensor A = at::randn({kR, kIn});
   const auto d = at::kDouble;
@@ -262,10 +288,10 @@ TEST(MergeRefusals, Sums) {
   refuses_call(
       "solve_fit", "ridge", [&] { solve_fit(good, A, {0}, "q"); }, "ridge must be");
   FitSums larger = good;
-  larger.xx = 4 * good.xx;
+  larger.xx = 40 * good.xx;
   refuses_call(
       "solve_fit", "a large ridge", [&] { solve_fit(larger, A, {1e308}, "q"); },
-      "must be finite; got 1e+308 times 4 (layer q): lower ridge");
+      "must be finite; got 1e+308 times 16 (layer q): lower ridge");
 }
 
 TEST(MergeRefusals, Collectors) {

@@ -1,8 +1,7 @@
-// The regression merge: fits against equations and rows written out here, collecting under limits
-// of memory, and a chain of layers merged by it. What plans make of fits is in merge_test.cpp.
+// The regression merge: fits against equations and rows written out here, and collecting under
+// limits of memory. Layers merged by it are in lsq_test.cpp, what plans make of fits in
+// merge_test.cpp.
 #include <ATen/ATen.h>
-#include <reslora/linear.h>
-#include <reslora/merge.h>
 #include <reslora/regression.h>
 
 #include <cmath>
@@ -49,12 +48,34 @@ FitSums sums_of(const Rows& rows) {
           rows.x.size(0)};
 }
 
-double mean_diagonal(const Tensor& x) { return x.pow(2).sum(0).mean().item<double>(); }
+double mean_square(const Tensor& x) { return x.pow(2).sum(1).mean().item<double>(); }
 
-/// A' of the normal equations A' (sum x x^T + lambda I) = sum v x^T + lambda A.
-Tensor solved(const Rows& rows, const Tensor& A, double lambda) {
+/// sum c_j A_j with the factors that fit v best, each held to `known` by so many of its squares.
+Tensor anchored(const Rows& rows, const std::vector<Tensor>& A, std::vector<double> known = {},
+                double share = 1e-3) {
+  std::vector<Tensor> columns;
+  for (const Tensor& own : A) columns.push_back(at::mm(rows.x, own.t()).flatten());
+  const Tensor wide = at::stack(columns, 1);
+  known.resize(A.size());
+  if (share == 1e-3) known[0] = 1;
+  const Tensor before = at::tensor(known, at::kDouble);
+  const Tensor held = at::diag(wide.pow(2).sum(0) * share);
+  const Tensor factors = at::linalg_solve(
+      at::mm(wide.t(), wide) + held, at::mv(wide.t(), rows.v.flatten()) + at::mv(held, before));
+  Tensor anchor = at::zeros_like(A[0]);
+  for (size_t i = 0; i < A.size(); ++i) anchor.add_(A[i], factors[i].item<double>());
+  return anchor;
+}
+
+/// A' of the normal equations A' (sum x x^T + lambda I) = sum v x^T + lambda A0.
+Tensor solved(const Rows& rows, const Tensor& anchor, double lambda) {
   const Tensor left = at::mm(rows.x.t(), rows.x) + lambda * at::eye(rows.x.size(1), at::kDouble);
-  return at::linalg_solve(left, at::mm(rows.x.t(), rows.v) + lambda * A.t()).t();
+  return at::linalg_solve(left, at::mm(rows.x.t(), rows.v) + lambda * anchor.t()).t();
+}
+
+/// The fit of A with the options as they are.
+Tensor fitted(const Rows& rows, const Tensor& A) {
+  return solved(rows, anchored(rows, {A}), FitOptions().ridge * mean_square(rows.x));
 }
 
 /// [A', offset] of the equations with a column of ones beside x, whose weight takes no ridge.
@@ -88,9 +109,9 @@ class SolveFit : public ::testing::TestWithParam<double> {};
 TEST_P(SolveFit, EqualsTheNormalEquations) {
   const Tensor A = random({3, 6}, 1);
   const Rows rows = rows_of(A, 50, 2);
-  const double lambda = GetParam() * mean_diagonal(rows.x);
+  const double lambda = GetParam() * mean_square(rows.x);
   const Fit fit = solve_fit(sums_of(rows), A, with_ridge(GetParam()), "q");
-  const Tensor expected = solved(rows, A, lambda);
+  const Tensor expected = solved(rows, anchored(rows, {A}), lambda);
   EXPECT_TRUE(all_close(fit.A, expected, 1e-9));
   EXPECT_GT(frobenius(fit.A - A), 1e-3);
   EXPECT_NEAR(fit.residual, residual(rows, expected), 1e-7);
@@ -108,13 +129,31 @@ TEST_P(SolveFit, AffineEqualsTheAugmentedEquations) {
   options.affine = true;
   const Fit fit = solve_fit(sums_of(rows), A, options, "q");
   // The ridge is measured on what is solved: rows around their mean.
-  const double lambda = GetParam() * mean_diagonal(rows.x - rows.x.mean(0));
-  const auto [expected, offset] = solved_affine(rows, A, lambda);
+  const Rows centred = {rows.x - rows.x.mean(0), rows.v - rows.v.mean(0)};
+  const double lambda = GetParam() * mean_square(centred.x);
+  const auto [expected, offset] = solved_affine(rows, anchored(centred, {A}), lambda);
   EXPECT_TRUE(all_close(fit.affine_A, expected, 1e-8));
   EXPECT_TRUE(all_close(fit.offset, offset, 1e-8));
   EXPECT_NEAR(fit.affine_residual, residual(rows, expected, offset), 1e-7);
   EXPECT_LT(fit.affine_residual, fit.residual);
-  EXPECT_TRUE(all_close(fit.A, solved(rows, A, GetParam() * mean_diagonal(rows.x)), 1e-9));
+  const Tensor linear = solved(rows, anchored(rows, {A}), GetParam() * mean_square(rows.x));
+  EXPECT_TRUE(all_close(fit.A, linear, 1e-9));
+}
+
+TEST_P(SolveFit, AnAnchorMayBeMadeOfSeveralAAndOfWhatTheNormsSay) {
+  const Tensor A = random({3, 6}, 1), B = random({3, 6}, 21), C = random({3, 6}, 22);
+  const Rows rows = rows_of(A, 50, 2);
+  const double lambda = GetParam() * mean_square(rows.x);
+  const auto with_anchor = [&](const FitAnchor& anchor) {
+    return solve_fit(sums_of(rows), A, with_ridge(GetParam()), "q", anchor).A;
+  };
+  EXPECT_TRUE(
+      all_close(with_anchor({{B, C}, {}}), solved(rows, anchored(rows, {A, B, C}), lambda), 1e-9));
+  const double share = kPriorRows / 50;
+  EXPECT_TRUE(all_close(with_anchor({{B, C}, {1, 0.4, 2}}),
+                        solved(rows, anchored(rows, {A, B, C}, {1, 0.4, 2}, share), lambda), 1e-9));
+  EXPECT_TRUE(all_close(with_anchor({{}, {1.7}}),
+                        solved(rows, anchored(rows, {A}, {1.7}, share), lambda), 1e-9));
 }
 
 INSTANTIATE_TEST_SUITE_P(Regression, SolveFit, ::testing::Values(1e-8, 1e-4, 0.3, 20.0));
@@ -132,19 +171,22 @@ TEST(SolveFit, ChangesNeitherTheSumsNorA) {
   EXPECT_FALSE(fit.A.requires_grad());
 }
 
-TEST(SolveFit, AHugeRidgeKeepsA) {
+TEST(SolveFit, AHugeRidgeKeepsAMultipleOfA) {
   const Tensor A = random({3, 6}, 1);
   const Rows rows = rows_of(A, 50, 2);
   const Fit fit = solve_fit(sums_of(rows), A, with_ridge(1e8), "q");
-  EXPECT_TRUE(all_close(fit.A, A, 1e-7));
-  EXPECT_NEAR(fit.residual, residual(rows, A), 1e-6);
+  const Tensor kept = anchored(rows, {A});
+  EXPECT_TRUE(all_close(kept, A * (kept[0][0] / A[0][0]), 1e-12));
+  EXPECT_TRUE(all_close(fit.A, kept, 1e-7));
+  EXPECT_NEAR(fit.residual, residual(rows, kept), 1e-6);
 }
 
 TEST(SolveFit, FewerRowsThanFeaturesAreFitted) {
   const Tensor A = random({3, 6}, 1);
   const Rows rows = rows_of(A, 2, 2);
   const Fit fit = solve_fit(sums_of(rows), A, with_ridge(1e-6), "q");
-  EXPECT_TRUE(all_close(fit.A, solved(rows, A, 1e-6 * mean_diagonal(rows.x)), 1e-6));
+  const Tensor expected = solved(rows, anchored(rows, {A}), 1e-6 * mean_square(rows.x));
+  EXPECT_TRUE(all_close(fit.A, expected, 1e-6));
   EXPECT_LT(residual(rows, fit.A), 1e-2);
 }
 
@@ -154,6 +196,8 @@ TEST(SolveFit, AMultipleOfAIsAlphaStarAlone) {
   const Fit fit = solve_fit(sums_of({x, 2.5 * at::mm(x, A.t())}), A, with_ridge(1e-10), "q");
   EXPECT_NEAR(fit.alpha_star, 1.5, 1e-9);
   EXPECT_LT(fit.residual, 1e-6);
+  const Fit few = solve_fit(sums_of({x, 2.5 * at::mm(x, A.t())}), A, {}, "q");
+  EXPECT_LT(few.residual, 1e-2) << "the anchor holds it whatever the ridge";
 }
 
 TEST(SolveFit, AnXOfZerosKeepsAAndLeavesAllOfV) {
@@ -280,7 +324,7 @@ FitCollector collected(const ChainView& view, const FitOptions& options) {
   const ChainView& view = collector.views()[0];
   for (int64_t n = 1; n < view.chain.size(); ++n) {
     const Rows rows = both_batches(view, n);
-    const Tensor expected = solved(rows, view.layers[n].A, 1e-4 * mean_diagonal(rows.x));
+    const Tensor expected = fitted(rows, view.layers[n].A);
     const Fit& fit = view.layers[n].fit;
     if (!fit.A.defined()) return ::testing::AssertionFailure() << "no fit of layer " << n;
     const auto result = all_close(fit.A, expected, tolerance);
@@ -318,7 +362,7 @@ TEST_P(FitCollectorDtype, SumsManyRowsInTheirPrecision) {
   const Fit& fit = collector.views()[0].layers[1].fit;
   const Rows rounded = {x.to(at::kDouble).view({-1, 6}), v.to(at::kDouble).view({-1, 3})};
   const Tensor A = view.layers[1].A.to(at::kDouble);
-  const Tensor expected = solved(rounded, A, 1e-4 * mean_diagonal(rounded.x));
+  const Tensor expected = fitted(rounded, A);
   EXPECT_TRUE(all_close(fit.A, expected, GetParam() == at::kDouble ? 1e-6 : 1e-4));
   EXPECT_EQ(fit.A.scalar_type(), at::kFloat);
   EXPECT_NEAR(fit.residual, residual(rounded, expected), 5e-5);
@@ -349,7 +393,7 @@ TEST(FitCollector, LayersThatReadOneTensorShareItsCovariance) {
     EXPECT_TRUE(at::equal(fit.A, apart.views()[c].layers[1].fit.A));
     EXPECT_EQ(fit.rows, 40);
     const Rows rows = {q.x, static_cast<double>(c + 1) * q.v};
-    EXPECT_TRUE(all_close(fit.A, solved(rows, view.layers[1].A, 1e-4 * mean_diagonal(q.x)), 1e-9));
+    EXPECT_TRUE(all_close(fit.A, fitted(rows, view.layers[1].A), 1e-9));
   }
 }
 
@@ -377,8 +421,7 @@ TEST(FitCollector, TheMaskLeavesRowsOut) {
   const Fit& fit = collector.views()[0].layers[1].fit;
   ASSERT_LT(kept.size(0), 40);
   EXPECT_EQ(fit.rows, kept.size(0));
-  EXPECT_TRUE(
-      all_close(fit.A, solved(expected, view.layers[1].A, 1e-4 * mean_diagonal(expected.x)), 1e-9));
+  EXPECT_TRUE(all_close(fit.A, fitted(expected, view.layers[1].A), 1e-9));
 }
 
 TEST(FitCollector, ALimitOfMemorySplitsIntoPassesWithTheSameFits) {
@@ -429,8 +472,8 @@ TEST(FitCollector, LayersShareARowFile) {
   EXPECT_EQ(collector.cost().row_file_bytes, 4200 * 6 * 4);
   for (const size_t c : {0U, 1U}) {
     const Rows own = {rows.x, c == 0 ? rows.v : -rows.v};
-    EXPECT_TRUE(all_close(collector.views()[c].layers[1].fit.A,
-                          solved(own, view.layers[1].A, 1e-4 * mean_diagonal(own.x)), 1e-4));
+    EXPECT_TRUE(
+        all_close(collector.views()[c].layers[1].fit.A, fitted(own, view.layers[1].A), 1e-4));
   }
 }
 
@@ -509,7 +552,7 @@ TEST(FitCollector, APartnerInSomeCallsOnlyIsFittedOnItsOwnRows) {
         if (own == c) x.push_back(rows->x), v.push_back(rows->v);
       const Rows all = {at::cat(x), at::cat(v)};
       const Fit& fit = collector.views()[c].layers[1].fit;
-      const Tensor expected = solved(all, view.layers[1].A, 1e-4 * mean_diagonal(all.x));
+      const Tensor expected = fitted(all, view.layers[1].A);
       EXPECT_TRUE(all_close(fit.A, expected, 1e-9));
       EXPECT_EQ(fit.rows, all.x.size(0));
     }
@@ -531,67 +574,6 @@ TEST(FitCollectorRefuses, ShapesThatDoNotFit) {
   options.max_cov_bytes = -1;
   EXPECT_TRUE(refuses([&] { FitCollector({}, options); }, "max_cov_bytes must not be negative"));
 }
-
-// ---- a chain of layers, end to end
-
-struct Stack {
-  Tensor forward(Tensor x) {
-    for (ResLoraLinear& layer : layers) x = at::tanh(layer->forward(x));
-    return x;
-  }
-  std::vector<ResLoraLinear> layers;
-};
-
-/// Correlated rows: six directions carry most of sixteen features.
-Tensor inputs(int64_t count, uint64_t seed) {
-  return (0.4 * at::mm(random({count, 6}, seed), random({6, 16}, 31)) +
-          0.05 * random({count, 16}, seed + 1))
-      .to(at::kFloat);
-}
-
-class LsqEndToEnd : public ::testing::TestWithParam<const char*> {};
-
-TEST_P(LsqEndToEnd, MergesCloserThanTheRuleInput) {
-  at::manual_seed(3);
-  Stack stack;
-  for (int n = 0; n < 4; ++n) stack.layers.emplace_back(16, 16);
-  const LinkedChain chain = link(stack.layers, ResLoraConfig().r(4).res_mode(GetParam()));
-  at::NoGradGuard no_grad;
-  for (ResLoraLinear& layer : stack.layers) layer->reslora_B.normal_(0, 0.3);
-  {
-    const at::AutoGradMode grad(true);
-    stack.forward(inputs(256, 41));  // records the norms of the rule `input`
-  }
-  for (ResLoraLinear& layer : stack.layers) layer->eval();
-  FitCollector collector({chain.view()});
-  chain.collect(&collector, 0);
-  for (const uint64_t seed : {51U, 61U}) {
-    stack.forward(inputs(256, seed));
-    collector.end_batch();
-  }
-  chain.collect(nullptr);
-  stack.forward(inputs(9, 71));  // is no longer collected
-  ASSERT_FALSE(collector.finish_pass());
-  EXPECT_EQ(collector.views()[0].layers[2].fit.rows, 512);
-  const Tensor x = inputs(256, 81);
-  const Tensor adapted = stack.forward(x);
-  const auto error = [&](const std::vector<ChainView>& views, const char* rule) {
-    MergePlan plan(views, rule);
-    plan.apply();
-    chain.set_enabled(false);
-    const double distance = frobenius(stack.forward(x) - adapted) / frobenius(adapted);
-    chain.set_enabled(true);
-    plan.revert();
-    return distance;
-  };
-  const double by_input = error({chain.view()}, "input");
-  const double by_lsq = error(collector.views(), "");
-  EXPECT_GT(by_input, 1e-3);
-  EXPECT_LT(by_lsq, 0.5 * by_input);
-  EXPECT_TRUE(at::equal(stack.forward(x), adapted));
-}
-
-INSTANTIATE_TEST_SUITE_P(Regression, LsqEndToEnd, ::testing::Values("is", "ms"));
 
 }  // namespace
 }  // namespace reslora

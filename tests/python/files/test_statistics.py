@@ -12,6 +12,7 @@ from models import Net, adapted, randomize, tiny_llama, tokens
 from reslora import calibrate, load, merge, refine, save_pretrained
 from reslora.files.folders import STATISTICS_NAME
 from reslora.injection.adapted import find_layers, injection_of
+from reslora.merging.planning import make_plan
 
 DOUBLE = {"dtype": torch.float64}
 FIT = ("A", "B", "affine_A", "offset", "alpha_star", "residual", "affine_residual", "rows",
@@ -224,11 +225,13 @@ def test_other_values_are_refused(tmp_path, value):
 # ---- Covariances
 
 
-def solved(sums, A, ridge):
-    """A' of the normal equations, (vx + lambda A) (xx + lambda I)^-1."""
-    eye = torch.eye(sums["xx"].shape[0], **DOUBLE)
-    scale = ridge * sums["xx"].trace() / len(eye)
-    return torch.linalg.solve(sums["xx"] + scale * eye, sums["vx"] + scale * A, left=False)
+def solved(sums, A, ridge, alpha_star):
+    """A' of the normal equations, (vx + lambda c A) (xx + lambda I)^-1, c held to 1 + alpha*."""
+    eye, rows = torch.eye(sums["xx"].shape[0], **DOUBLE), float(sums["sums"][1])
+    scale, square = ridge * sums["xx"].trace() / rows, ((A @ sums["xx"]) * A).sum()
+    known, share = 1 + alpha_star, 64 / rows
+    c = ((A * sums["vx"]).sum() + share * square * known) / (square * (1 + share))
+    return torch.linalg.solve(sums["xx"] + scale * eye, sums["vx"] + scale * c * A, left=False)
 
 
 def test_covariances_serve_another_ridge_without_data(tmp_path):
@@ -240,11 +243,14 @@ def test_covariances_serve_another_ridge_without_data(tmp_path):
         calibrate(each, ridge=0.5)
     assert_same_fits(fits_of(other), fits_of(model))
     tensors = safetensors.torch.load_file(tmp_path / STATISTICS_NAME)
+    plan = make_plan(injection_of(other, "test"), "input", "test", use_affine=False)
+    alpha_star = {layer.name: sum(layer.alpha_star) for layer in plan.layers}
     for name, fit in fits_of(other).items():
         own = {part: tensors[f"{name}.{part}"] for part in ("xx", "vx", "sums")}
         A = other.get_submodule(name).reslora_A.detach()
-        torch.testing.assert_close(fit.A, solved(own, A, 0.5), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(first[name].A, solved(own, A, 1e-4), rtol=1e-9, atol=1e-12)
+        for solution, ridge in ((fit, 0.5), (first[name], 0.3)):
+            wanted = solved(own, A, ridge, alpha_star[name])
+            torch.testing.assert_close(solution.A, wanted, rtol=1e-9, atol=1e-12)
         assert fit.residual > first[name].residual and own["sums"][1] == 40
     x = torch.cat([find_input(model, x_of(seed)) for seed in (7, 8)])
     torch.testing.assert_close(tensors["layers.1.lin.xx"], x.T @ x)

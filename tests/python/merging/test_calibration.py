@@ -71,15 +71,19 @@ def seen(model, batches):
     return xs, vs
 
 
-def solved(x, v, A, ridge, affine=False):
+def solved(x, v, A, ridge, affine=False, others=()):
     """The normal equations in NumPy; affine by one more column that the ridge leaves alone."""
-    x, v, A = (t.detach().numpy() for t in (x, v, A))
+    x, v, A, *others = (t.detach().numpy() for t in (x, v, A, *others))
     center = x.mean(0) if affine else np.zeros(x.shape[1])
     mean = v.mean(0) if affine else np.zeros(v.shape[1])
     x, v = x - center, v - mean
     gram = x.T @ x
-    penalty = ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
-    fitted = np.linalg.solve(gram + penalty, x.T @ v + penalty @ A.T).T
+    penalty = ridge * np.trace(gram) / len(x) * np.eye(len(gram))
+    products = np.stack([(x @ own.T).ravel() for own in (A, *others)], 1)
+    held = 1e-3 * np.diag((products**2).sum(0))
+    factors = np.linalg.solve(products.T @ products + held, products.T @ v.ravel() + held[:, 0])
+    anchor = np.tensordot(factors, np.stack([A, *others]), 1)
+    fitted = np.linalg.solve(gram + penalty, x.T @ v + penalty @ anchor.T).T
     return fitted, mean - fitted @ center
 
 
@@ -94,7 +98,10 @@ def test_the_fit_is_the_solution_of_the_normal_equations(res_mode, pre_num, ridg
     for n in (1, 2, 3):
         layer = model.layers[n].lin
         fit = fits(model)[layer.name]
-        want, _ = solved(x[layer.name], v[layer.name], layer.reslora_A, ridge)
+        reached = layer.chain.links.reached(n) if res_mode == "ms" else []
+        others = [model.layers[j].lin.reslora_A for j in reached]
+        own = (x[layer.name], v[layer.name], layer.reslora_A)
+        want, _ = solved(*own, ridge, others=others)
         np.testing.assert_allclose(fit.A.numpy(), want, rtol=1e-9, atol=1e-11)
         error = v[layer.name] - x[layer.name] @ fit.A.T
         relative = (error.square().sum() / v[layer.name].square().sum()).sqrt()
