@@ -15,6 +15,9 @@ constexpr const char* kUnfinished = ".unfinished";
 /// The path that a file of a stage will have; any other path is returned as it is.
 std::string final_path(const std::string& path);
 
+/// True for a path that stays below the folder it is taken in: without empty parts, "." and "..".
+bool stays_below(const std::string& name);
+
 /// The path of a file in a folder; an empty one is the folder that the program runs in.
 std::string in_folder(const std::string& folder, const std::string& name);
 

@@ -21,13 +21,9 @@ using detail::shown;
 
 /// Demands a path that stays below the folder.
 void check_name(const std::string& name) {
-  for (size_t begin = 0, end = 0; end != std::string::npos; begin = end + 1) {
-    end = name.find('/', begin);
-    const std::string part = name.substr(begin, end - begin);
-    TORCH_CHECK_VALUE(
-        !part.empty() && part != "." && part != "..",
-        fmt::format("[save] a file must have a name of its own in the folder; got '{}'", name));
-  }
+  TORCH_CHECK_VALUE(
+      detail::stays_below(name),
+      fmt::format("[save] a file must have a name of its own in the folder; got '{}'", name));
 }
 
 /// Gives a file the mode of the one that it will replace, where there is one.

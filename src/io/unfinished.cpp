@@ -45,14 +45,9 @@ bool is_folder(const std::string& path) {
 /// True for the path of a file below a folder, none of whose folders is a link: what a note names
 /// may have come with somebody's adapter.
 bool is_below(const std::string& folder, const std::string& name) {
-  for (size_t begin = 0, end = 0; end != std::string::npos; begin = end + 1) {
-    end = name.find('/', begin);
-    const std::string part = name.substr(begin, end - begin);
-    if (part.empty() || part == "." || part == "..") return false;
-    if (end != std::string::npos && !is_folder(in_folder(folder, name.substr(0, end))))
-      return false;
-  }
-  return true;
+  for (size_t end = name.find('/'); end != std::string::npos; end = name.find('/', end + 1))
+    if (!is_folder(in_folder(folder, name.substr(0, end)))) return false;
+  return stays_below(name);
 }
 
 /// The hidden folders of writers in a folder; links that are called so are not.
