@@ -4,6 +4,8 @@
 #include <fmt/ranges.h>
 #include <reslora/adapted_files.h>
 
+#include <functional>
+
 #include "core/check.h"
 #include "safetensors/json.h"
 
@@ -12,45 +14,45 @@ namespace {
 
 constexpr const char* kTransposedKey = "fan_in_fan_out";
 
-/// What the adapter's config lists by layer under a key.
-std::map<std::string, std::vector<std::string>> listed(const AdapterFile& adapter,
-                                                       const char* wanted) {
-  std::map<std::string, std::vector<std::string>> places;
+/// Lets `read` have the value that the adapter's config has under a key; `rule` is what it must do.
+void read_at(const AdapterFile& adapter, const char* wanted, const char* rule,
+             const std::function<void(detail::JsonReader&)>& read) {
   std::string value;
   try {
     detail::JsonReader config(adapter.config_json, "the adapter's config");
     config.object([&](const std::string& key) {
       value = config.raw();
       if (key != wanted || value == "null") return;
-      detail::JsonReader layers(value, wanted);
-      layers.object([&](const std::string& layer) {
-        layers.array([&] { places[layer].push_back(layers.string()); });
-      });
+      detail::JsonReader reader(value, wanted);
+      read(reader);
     });
   } catch (const detail::ContentError& error) {
-    RESLORA_CHECK(false, "[merge] {} must list names by layer; got {} ({})", wanted,
-                  detail::shown(value), error.what());
+    RESLORA_CHECK(false, "[merge] {} must {}; got {} ({})", wanted, rule, detail::shown(value),
+                  error.what());
   }
-  return places;
+}
+
+/// What the adapter's config lists by layer under a key.
+std::map<std::string, std::vector<std::string>> listed(const AdapterFile& adapter,
+                                                       const char* wanted) {
+  std::map<std::string, std::vector<std::string>> names;
+  read_at(adapter, wanted, "list names by layer", [&](detail::JsonReader& layers) {
+    layers.object([&](const std::string& layer) {
+      layers.array([&] { names[layer].push_back(layers.string()); });
+    });
+  });
+  return names;
 }
 
 }  // namespace
 
 std::vector<std::string> transposed_chains(const AdapterFile& adapter) {
   std::vector<std::string> chains;
-  std::string value;
-  try {
-    detail::JsonReader config(adapter.config_json, "the adapter's config");
-    config.object([&](const std::string& key) {
-      value = config.raw();
-      if (key != kTransposedKey || value == "null" || value == "false") return;
-      detail::JsonReader list(value, kTransposedKey);
-      list.array([&] { chains.push_back(list.string()); });
-    });
-  } catch (const detail::ContentError& error) {
-    RESLORA_CHECK(false, "[merge] {} must list the chains whose files hold W^T; got {} ({})",
-                  kTransposedKey, detail::shown(value), error.what());
-  }
+  read_at(adapter, kTransposedKey, "list the chains whose files hold W^T",
+          [&](detail::JsonReader& list) {
+            if (list.peek() == 'f') return;  // false, as PEFT writes it
+            list.array([&] { chains.push_back(list.string()); });
+          });
   return chains;
 }
 

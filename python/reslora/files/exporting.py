@@ -314,7 +314,7 @@ def export_folder(
         heads=heads_of(read),
         targets=sorted(layer.name for layer in layers),
         config=config,
-        fan_in_fan_out=all(key in read.transposed_chains for key, _ in read.chains),
+        fan_in_fan_out={key for key, _ in read.chains} <= set(read.transposed_chains),
         base=base_named,
         task_type=task_type,
     )
