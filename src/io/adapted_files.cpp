@@ -237,6 +237,11 @@ void AdaptedFiles::find_weights() {
       static_cast<Names&>(place) = found.front();
       place.copies.assign(found.begin() + 1, found.end());
       place.is_transposed = is_transposed;
+      for (const Names& copy : place.copies)
+        RESLORA_CHECK(at::equal(files_.tensor(copy.weight), files_.tensor(place.weight)),
+                      "[merge] a layer that hangs at several places must have one weight there; "
+                      "got another in {} than in {}: is this the base of the adapter?",
+                      copy.weight, place.weight);
     }
   }
 }
@@ -253,11 +258,6 @@ Tensor AdaptedFiles::checked_weight(const LayerShape& layer) const {
                 "[merge] the base must hold F64, F32, F16 or BF16; got {} for {}: merge into the "
                 "original, unquantised files",
                 c10::toString(weight.scalar_type()), place.weight);
-  for (const Names& copy : place.copies)
-    RESLORA_CHECK(at::equal(files_.tensor(copy.weight), stored),
-                  "[merge] a layer that hangs at several places must have one weight there; got "
-                  "another in {} than in {}: is this the base of the adapter?",
-                  copy.weight, place.weight);
   return weight;
 }
 
