@@ -71,9 +71,15 @@ double lambda_of(const Tensor& diagonal, int64_t rows, double ridge, const std::
   return ridge * mean;
 }
 
+/// What a fit is pulled to, and what it makes of the rows.
+struct Anchor {
+  Tensor A;   // [r, in]
+  Tensor xx;  // [r, in], A sum x x^T
+};
+
 /// sum c_j A_j: the best factors for the rows and for those that the norms stand for. Without norms
-/// they are held by a small share of what the products weigh. `xx_of(A)`: A sum x x^T.
-Tensor anchor_of(const std::vector<Tensor>& all, const std::vector<Tensor>& all_xx,
+/// they are held by a small share of what the products weigh. `all_xx`: each A_j sum x x^T.
+Anchor anchor_of(const std::vector<Tensor>& all, const std::vector<Tensor>& all_xx,
                  const Tensor& vx, const std::vector<double>& known, int64_t rows) {
   const auto count = static_cast<int64_t>(all.size());
   const auto options = at::TensorOptions().dtype(at::kDouble);
@@ -92,8 +98,11 @@ Tensor anchor_of(const std::vector<Tensor>& all, const std::vector<Tensor>& all_
     const Tensor held = at::diag(diagonal * share + 1e-12 * largest);
     factors += at::linalg_solve(products + held, targets - at::mv(products, factors));
   }
-  Tensor anchor = at::zeros_like(vx);
-  for (int64_t i = 0; i < count; ++i) anchor.add_(all[i], factors[i].item<double>());
+  Anchor anchor{at::zeros_like(vx), at::zeros_like(vx)};
+  for (int64_t i = 0; i < count; ++i) {
+    anchor.A.add_(all[i], factors[i].item<double>());
+    anchor.xx.add_(all_xx[i], factors[i].item<double>());
+  }
   return anchor;
 }
 
@@ -129,8 +138,9 @@ Solved solve(Tensor xx, const Tensor& vx, double vv, int64_t rows, const std::ve
   const Tensor diagonal = xx.diagonal();
   const double lambda = lambda_of(diagonal, rows, ridge, name);
   if (lambda <= 0) return {all[0].clone(), residual_of(vv, vx, all[0], all[0], 0)};  // x was 0
-  const Tensor A = anchor_of(all, all_xx, vx, known, rows);
-  const Tensor rhs = vx - at::mm(A, xx);
+  const Anchor anchor = anchor_of(all, all_xx, vx, known, rows);
+  const Tensor& A = anchor.A;
+  const Tensor rhs = vx - anchor.xx;
   diagonal.add_(lambda);
   const auto [factor, info] = at::linalg_cholesky_ex(xx);
   if (info.item<int>() != 0) return {};
@@ -212,13 +222,11 @@ Fit solve_rows(const RowSums& sums, RowFile& rows, const Tensor& A, double ridge
   // What others' A make of the rows is not summed, so the anchor is a multiple of A.
   const bool is_known = anchor.others.empty() && !anchor.factors.empty();
   const std::vector<double> known = is_known ? anchor.factors : std::vector<double>();
-  const Tensor start = anchor_of({own}, {sums.ux}, sums.vx, known, sums.rows);
+  const Anchor start = anchor_of({own}, {sums.ux}, sums.vx, known, sums.rows);
   Tensor step = at::zeros_like(own);  // A' - start, a row of A' at a time in parallel
   if (lambda > 0) {
     const Tensor preconditioner = sums.diagonal + lambda;
-    const double square = sum_of(own * own);
-    const double factor = square > 0 ? sum_of(start * own) / square : 0;
-    Tensor left = sums.vx - sums.ux * factor;
+    Tensor left = sums.vx - start.xx;
     Tensor z = left / preconditioner;
     Tensor direction = z.clone();
     Tensor rho = (left * z).sum(1, /*keepdim=*/true);
@@ -237,10 +245,10 @@ Fit solve_rows(const RowSums& sums, RowFile& rows, const Tensor& A, double ridge
       rho = next;
     }
   }
-  const Tensor fitted = start + step;
+  const Tensor fitted = start.A + step;
   const auto dtype = A.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   fit.A = fitted.to(A.options().dtype(dtype).requires_grad(false));
-  fit.residual = residual_of(sums.vv, sums.vx, start, fitted, lambda);
+  fit.residual = residual_of(sums.vv, sums.vx, start.A, fitted, lambda);
   return fit;
 }
 
