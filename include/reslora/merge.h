@@ -70,11 +70,11 @@ class RESLORA_API MergePlan {
   /// Writes W* into every weight, one matrix in memory at a time. With `keep_originals` the old
   /// bits are copied to the CPU for `revert`. With `safe_merge` every W* is checked for NaN and
   /// infinity before the first weight is written (computes each W* twice), and those of fp16, where
-  /// W* may not fit, always are. `progress(done)` is
-  /// called after each layer; an exception from it, or any other (out of memory), restores the
-  /// weights already written where originals are kept. Without originals they stay, `done` says how
-  /// many, and a second call goes on behind them. Throws c10::ValueError when applied twice, for
-  /// weights that cannot take a sum, and for `keep_originals` where some are gone.
+  /// W* may not fit, always are. `progress(done)` is called after each layer; an exception from it,
+  /// or any other (out of memory), restores the weights already written where originals are kept.
+  /// Without originals they stay, `done` says how many, and a second call goes on behind them.
+  /// Throws c10::ValueError when applied twice, for weights that cannot take a sum, and for
+  /// `keep_originals` where some are gone.
   void apply(bool keep_originals = true, bool safe_merge = false,
              const std::function<void(int64_t)>& progress = nullptr);
 

@@ -53,9 +53,8 @@ class ResLoraModel(BaseTuner):
     ) -> None:
         """Add an adapter: PEFT finds and wraps the layers, then they are linked."""
         refuse_wrapped(model, "reslora.peft")
+        _refuse_halted(model, "add_adapter")
         for name, module in model.named_modules():
-            if isinstance(module, PeftLinear):
-                module.refuse_halted("add_adapter")
             is_foreign = isinstance(module, BaseTunerLayer) and not isinstance(module, PeftLinear)
             if is_foreign or type(module) is ResLoraLinear:
                 raise ValueError(
@@ -271,8 +270,8 @@ class ResLoraModel(BaseTuner):
                     self.model, "merge_and_unload", safe_merge=safe_merge, progressbar=progressbar
                 )
         else:
+            _refuse_halted(self.model, "unload")
             for layer in layers:
-                layer.refuse_halted("unload")
                 layer.unmerge()
         for layer in layers:
             layer.close_passes()
@@ -295,9 +294,7 @@ class ResLoraModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; PEFT forgets its config first, so what is refused is refused here."""
-        for layer in self.model.modules():
-            if isinstance(layer, PeftLinear):
-                layer.refuse_halted("delete_adapter")
+        _refuse_halted(self.model, "delete_adapter")
         super().delete_adapter(adapter_name)
 
     def _check_active(self, adapter_names: list[str] | None) -> None:
@@ -306,6 +303,13 @@ class ResLoraModel(BaseTuner):
                 f"[reslora.peft] the active adapter is merged, {self.active_adapters}; got "
                 f"adapter_names {list(adapter_names)} (set_adapter first)"
             )
+
+
+def _refuse_halted(model: nn.Module, op: str) -> None:
+    """Refuse what would leave a merge half done, before anything of the model has changed."""
+    for layer in model.modules():
+        if isinstance(layer, PeftLinear):
+            layer.refuse_halted(op)
 
 
 def injection_by_name(model: nn.Module, name: str) -> Injection:
