@@ -15,6 +15,7 @@
 
 #include "io/factor_names.h"
 #include "io/tensor_types.h"
+#include "io/unfinished.h"
 #include "safetensors/json.h"
 #include "safetensors/safetensors.h"
 #include "safetensors/sha256.h"
@@ -74,7 +75,7 @@ void write_file(const std::string& path, const TensorFile& file) {
     const at::Tensor data = file_order(file.tensors.at(entry.name));
     out.write(data.const_data_ptr(), entry.size());
   }
-  out.commit();
+  out.commit(/*syncs_folder=*/!detail::is_staged(path));
 }
 
 // Other bytes than 0 and 1 would be undefined behaviour wherever the tensor is used.

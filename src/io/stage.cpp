@@ -166,7 +166,7 @@ void write_text(const std::string& path, const std::string& text) {
   detail::on_file("save", path, [&] {
     detail::AtomicFile file(path);
     file.write(text.data(), text.size());
-    file.commit();
+    file.commit(/*syncs_folder=*/!detail::is_staged(path));
   });
 }
 

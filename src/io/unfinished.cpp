@@ -158,7 +158,15 @@ bool is_of_writer(const std::string& hidden) {
 
 // ---- Commits ------------------------------------------------------------------------------------
 
+bool is_staged(const std::string& path) {
+  const size_t end = path.rfind('/');
+  if (end == std::string::npos || end == 0) return false;
+  const size_t begin = path.rfind('/', end - 1) + 1;  // 0 where there is none
+  return path.compare(begin, std::strlen(kHidden), kHidden) == 0;
+}
+
 void note_commit(const std::string& hidden, const Commit& commit) {
+  sync_folder(hidden);  // a note that outlasts a crash names files that do
   std::string text;
   for (const std::string& name : commit.names) text += kPut + name + '\0';
   for (const std::string& name : commit.removed) text += kRemove + name + '\0';

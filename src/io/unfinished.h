@@ -50,7 +50,10 @@ void mark(const std::string& hidden);
 /// True for a folder that a writer marked, or with nothing in it: not one of somebody else.
 bool is_of_writer(const std::string& hidden);
 
-/// Notes in the hidden folder what its commit will do, and syncs it. Throws FileError.
+/// True for a file that lies in a writer's hidden folder itself, which `note_commit` syncs.
+bool is_staged(const std::string& path);
+
+/// Syncs the hidden folder, then notes in it what its commit will do. Throws FileError.
 void note_commit(const std::string& hidden, const Commit& commit);
 
 /// True where the first file of a commit is in its place, or there is none to decide.

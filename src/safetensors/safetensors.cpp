@@ -378,7 +378,7 @@ void AtomicFile::write_at(uint64_t offset, const void* data, uint64_t size) {
 #endif
 }
 
-void AtomicFile::commit() {
+void AtomicFile::commit(bool syncs_folder) {
   const auto check = [](int result) {
     if (result != 0) refuse_system("the file cannot be written", errno);
   };
@@ -389,6 +389,7 @@ void AtomicFile::commit() {
   check(closed != 0 && errno == EINTR ? 0 : closed);
   check(system_.rename(temporary_.c_str(), path_.c_str()));
   temporary_.clear();
+  if (!syncs_folder) return;
   const size_t slash = path_.rfind('/');
   sync_folder(slash == std::string::npos ? "." : path_.substr(0, slash + 1), system_);
 }

@@ -119,8 +119,8 @@ FileSystem& real_file_system();
 void sync_folder(const std::string& folder, FileSystem& system = real_file_system());
 
 /// Writes a file that appears under its name only when `commit` has returned or failed in its last
-/// step, the sync of the folder. Without `commit` nothing of it stays. The mode is 0666 & ~umask,
-/// or that of the file it replaces.
+/// step, the sync of the folder, which is left to the caller if it says so. Without `commit`
+/// nothing of it stays. The mode is 0666 & ~umask, or that of the file it replaces.
 class AtomicFile {
  public:
   explicit AtomicFile(const std::string& path, FileSystem& system = real_file_system());
@@ -132,7 +132,7 @@ class AtomicFile {
   void write(const void* data, uint64_t size);
   /// Writes at an offset; several threads may write at once.
   void write_at(uint64_t offset, const void* data, uint64_t size);
-  void commit();
+  void commit(bool syncs_folder = true);
 
  private:
   void create_temporary();
