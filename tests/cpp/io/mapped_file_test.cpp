@@ -96,6 +96,8 @@ TEST_F(MappedFileTest, AHandlerThatCameLaterDoesNotEndTheProgram) {
     const std::string sentence = said([&] { shorten(5000); }, true);
     std::_Exit(sentence.find(kSentence) == std::string::npos ? 1 : 0);
   };
+  // A fork would keep the locks of OpenMP's threads without the threads, and wait for ever.
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_EXIT(in_a_process_of_its_own(), ::testing::ExitedWithCode(0), "");
 }
 
