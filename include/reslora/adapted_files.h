@@ -72,8 +72,8 @@ class RESLORA_API AdaptedFiles {
   /// both (of a resized vocabulary) is written once. Throws c10::ValueError for a head that is tied
   /// in the base, for embeddings of another size, where the adapter holds the base weight of an
   /// adapted head, and it is another, for the bias of an affine fit where the base has none, and
-  /// where the adapter's config lists in tied_weights that a layer's weight is another module's
-  /// too; warns where another head has another shape.
+  /// where the adapter's config lists in tied_weights that a layer's weight, or one of a module in
+  /// modules_to_save, is another module's too; warns where another head has another shape.
   std::map<std::string, TensorEdit> edits(const MergePlan& plan, bool ties_embeddings = false,
                                           c10::Device device = at::kCPU) const;
 

@@ -276,11 +276,7 @@ MergePlan AdaptedFiles::plan(const Statistics& statistics, const std::string& me
 std::map<std::string, TensorEdit> AdaptedFiles::edits(const MergePlan& plan, bool ties_embeddings,
                                                       c10::Device device) const {
   std::map<std::string, TensorEdit> edits;
-  for (const auto& [layer, names] : detail::tied_weights(adapter_))
-    RESLORA_CHECK(names.empty(),
-                  "[merge] the weight of an adapted layer must be its own; got that of {}, which "
-                  "is {} too (an export as plain LoRA leaves the weights alone)",
-                  layer, fmt::join(names, ", "));
+  detail::refuse_tied(detail::tied_weights(adapter_));
   for (const LayerMerge& layer : plan.layers()) {
     const auto place = places_.find(layer.name);
     RESLORA_CHECK(place != places_.end(),

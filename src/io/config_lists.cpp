@@ -33,9 +33,8 @@ void read_at(const AdapterFile& adapter, const char* wanted, const char* rule,
 }
 
 /// What the adapter's config lists by layer under a key.
-std::map<std::string, std::vector<std::string>> listed(const AdapterFile& adapter,
-                                                       const char* wanted) {
-  std::map<std::string, std::vector<std::string>> names;
+detail::OtherNames names_at(const AdapterFile& adapter, const char* wanted) {
+  detail::OtherNames names;
   read_at(adapter, wanted, "list names by layer", [&](detail::JsonReader& layers) {
     layers.object([&](const std::string& layer) {
       layers.array([&] { names[layer].push_back(layers.string()); });
@@ -57,11 +56,39 @@ std::vector<std::string> transposed_chains(const AdapterFile& adapter) {
 }
 
 std::map<std::string, std::vector<std::string>> other_places(const AdapterFile& adapter) {
-  return listed(adapter, "other_places");
+  return names_at(adapter, detail::kOtherPlaces);
 }
 
 void check_one_place(const AdapterFile& adapter) {
-  for (const auto& [layer, paths] : other_places(adapter))
+  detail::refuse_other_places(other_places(adapter));
+}
+
+namespace detail {
+
+OtherNames tied_weights(const AdapterFile& adapter) { return names_at(adapter, kTiedWeights); }
+
+std::string listed(const OtherNames& names) {
+  JsonWriter json;
+  json.begin_object();
+  for (const auto& [name, others] : names) {
+    json.key(name).begin_array();
+    for (const std::string& other : others) json.string(other);
+    json.end_array();
+  }
+  return json.end_object().text();
+}
+
+void refuse_tied(const OtherNames& tied) {
+  for (const auto& [name, others] : tied)
+    RESLORA_CHECK(others.empty(),
+                  "[merge] the weights of adapted layers and of modules_to_save must be their own; "
+                  "got those of {}, where {} is the same tensor (an export as plain LoRA leaves "
+                  "the base alone)",
+                  name, others.front());
+}
+
+void refuse_other_places(const OtherNames& places) {
+  for (const auto& [layer, paths] : places)
     RESLORA_CHECK(paths.empty(),
                   "[export_lora] a layer of a plain LoRA must hang at one place; got {}, which "
                   "hangs at {} too: merge into the base, or export the loaded model, which knows "
@@ -69,8 +96,5 @@ void check_one_place(const AdapterFile& adapter) {
                   layer, fmt::join(paths, ", "));
 }
 
-std::map<std::string, std::vector<std::string>> detail::tied_weights(const AdapterFile& adapter) {
-  return listed(adapter, "tied_weights");
-}
-
+}  // namespace detail
 }  // namespace reslora

@@ -55,6 +55,22 @@ std::map<std::string, at::Tensor> tensors_of(const Adapters::State& state) {
   return tensors;
 }
 
+/// The options, with what stands in the model under several names.
+std::string config_of(const Adapters::State& state) {
+  ResLoraConfig config = state.config;
+  auto& options = config.other_options();
+  const auto is_list = [](const auto& option) {
+    return option.first == kOtherPlaces || option.first == kTiedWeights;  // of a file that was read
+  };
+  options.erase(std::remove_if(options.begin(), options.end(), is_list), options.end());
+  OtherNames tied = state.sharing.tied_layers;
+  tied.insert(state.sharing.tied_heads.begin(), state.sharing.tied_heads.end());
+  const OtherNames& places = state.sharing.other_places;
+  if (!places.empty()) options.emplace_back(kOtherPlaces, listed(places));
+  if (!tied.empty()) options.emplace_back(kTiedWeights, listed(tied));
+  return config_to_json(config);
+}
+
 /// Copies what was checked.
 void copy_into(Adapters::State& state, const SavedAdapter& saved) {
   const torch::NoGradGuard no_grad;
@@ -83,7 +99,7 @@ void copy_into(Adapters::State& state, const SavedAdapter& saved) {
 
 void Adapters::save(const std::string& folder, bool statistics) const {
   AdapterFile file;
-  file.config_json = config_to_json(state_->config);
+  file.config_json = detail::config_of(*state_);
   std::map<std::string, LayerStatistics> known;
   file.chains = detail::records_of(*state_);
   for (size_t i = 0; i < state_->chains.size(); ++i) {
@@ -138,6 +154,7 @@ double Adapters::export_lora(const std::string& folder, const ExportOptions& opt
                 "[export_lora] a merged model is exported as it was merged; got merge_method '{}' "
                 "(unmerge it first)",
                 options.merge_method());
+  detail::refuse_other_places(state_->sharing.other_places);
   std::vector<LayerMerge> layers =
       is_merged() ? state_->merge->plan.layers()
                   : plan(options.merge_method(), /*use_affine=*/false).layers();

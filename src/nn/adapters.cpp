@@ -188,6 +188,7 @@ MergePlan Adapters::plan(const std::string& merge_method, bool use_affine) const
 
 const MergePlan& Adapters::merge(const std::string& merge_method,
                                  const std::function<void(int64_t)>& progress) const {
+  detail::refuse_tied(state_->sharing.tied_layers);
   auto made = std::make_unique<Merge>(Merge{plan(merge_method)});
   const Busy busy(*state_, "merge");
   made->enter(state_->chains, progress);
@@ -217,6 +218,7 @@ Adapters Adapters::of_clone(torch::nn::Module& clone) const {
   state->fits = state_->fits;
   state->fits_sum = state_->fits_sum;
   state->heads = heads_of(clone, state_->heads);
+  state->sharing = state_->sharing;
   for (auto& parameter : clone.parameters()) parameter.set_requires_grad(false);
   for (size_t i = 0; i < copies.size(); ++i) {
     const LinkedChain& chain = state->chains.emplace_back(detail::join_copies(copies[i]));

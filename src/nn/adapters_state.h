@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "nn/sharing.h"
 
 namespace reslora {
 
@@ -32,6 +33,7 @@ struct Adapters::State {
   std::vector<std::string> names;  // of the chains
   std::vector<LinkedChain> chains;
   std::map<std::string, at::Tensor> heads;  // parameters and buffers of modules_to_save
+  detail::Sharing sharing;                  // what stands in the model under several names
   Fits fits;                                // empty where there are none
   std::string fits_sum;                     // checksum of the adapter that they were made for
   std::unique_ptr<Merge> merge;             // while merged

@@ -171,6 +171,7 @@ std::shared_ptr<Adapters::State> commit(torch::nn::Module& model, Prepared prepa
   state->config = std::move(prepared.config);
   state->names = std::move(prepared.names);
   state->heads = std::move(prepared.heads);
+  state->sharing = sharing_in(model, prepared.states, state->heads);
   return state;
 }
 

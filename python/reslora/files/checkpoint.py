@@ -40,6 +40,7 @@ from ..config import ResLoraConfig, matches
 from ..injection.adapted import Injection, factors_of, find_layers, injection_of, plain_model
 from ..injection.heads import saved_module, saved_names
 from ..injection.inject import inject_saved
+from ..injection.sharing import other_places, tied_weights
 from ..injection.targets import describe
 from ..merging.merge import unload
 from ..nn.base_layers import is_conv1d
@@ -86,8 +87,8 @@ def save_pretrained(
     text = _saved_config(model, injection).to_json(
         base_model_name_or_path=base,
         fan_in_fan_out=transposed_chains(injection) or None,
-        other_places=injection.other_places(model) or None,
-        tied_weights=injection.tied_weights(model) or None,
+        other_places=other_places(model, injection) or None,
+        tied_weights=tied_weights(model, injection) or None,
     )
     layers = statistics_of(injection, statistics == "covariances") if statistics else {}
     found = _own_tensors(model, injection)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from .._C import Fit, FitSums, MergePlan, factor_names, plain_name, tensors_sum
+from .._C import Fit, FitSums, MergePlan, factor_names, tensors_sum
 from ..config import ResLoraConfig
 from ..nn.layer import LayerChain, ResLoraLinear
 from ..nn.session import Session
@@ -131,30 +131,6 @@ class Injection:
     def number_of_places(self, layer: ResLoraLinear) -> int:
         """Return at how many places of the model a layer hangs."""
         return sum(own is layer for _, _, own in self.places)
-
-    def other_places(self, model: nn.Module) -> dict[str, list[str]]:
-        """Return the further paths of the layers that hang at several places, by layer."""
-        held: dict[int, list[tuple[str, ResLoraLinear]]] = {}
-        for parent, attribute, layer in self.places:
-            held.setdefault(id(parent), []).append((attribute, layer))
-        found: dict[str, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            for attribute, layer in held.get(id(module), ()):
-                name = plain_name(f"{path}.{attribute}" if path else attribute)
-                if name != layer.name:
-                    found.setdefault(layer.name, []).append(name)
-        return found
-
-    def tied_weights(self, model: nn.Module) -> dict[str, list[str]]:
-        """Return the parameters of other modules that are a layer's weight too, by layer."""
-        owners = {id(getattr(x.base_layer, "weight", None)): x for x in self.layers}
-        found: dict[str, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            layer = owners.get(id(parameter))
-            if layer is None or model.get_submodule(name.rpartition(".")[0]) is layer.base_layer:
-                continue
-            found.setdefault(layer.name, []).append(plain_name(name))
-        return found
 
     def undo(self) -> None:
         """Put the base layers back, remove the hooks, restore which parameters train."""

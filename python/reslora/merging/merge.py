@@ -31,6 +31,7 @@ from ..injection.adapted import (
     plain_model,
 )
 from ..injection.links import mixed_links
+from ..injection.sharing import tied_weights
 from ..nn.base_layers import base_weight
 from ..nn.sharding import is_sharded
 from ..progress import bar
@@ -84,7 +85,7 @@ def _check_weights(
             )
         if layer.is_disabled:
             raise ValueError(f"[{op}] adapters must be enabled; got {layer.name} disabled")
-    for name, others in injection.tied_weights(model).items():
+    for name, others in tied_weights(model, injection).items():
         raise ValueError(
             f"[{op}] a merged weight must belong to one layer; got that of {name}, which is "
             f"{others[0]} too (export_lora leaves the weights alone)"

@@ -33,6 +33,7 @@ from ..files.former_names import present_names
 from ..injection.adapted import Injection, plain_model
 from ..injection.chains import make_chains
 from ..injection.inject import children, open_sessions, refuse_wrapped, warn_without_links
+from ..injection.sharing import other_places, tied_copies, tied_weights
 from ..injection.targets import describe, modules_of, targets_by_default, warn_fused_experts
 from ..merging.merge import merge, merge_for_good
 from ..nn.base_layers import features_of, is_bypassed
@@ -71,6 +72,8 @@ class ResLoraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._link(model, adapter_name)
+            if read is None:
+                self._refuse_second_names(model, config)
             if source is not None and read is not None:
                 check_loaded(model, injection_by_name(model, adapter_name), source, read)
         except BaseException:
@@ -107,6 +110,21 @@ class ResLoraModel(BaseTuner):
         return found and is_in_layers(peft_config.core(), name)
 
     @classmethod
+    def _refuse_second_names(cls, model: nn.Module, config: Any) -> None:
+        """Refuse targets that are other names of modules: PEFT looks at the first names alone."""
+        ours = [x for x in model.modules() if isinstance(x, PeftLinear)]
+        adapted = {id(module) for layer in ours for module in (layer, layer.base_layer)}
+        first: dict[int, str] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            name = first.setdefault(id(module), path)
+            is_left = features_of(module) is not None and id(module) not in adapted
+            if path != name and is_left and cls._check_target_module_exists(config, path):
+                raise ValueError(
+                    "[reslora.peft] targets must be the first names of modules; got "
+                    f"{path}, which is {name} too (name {name} in target_modules)"
+                )
+
+    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -120,10 +138,14 @@ class ResLoraModel(BaseTuner):
 
         PEFT saves embeddings that were resized, but not all of them where one is adapted too. Which
         parameters somebody trains by hand is noted in the config, which sees what is in the file,
-        and so are the chains, of which links may have been left out in training.
+        and so are the chains, of which links may have been left out in training, and what stands in
+        the model under several names.
         """
         inner = plain_model(model)
-        injection_by_name(inner, adapter_name).note_chains()
+        injection = injection_by_name(inner, adapter_name)
+        injection.note_chains()
+        config.other_places = other_places(inner, injection) or None
+        config.tied_weights = (tied_weights(inner, injection) | tied_copies(inner)) or None
         own = trained_beside(inner)
         config.trained_beside = [name for name in own if ".modules_to_save." not in name]
         found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
@@ -210,8 +232,6 @@ class ResLoraModel(BaseTuner):
         ]
         open_sessions(model, injection)
         config.fan_in_fan_out = transposed_chains(injection)
-        config.other_places = injection.other_places(model) or None
-        config.tied_weights = injection.tied_weights(model) or None
         injection.note_chains()
         warn_without_links(injection)
 

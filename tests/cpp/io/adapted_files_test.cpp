@@ -162,7 +162,8 @@ TEST_F(AdaptedFilesTest, AWeightThatIsAnotherModulesTooIsRefused) {
                                          R"("tied_weights": {"m.0.q": ["other.q.weight"]},)");
   const AdaptedFiles adapted(files_of(base_of()), adapter);
   const MergePlan plan = adapted.plan({}, "");
-  EXPECT_TRUE(refuses([&] { adapted.edits(plan); }, "got that of m.0.q, which is other.q.weight"));
+  EXPECT_TRUE(refuses([&] { adapted.edits(plan); },
+                      "got those of m.0.q, where other.q.weight is the same tensor"));
   EXPECT_EQ(plan_adapter(adapter, {}, "").layers().size(), 2U);
 }
 

@@ -193,12 +193,90 @@ def test_a_weight_of_two_modules_is_merged_neither_in_memory_nor_in_files(tmp_pa
     state = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     _C.save_tensors(tmp_path / "base/model.safetensors", state, {})
     for adapter in ("plugin", "core"):
-        with pytest.raises(ValueError, match=r"must be its own; got that of encoder"):
+        with pytest.raises(ValueError, match=r"must be their own; got those of encoder"):
             merge_folder(tmp_path / "base", tmp_path / adapter, tmp_path / "out")
         export_folder(tmp_path / adapter, tmp_path / f"lora of {adapter}")
     for adapted in (core, model):
         with pytest.raises(ValueError, match=r"must belong to one layer; got that of encoder"):
             reslora.merge(adapted)
+
+
+class Headed(nn.Module):
+    """A layer, a module that is trained whole, and something that shares it."""
+
+    def __init__(self, head, other):
+        super().__init__()
+        self.lin, self.head, self.other = nn.Linear(4, 4), head, other
+        if other is not head:
+            other.weight = head.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.lin(x)))
+
+
+def an_embedding():
+    return nn.Embedding(4, 4)
+
+
+def a_linear():
+    return nn.Linear(4, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+@pytest.mark.parametrize(
+    ("make", "make_other", "name"),
+    [
+        (a_linear, None, "head"),  # one object at two places
+        (a_linear, a_linear, "head"),
+        (a_linear, a_linear, "other"),
+        (an_embedding, None, "head"),
+        (an_embedding, an_embedding, "head"),  # T5's encoder and decoder have one of their own
+    ],
+)
+def test_a_trained_copy_of_a_module_at_two_places_is_not_merged_in_files(
+    tmp_path, make, make_other, name
+):
+    head = make()
+    base = Headed(head, make_other() if make_other else head)
+    options = {"r": 2, "target_modules": ["lin"], "res_mode": "none", "modules_to_save": [name]}
+    model = randomize(get_peft_model(copy.deepcopy(base), ResLoraConfig(**options)))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    state = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    _C.save_tensors(tmp_path / "base/model.safetensors", state, {})
+    shared = "other" if name == "head" else "head"
+    with pytest.raises(ValueError, match=rf"got those of {name}, where {shared}\.weight is the"):
+        merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.eval()
+    if make is a_linear:  # in memory a copy is a copy
+        x = torch.randn(3, 4)
+        wanted = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+def test_an_embedding_and_its_head_are_told_by_what_the_files_hold(tmp_path):
+    base = Headed(a_linear(), an_embedding())
+    options = {"r": 2, "target_modules": ["lin"], "res_mode": "none", "modules_to_save": ["head"]}
+    model = randomize(get_peft_model(copy.deepcopy(base), ResLoraConfig(**options)))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    state = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    _C.save_tensors(tmp_path / "base/model.safetensors", state, {})
+    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = _C.load_tensors(tmp_path / "out/model.safetensors")[0]
+    assert torch.equal(merged["head.weight"], model.merge_and_unload().head.weight)
+    assert torch.equal(merged["other.weight"], state["other.weight"])
+
+
+@pytest.mark.parametrize("targets", [["entry", "rest.1"], ["entry", "1"], r".*(entry|rest\.1)"])
+def test_a_target_that_is_a_second_name_is_refused(targets):
+    options = {"r": 2, "target_modules": targets, "res_mode": "none"}
+    model = Twice()
+    with pytest.raises(ValueError, match=r"got rest\.1, which is first too \(name first in"):
+        get_peft_model(model, ResLoraConfig(**options))
+    assert not any(isinstance(module, PeftLinear) for module in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
