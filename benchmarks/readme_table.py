@@ -15,6 +15,7 @@ from typing import Any
 
 import byte_model
 import merge_summary
+from sections import filled
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -216,20 +217,10 @@ SECTIONS = {
 }
 
 
-def filled(text: str) -> str:
-    """Return the README's text with every section written anew."""
-    for name, make in SECTIONS.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        head, rest = text.split(begin)
-        _, tail = rest.split(end)
-        text = f"{head}{begin}\n{make()}\n{end}{tail}"
-    return text
-
-
 def main(arguments: list[str]) -> int:
     """Rewrite or check the README."""
     text = README.read_text()
-    wanted = filled(text)
+    wanted = filled(text, SECTIONS)
     if arguments == ["--check"]:
         return int(text != wanted)
     README.write_text(wanted)
