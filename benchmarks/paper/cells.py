@@ -40,16 +40,22 @@ def cells_of(question: dict[str, Any], grid: Grid, task: str) -> Iterator[Cell]:
                 yield Cell(task, method, 0, 1 if kind == "frozen" else question["seeds"])
 
 
+def scores_of(cell: Cell, lines: Sequence[Line], grid: Grid) -> dict[int, float]:
+    """Return what tuning has measured: validation loss, infinite where a run diverged, by place."""
+    return {
+        index_of(line["rate"], grid["lattice_base"]): (
+            math.inf if line["diverged"] else line["validation"]["loss"]
+        )
+        for line in lines
+        if line["phase"] == "tune" and is_of(cell, line)
+    }
+
+
 def tuned(cell: Cell, lines: Sequence[Line], grid: Grid) -> tuple[list[int], int | None]:
     """Return the places of the lattice to try next, and the best place once there are none."""
-    base = grid["lattice_base"]
-    scores = {
-        index_of(line["rate"], base): math.inf if line["diverged"] else line["validation"]["loss"]
-        for line in lines
-        if line["phase"] == "tune" and _is_of(cell, line)
-    }
+    scores = scores_of(cell, lines, grid)
     start = grid["methods"][cell.method]["start"][str(cell.rank)]
-    pending = next_indices(scores, index_of(start, base))
+    pending = next_indices(scores, index_of(start, grid["lattice_base"]))
     return pending, None if pending else best_index(scores)
 
 
@@ -73,7 +79,7 @@ def runs_left(cell: Cell, lines: Sequence[Line], grid: Grid) -> int:
     now = missing(cell, lines, grid)
     if not now or now[0].phase == "test":
         return len(now)
-    done = sum(line["phase"] == "tune" and _is_of(cell, line) for line in lines)
+    done = sum(line["phase"] == "tune" and is_of(cell, line) for line in lines)
     return max(len(now), TYPICAL_TUNING - done) + cell.seeds
 
 
@@ -90,7 +96,7 @@ def next_runs(lines: Sequence[Line], grid: Grid, task: str) -> list[Run]:
                 left = seconds_left(cell, lines, grid)
                 rank = question["ranks"].index(cell.rank) if cell.rank else 0
                 is_other = cell.method != question["methods"][0]
-                is_fresh = not any(_is_of(cell, line) for line in lines)
+                is_fresh = not any(is_of(cell, line) for line in lines)
                 ordered.append(((number, rank, is_other, is_fresh, left, place), cell))
     runs = [run for _, cell in sorted(ordered) for run in missing(cell, lines, grid)]
     return list(dict.fromkeys(runs))
@@ -116,5 +122,6 @@ def seconds_left(cell: Cell, lines: Sequence[Line], grid: Grid) -> float:
     return runs_left(cell, lines, grid) * seconds_of(cell, lines, grid)
 
 
-def _is_of(cell: Cell, line: Line) -> bool:
+def is_of(cell: Cell, line: Line) -> bool:
+    """Say whether a line is of a cell."""
     return (line["task"], line["method"], line["rank"]) == (cell.task, cell.method, cell.rank)
