@@ -29,3 +29,4 @@ fi
 python benchmarks/plot_speed.py
 python benchmarks/merge_summary.py >/dev/null
 python benchmarks/readme_table.py
+python benchmarks/paper/report.py
