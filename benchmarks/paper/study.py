@@ -46,6 +46,11 @@ from training import one_run  # noqa: E402
 SHARED = Path("../shared")
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 PR_SET_PDEATHSIG = 1
+# Files of this folder that no run depends on: a page that was just written changes no line.
+REPORTING = (
+    "README.md",
+    *(f"{n}.py" for n in "comparison page paired picture report tables".split()),
+)
 
 
 class Study:
@@ -182,10 +187,12 @@ def origin() -> dict[str, Any]:
     """Return versions and commits; those of the sources of reslora and of the study, each apart."""
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     package = Path(reslora.__file__).parent
+    own = [":/benchmarks/paper", ":/benchmarks/merge_tasks.py"]
+    own += [f":(top,exclude)benchmarks/paper/{name}" for name in REPORTING]
     return {
         "versions": versions | {"reslora": reslora.__version__},
-        "commit": _commit(package, "include", "python", "src"),
-        "study_commit": _commit(HERE, "benchmarks/paper", "benchmarks/merge_tasks.py"),
+        "commit": _commit(package, ":/include", ":/python", ":/src"),
+        "study_commit": _commit(HERE, *own),
     }
 
 
@@ -193,7 +200,7 @@ def _commit(folder: Path, *paths: str) -> str | None:
     """Return the last commit that changed some paths, marked where they have changed since."""
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(folder), *words, "--", *(f":/{path}" for path in paths)]
+        command = ["git", "-C", str(folder), *words, "--", *paths]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     try:

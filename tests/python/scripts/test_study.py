@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import itertools
 import json
 import math
@@ -19,25 +18,19 @@ from typing import Any
 
 import pytest
 import torch
-from machine import REPOSITORY
+from paper_modules import PAPER, imported
 
-PAPER = REPOSITORY / "benchmarks/paper"
 MODULES = ("cells", "lines", "methods", "rasa", "rates", "study", "tasks", "training")
-SHARED_MODULES = ("memory", "merge_tasks")
 Scores = dict[int, float]
 
 
 @pytest.fixture(scope="module")
 def paper() -> Iterator[Any]:
-    """Import the study's files, and forget them afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(PAPER.parent))
-        patch.syspath_prepend(str(PAPER))
-        before = torch.are_deterministic_algorithms_enabled()
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-        torch.use_deterministic_algorithms(before)
-    for name in (*MODULES, *SHARED_MODULES):
-        sys.modules.pop(name, None)
+    """Import the study's files, and forget them and what they set afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with imported(*MODULES) as modules:
+        yield modules
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture(scope="module")
@@ -403,6 +396,25 @@ def test_a_killed_study_leaves_whole_lines_and_goes_on(paper, grid, tmp_path) ->
     assert {"torch", "peft", "transformers", "reslora"} == set(
         paper.lines.read(path)[0]["versions"]
     )
+
+
+def test_no_run_depends_on_the_report(paper, monkeypatch) -> None:
+    """Lines name the commit of what makes runs, so that a page that was written changes none."""
+    reporting = set(paper.study.REPORTING)
+    code = "import sys, study; print(*(getattr(m, '__file__', '') for m in sys.modules.values()))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=PAPER, capture_output=True, text=True, check=True
+    )
+    names = {Path(path).name for path in shown.stdout.split() if Path(path or ".").parent == PAPER}
+    assert names | reporting == {
+        path.name for path in PAPER.iterdir() if path.suffix in (".py", ".md")
+    }
+    assert not names & reporting
+    asked = []
+    monkeypatch.setattr(paper.study, "_commit", lambda folder, *paths: asked.append(paths))
+    assert paper.study.origin()["study_commit"] is None
+    left_out = {path.rpartition("/")[2] for path in asked[1] if path.startswith(":(top,exclude)")}
+    assert left_out == reporting
 
 
 def test_no_run_starts_that_would_end_after_the_budget(paper, tmp_path, capsys) -> None:
