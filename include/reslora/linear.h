@@ -135,6 +135,7 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   void check_whole(const char* op) const;
   AdaptInput input_of(const at::Tensor& x, const std::vector<at::Tensor>& taps) const;
   NormWindow window_on(c10::Device device);
+  at::Tensor products_on(c10::Device device, size_t taps);
   NormWindow norms_now() const;
   void set_norms(const NormWindow& window);
   void check_archived(torch::serialize::InputArchive& archive) const;
@@ -143,6 +144,7 @@ class RESLORA_API ResLoraLinearImpl : public torch::nn::Cloneable<ResLoraLinearI
   std::shared_ptr<ChainState> state_;  // shared by the layers of a chain
   int64_t position_ = 0;
   bool is_merged_ = false;
+  int64_t forwards_ = 0;  // whose norms were recorded by this object
 };
 
 /// A `ModuleHolder` for `ResLoraLinearImpl`; see `torch::nn::Linear` for how holders behave.

@@ -33,7 +33,7 @@ struct LayerMerge {
   at::Tensor A;                        ///< [R, in] fp32 (fp64 for fp64 adapters)
   at::Tensor B;                        ///< [out, R], scaling and alpha* folded
   at::Tensor bias = {};                ///< [out], what an affine fit adds; undefined elsewhere
-  std::optional<double> residual = {};  ///< of the fit, on its calibration rows
+  std::optional<double> residual = {};  ///< |s - A' x| / |s| on the rows that A' is solved from
 };
 
 /// The singular values of W* - W = B A, largest first, fp64 [R] on the CPU. Cost: an SVD of an
@@ -44,12 +44,13 @@ RESLORA_API at::Tensor singular_values(const LayerMerge& layer);
 class RESLORA_API MergePlan {
  public:
   /// Computes every alpha* and factor without touching a weight. `merge_method`: "exact", "lsq",
-  /// "input", "weight", "factored", or "" for the best rule for what is at hand: exact where it
-  /// exists, `lsq` where every other layer has a fit, `input` where all windows have entries, else
-  /// `weight` (see `fell_back_to_weight`). `use_affine` takes the affine form of a fit where there
-  /// is one and the layer has a bias; files of plain LoRA cannot hold it. Throws c10::ValueError
-  /// where a rule cannot serve a layer, naming it and the way out.
-  /// Cost: `weight` forms each merged matrix once (one at a time), the others no matrix.
+  /// "projected", "input", "weight", "factored", or "" for the best rule for what is at hand: exact
+  /// where it exists, `lsq` where every other layer has a fit, `projected` where every one has sums
+  /// of products, `input` where all windows have entries, else `weight` (see
+  /// `fell_back_to_weight`). `use_affine` takes the affine form of a fit where there is one and the
+  /// layer has a bias; files of plain LoRA cannot hold it. Throws c10::ValueError where a rule
+  /// cannot serve a layer, naming it and the way out. Cost: `weight` forms each merged matrix once
+  /// (one at a time), the others no matrix.
   MergePlan(const std::vector<ChainView>& chains, const std::string& merge_method,
             bool use_affine = true);
   /// Moves the plan, with the originals that it keeps.
@@ -102,8 +103,9 @@ class RESLORA_API MergePlan {
   std::vector<std::pair<at::Tensor, at::Tensor>> originals_;  // CPU copies, as layers_ once applied
   bool fell_back_to_weight_ = false;
   bool is_applied_ = false;
-  bool is_running_ = false;  // `apply` writes weights
-  size_t done_ = 0;          // layers that hold W*
+  bool is_running_ = false;        // `apply` writes weights
+  size_t done_ = 0;                // layers that hold W*
+  std::vector<int64_t> versions_;  // of their weights, once W* was written: see go_on_with
 };
 
 /// W* = W + B A of a planned layer in fp32 (fp64 for an fp64 weight), before the one cast that

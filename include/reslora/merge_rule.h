@@ -11,15 +11,17 @@ namespace reslora {
 
 /// How a layer's shortcut is replaced.
 enum class MergeRule {
-  kExact,     ///< none, bs, unlinked layers, the first layer of a chain
-  kLsq,       ///< the fit of regression.h
-  kInput,     ///< eq. 6-9, 12: ratio of windowed norms
-  kWeight,    ///< eq. 10-11, 13: ratio of merged weight norms
-  kFactored,  ///< ms: windowed |x|_F on the neighbours' A; the same as kInput for is
-  kRefined,   ///< a fit that distillation improved; asked for as "lsq"
+  kExact,      ///< none, bs, unlinked layers, the first layer of a chain
+  kLsq,        ///< the fit of regression.h
+  kProjected,  ///< least squares that sees x through A_n alone, from sums of training forwards
+  kInput,      ///< eq. 6-9, 12: ratio of windowed norms
+  kWeight,     ///< eq. 10-11, 13: ratio of merged weight norms
+  kFactored,   ///< ms: windowed |x|_F on the neighbours' A; the same as kInput for is
+  kRefined,    ///< a fit that distillation improved; asked for as "lsq"
 };
 
-/// The names that `merge_method` may have: "exact", "lsq", "input", "weight" and "factored".
+/// The names that `merge_method` may have: "exact", "lsq", "projected", "input", "weight"
+/// and "factored".
 RESLORA_API std::vector<std::string> merge_methods();
 
 /// Returns the rule that a name stands for; throws c10::ValueError for a name that is none of

@@ -68,6 +68,15 @@ RESLORA_API std::vector<AdaptOutput> adapt_together(const std::vector<AdaptInput
 RESLORA_API void record_norms(const at::Tensor& norms, const at::Tensor& ring,
                               const at::Tensor& count);
 
+/// Adds the products of a forward to the sums of a layer: with u = s - the sum of `taps`, its own
+/// product, `products` [2r, 2r] becomes decay * products + [s u]^T [s u], in float32 and without a
+/// host sync. `s` [..., r] is an output of `adapt`, `taps` each [..., r] what was added there.
+/// Costs (2 + taps) calls of ATen and a copy [T, 2r]. Threads may call it at once, as
+/// `record_norms`. Throws c10::ValueError for other shapes, dtypes or devices and for a decay
+/// outside [0, 1].
+RESLORA_API void record_products(const at::Tensor& s, at::TensorList taps,
+                                 const at::Tensor& products, double decay);
+
 /// Throws c10::ValueError where this copy of libreslora is the second of the process, whose ops
 /// are those of the first. The functions above ask by themselves.
 RESLORA_API void check_single_copy();

@@ -73,6 +73,8 @@ Norm norm_from(const std::string& which) {
 }
 
 void bind_norms(py::module_& m) {
+  m.attr("PRODUCTS_EVERY") = kProductsEvery;
+  m.attr("PRODUCTS_DECAY") = kProductsDecay;
   m.def(
       "window_mean",
       [](const Tensor& norms, const Tensor& count, const std::string& which) {
@@ -122,9 +124,10 @@ std::vector<ChainRecord> records_from(const std::vector<NamedChain>& chains) {
   return records;
 }
 
-NormWindow window_from(const MaybeTensor& norms, const MaybeTensor& count) {
+NormWindow window_from(const MaybeTensor& norms, const MaybeTensor& count,
+                       const MaybeTensor& products) {
   if (!norms.has_value() && !count.has_value()) return {};
-  return {or_undefined(norms), or_undefined(count)};
+  return {or_undefined(norms), or_undefined(count), or_undefined(products)};
 }
 
 void bind_chain(py::module_& m) {

@@ -70,16 +70,17 @@ void bind_sums(py::module_& m) {
 
 void bind_layers(py::module_& m) {
   py::class_<LayerView>(m, "LayerView", "The tensors of one layer of a chain.")
-      .def(py::init([](const MaybeTensor& weight, const Tensor& A, const Tensor& B,
-                       const MaybeTensor& norms, const MaybeTensor& count, const MaybeTensor& bias,
-                       const std::optional<Fit>& fit) {
-             return LayerView{
-                 or_undefined(weight), A, B, window_from(norms, count), or_undefined(bias),
-                 fit.value_or(Fit())};
-           }),
-           py::arg("weight"), py::arg("A"), py::arg("B"), py::arg("norms") = std::nullopt,
-           py::arg("count") = std::nullopt, py::arg("bias") = std::nullopt,
-           py::arg("fit") = std::nullopt);
+      .def(
+          py::init([](const MaybeTensor& weight, const Tensor& A, const Tensor& B,
+                      const MaybeTensor& norms, const MaybeTensor& count, const MaybeTensor& bias,
+                      const std::optional<Fit>& fit, const MaybeTensor& products) {
+            return LayerView{
+                or_undefined(weight), A, B, window_from(norms, count, products), or_undefined(bias),
+                fit.value_or(Fit())};
+          }),
+          py::arg("weight"), py::arg("A"), py::arg("B"), py::arg("norms") = std::nullopt,
+          py::arg("count") = std::nullopt, py::arg("bias") = std::nullopt,
+          py::arg("fit") = std::nullopt, py::arg("products") = std::nullopt);
   py::class_<ChainView>(m, "ChainView", "A chain together with its tensors.")
       .def(py::init([](const Chain& chain, std::vector<LayerView> layers) {
              return ChainView{chain, std::move(layers)};
@@ -87,15 +88,19 @@ void bind_layers(py::module_& m) {
            py::arg("chain"), py::arg("layers"));
   py::class_<LayerStatistics>(m, "LayerStatistics", "What is known of one layer.")
       .def(py::init([](const MaybeTensor& norms, const MaybeTensor& count,
-                       const std::optional<Fit>& fit, const std::optional<FitSums>& sums) {
-             return LayerStatistics{window_from(norms, count), fit.value_or(Fit()), sums};
+                       const std::optional<Fit>& fit, const std::optional<FitSums>& sums,
+                       const MaybeTensor& products) {
+             return LayerStatistics{window_from(norms, count, products), fit.value_or(Fit()), sums};
            }),
            py::arg("norms") = std::nullopt, py::arg("count") = std::nullopt,
-           py::arg("fit") = std::nullopt, py::arg("sums") = std::nullopt)
+           py::arg("fit") = std::nullopt, py::arg("sums") = std::nullopt,
+           py::arg("products") = std::nullopt)
       .def_property_readonly("norms",
                              [](const LayerStatistics& s) { return or_none(s.norms.norms()); })
       .def_property_readonly("count",
                              [](const LayerStatistics& s) { return or_none(s.norms.count()); })
+      .def_property_readonly("products",
+                             [](const LayerStatistics& s) { return or_none(s.norms.products()); })
       .def_property_readonly("fit", [](const LayerStatistics& s) { return or_none(s.fit); })
       .def_readonly("sums", &LayerStatistics::sums);
 }

@@ -95,7 +95,8 @@ inline std::optional<Fit> or_none(const Fit& fit) {
 
 std::vector<ChainRecord> records_from(const std::vector<NamedChain>& chains);
 /// The norms of a layer, undefined where there are none.
-NormWindow window_from(const MaybeTensor& norms, const MaybeTensor& count);
+NormWindow window_from(const MaybeTensor& norms, const MaybeTensor& count,
+                       const MaybeTensor& products);
 /// The options in a JSON text; `match` reads the regular expressions among them.
 ResLoraConfig config_from(const std::string& json, const ExpressionMatch& match);
 /// The same of options that were checked before: the expressions are not tried.

@@ -157,6 +157,9 @@ def window_mean(norms: Tensor, count: Tensor, which: str) -> float | None:
 def window_in_order(norms: Tensor, count: Tensor) -> Tensor:
     """Return a norm window's valid entries [2, filled], oldest first, on the CPU."""
 
+PRODUCTS_EVERY: int
+PRODUCTS_DECAY: float
+
 def set_to_mean_of_ranks(norms: Tensor, squares: Tensor, ranks: int) -> None:
     """Set a window [2, N] to that of all ranks, from the sum over ranks of the squared norms."""
 
@@ -302,6 +305,7 @@ class LayerView:
         count: Tensor | None = None,
         bias: Tensor | None = None,
         fit: Fit | None = None,
+        products: Tensor | None = None,
     ) -> None: ...
 
 class ChainView:
@@ -318,6 +322,7 @@ class LayerStatistics:
         count: Tensor | None = None,
         fit: Fit | None = None,
         sums: FitSums | None = None,
+        products: Tensor | None = None,
     ) -> None: ...
     @property
     def norms(self) -> Tensor | None:
@@ -325,6 +330,9 @@ class LayerStatistics:
     @property
     def count(self) -> Tensor | None:
         """Return how many norms were ever written [1]."""
+    @property
+    def products(self) -> Tensor | None:
+        """Return the sums of products [2r, 2r] that training forwards left."""
     @property
     def fit(self) -> Fit | None: ...
     @property

@@ -109,6 +109,10 @@ def sync_norms(injection: Injection, group: Group = None) -> None:
         assert layer.norms is not None
         squares = _reduced(layer.norms.double().square(), group)
         set_to_mean_of_ranks(layer.norms, squares, dist.get_world_size(group))
+        if layer.products is not None:
+            layer.products.copy_(
+                _reduced(layer.products.double(), group) / dist.get_world_size(group)
+            )
 
 
 def _check_equal(counts: Tensor, group: Group) -> None:

@@ -10,9 +10,10 @@
 namespace reslora {
 namespace {
 
-constexpr std::array<std::pair<const char*, MergeRule>, 6> kNames = {{
+constexpr std::array<std::pair<const char*, MergeRule>, 7> kNames = {{
     {"exact", MergeRule::kExact},
     {"lsq", MergeRule::kLsq},
+    {"projected", MergeRule::kProjected},
     {"input", MergeRule::kInput},
     {"weight", MergeRule::kWeight},
     {"factored", MergeRule::kFactored},

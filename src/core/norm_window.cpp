@@ -28,6 +28,17 @@ NormWindow::NormWindow(int64_t size, c10::Device device) {
   count_ = at::zeros({1}, at::TensorOptions().dtype(at::kLong).device(device));
 }
 
+NormWindow::NormWindow(at::Tensor norms, at::Tensor count, at::Tensor products)
+    : NormWindow(std::move(norms), std::move(count)) {
+  products_ = std::move(products);
+  if (!products_.defined()) return;
+  RESLORA_CHECK(detail::is_dense(products_) && products_.dim() == 2 && products_.size(0) >= 2 &&
+                    products_.size(0) % 2 == 0 && products_.size(0) == products_.size(1) &&
+                    products_.scalar_type() == at::kFloat && products_.device() == norms_.device(),
+                "[norm_window] products must be float32 [2r, 2r] on the device of norms; got {}",
+                detail::described(products_));
+}
+
 NormWindow::NormWindow(at::Tensor norms, at::Tensor count)
     : norms_(std::move(norms)), count_(std::move(count)) {
   RESLORA_CHECK(norms_.defined() && count_.defined(),
@@ -50,6 +61,13 @@ int64_t NormWindow::filled() const {
   const int64_t count = count_.item<int64_t>();
   check_count(count);
   return std::min(count, norms_.size(1));
+}
+
+bool NormWindow::has_products() const {
+  if (!products_.defined()) return false;
+  RESLORA_CHECK(!products_.is_meta(), "[norm_window] products must have values; got {}",
+                detail::described(products_));
+  return products_.any().item<bool>();
 }
 
 at::Tensor NormWindow::in_order() const {

@@ -28,7 +28,8 @@ using detail::require;
 using detail::shown;
 
 constexpr const char* kFormatKey = "reslora.statistics";
-constexpr const char* kFormats[] = {"1", "2"};  // 2 may say which weights it was saved with
+// 2 may say which weights it was saved with, 3 has sums of products.
+constexpr const char* kFormats[] = {"1", "2", "3"};
 constexpr const char* kWeightsKey = "reslora.weights_sha256";
 constexpr const char* kSumKey = "reslora.adapter_sum";
 constexpr const char* kContentKey = "reslora.sha256";
@@ -160,7 +161,14 @@ std::map<std::string, LayerStatistics> read(TensorFile file) {
       const Tensor count = contents.take(name + ".norm_count", at::kLong, {1});
       require(count.item<int64_t>() >= 0, "tensor {} must not be negative",
               shown(name + ".norm_count"));
-      own.norms = NormWindow(contents.take(name + ".norms", at::kFloat, {2, -1}), count);
+      const Tensor norms = contents.take(name + ".norms", at::kFloat, {2, -1});
+      Tensor products;
+      if (contents.has(name + ".products")) {
+        products = contents.take(name + ".products", at::kFloat, {-1, -1});
+        require(products.size(0) == products.size(1) && products.size(0) % 2 == 0,
+                "tensor {} must be [2r, 2r]", shown(name + ".products"));
+      }
+      own.norms = NormWindow(norms, count, products);
     }
     own.fit = take_fit(contents, name);
     const auto owner = owners.find(name);
@@ -195,6 +203,7 @@ void save_statistics(const std::string& path, const std::string& adapter_sum,
     if (own.norms.is_defined()) {
       file.tensors[name + ".norms"] = own.norms.norms();
       file.tensors[name + ".norm_count"] = own.norms.count();
+      put(file.tensors, name + ".products", own.norms.products(), at::kFloat);
     }
     put_fit(file.tensors, name, own.fit);
     if (!own.sums) continue;
@@ -215,7 +224,7 @@ void save_statistics(const std::string& path, const std::string& adapter_sum,
     file.tensors[name + ".sums"] = numbers({sums.vv, static_cast<double>(sums.rows)});
   }
   file.metadata = {{"format", "pt"},
-                   {kFormatKey, kFormats[1]},
+                   {kFormatKey, kFormats[2]},
                    {kSumKey, adapter_sum},
                    {kOwnersKey, owners_json(owners)},
                    {kContentKey, tensors_sum(file.tensors)}};

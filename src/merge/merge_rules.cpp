@@ -14,6 +14,7 @@
 #include "core/check.h"
 #include "core/tensor_checks.h"
 #include "merge/merged_weight.h"
+#include "merge/projection.h"
 
 namespace reslora {
 namespace detail {
@@ -39,6 +40,14 @@ bool has_all_norms(const ChainView& view) {
 bool has_all_fits(const ChainView& view) {
   for (int64_t n = 0; n < view.chain.size(); ++n) {
     if (!view.chain.merges_exactly(n) && !view.layers[n].fit.A.defined()) return false;
+  }
+  return true;
+}
+
+/// True where every layer that does not merge exactly has sums of products.
+bool has_all_products(const ChainView& view) {
+  for (int64_t n = 0; n < view.chain.size(); ++n) {
+    if (!view.chain.merges_exactly(n) && !view.layers[n].norms.has_products()) return false;
   }
   return true;
 }
@@ -121,6 +130,21 @@ LayerMerge fitted_merge(const ChainView& view, int64_t n, bool use_affine) {
                     B.to(options) * shape.scaling};
   if (is_affine) merged.bias = at::mv(merged.B, fit.offset.to(options));
   if (fit.rows > 0) merged.residual = is_affine ? fit.affine_residual : fit.residual;
+  return merged;
+}
+
+/// projected: A' = M A_n.
+LayerMerge projected_merge(const ChainView& view, int64_t n) {
+  const LayerView& layer = view.layers[n];
+  const LayerShape& shape = view.chain.layer(n);
+  const Projection found = solve_projection(layer.norms, shape);
+  const at::TensorOptions options = factor_options(view, n, {n});
+  LayerMerge merged{shape.name,
+                    MergeRule::kProjected,
+                    {},
+                    at::mm(found.M.to(options), layer.A.to(options)),
+                    layer.B.to(options) * shape.scaling};
+  merged.residual = found.residual;
   return merged;
 }
 
@@ -259,14 +283,17 @@ MergeRule choose_rule(const std::vector<ChainView>& chains, const std::string& m
   if (!merge_method.empty()) return parse_merge_rule(merge_method);
   bool is_exact = true;
   bool has_fits = true;
+  bool has_products = true;
   bool has_norms = true;
   for (const ChainView& view : chains) {
     is_exact = is_exact && merges_exactly(view.chain);
     has_fits = has_fits && has_all_fits(view);
+    has_products = has_products && has_all_products(view);
     has_norms = has_norms && has_all_norms(view);
   }
   if (is_exact) return MergeRule::kExact;
   if (has_fits) return MergeRule::kLsq;
+  if (has_products) return MergeRule::kProjected;
   return has_norms ? MergeRule::kInput : MergeRule::kWeight;
 }
 
@@ -293,6 +320,10 @@ std::vector<LayerMerge> plan_chain(const ChainView& view, MergeRule rule, bool u
                   "[merge] rule 'lsq' needs a fit of every linked layer; got none for layer {}: "
                   "give calibration batches (calibrate), or use merge_method 'input' or 'weight'",
                   chain.layer(n).name);
+    if (rule == MergeRule::kProjected) {
+      layers.push_back(projected_merge(view, n));
+      continue;
+    }
     std::vector<double> factors = alpha_star.of(n, layers.data());
     layers.push_back(is_summed ? summed_merge(view, n, rule, std::move(factors))
                                : scaled_merge(view, n, rule, std::move(factors)));

@@ -19,8 +19,9 @@ void check_view(const ChainView& view, const char* op = "merge");
 void check_fit(const ChainView& view, int64_t n, const char* op = "merge");
 
 /// The one place that decides which rule serves chains when the user names none (empty
-/// `merge_method`): `lsq` where every layer that needs it has a fit, else `input` where every norm
-/// is there, else `weight`. Layers that merge exactly do so under every rule.
+/// `merge_method`): `lsq` where every layer that needs it has a fit, else `projected` where every
+/// one has sums of products, else `input` where every norm is there, else `weight`. Layers that
+/// merge exactly do so under every rule.
 MergeRule choose_rule(const std::vector<ChainView>& chains, const std::string& merge_method);
 
 /// The pair of every layer of one chain. `use_affine`: take the affine form of a fit where there is

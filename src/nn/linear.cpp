@@ -34,6 +34,7 @@ auto naming(const std::string& layer, const Body& body) {
 constexpr const char* kMergedKey = "reslora_merged";
 constexpr const char* kNormsKey = "reslora_norms";
 constexpr const char* kCountKey = "reslora_norm_count";
+constexpr const char* kProductsKey = "reslora_products";
 constexpr const char* kFormulaKey = "reslora_formula";
 
 /// What an archive and an adapted layer must agree on beside shapes, for A and B to mean the same.
@@ -54,7 +55,9 @@ NormWindow copied(const NormWindow& window, c10::Device device) {
   const auto on_device = [&](const at::Tensor& tensor) {
     return tensor.to(device, tensor.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
   };
-  return {on_device(window.norms()), on_device(window.count())};
+  const at::Tensor& products = window.products();
+  return {on_device(window.norms()), on_device(window.count()),
+          products.defined() ? on_device(products) : products};
 }
 
 bool has_rows_of(const at::Tensor& tap, const at::Tensor& x) {
@@ -138,6 +141,7 @@ std::shared_ptr<torch::nn::Module> ResLoraLinearImpl::clone(
   auto& layer = static_cast<ResLoraLinearImpl&>(*copy);
   if (is_adapted()) {
     layer.norms = copied(norms_now(), layer.reslora_A.device());
+    layer.forwards_ = forwards_;
     layer.weight.set_requires_grad(weight.requires_grad());
     if (bias.defined()) layer.bias.set_requires_grad(bias.requires_grad());
   }
@@ -154,6 +158,8 @@ void ResLoraLinearImpl::save(torch::serialize::OutputArchive& archive) const {
   if (!window.is_defined()) return;
   archive.write(kNormsKey, window.norms(), /*is_buffer=*/true);
   archive.write(kCountKey, window.count(), /*is_buffer=*/true);
+  if (window.products().defined())
+    archive.write(kProductsKey, window.products(), /*is_buffer=*/true);
 }
 
 void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
@@ -166,10 +172,11 @@ void ResLoraLinearImpl::load(torch::serialize::InputArchive& archive) {
                 is_stored_merged ? "a merged" : "an unmerged", name(),
                 is_merged_ ? "merged" : "not merged");
   check_archived(archive);
-  at::Tensor ring, count;
+  at::Tensor ring, count, products;
   const bool has_norms = is_adapted() && archive.try_read(kNormsKey, ring, /*is_buffer=*/true) &&
                          archive.try_read(kCountKey, count, /*is_buffer=*/true);
-  const NormWindow window = has_norms ? NormWindow(ring, count) : NormWindow();
+  archive.try_read(kProductsKey, products, /*is_buffer=*/true);
+  const NormWindow window = has_norms ? NormWindow(ring, count, products) : NormWindow();
   torch::nn::Cloneable<ResLoraLinearImpl>::load(archive);
   if (is_adapted()) set_norms(window);
 }
@@ -211,8 +218,10 @@ void ResLoraLinearImpl::set_norms(const NormWindow& window) {
                 "[linear] a norm window must hold values; got one on the meta device (layer {})",
                 name());
   const NormWindow own = copied(window, reslora_A.device());
+  const int64_t recorded = own.is_defined() ? own.count().item<int64_t>() : 0;
   const std::lock_guard<std::mutex> lock(state_->mutex);
   norms = own;
+  forwards_ = recorded;  // so that a training that was resumed adds to sums where it would have
 }
 
 bool ResLoraLinearImpl::is_plain() const { return !is_adapted() || !state_->is_enabled; }
@@ -334,6 +343,20 @@ NormWindow ResLoraLinearImpl::window_on(c10::Device device) {
   return norms;
 }
 
+/// The sums of products that this forward adds to; undefined where it adds to none.
+at::Tensor ResLoraLinearImpl::products_on(c10::Device device, size_t taps) {
+  // Exact layers read no taps; a forward that misses one is not what is merged.
+  if (taps == 0 || taps != state_->chain.wiring(position_).taps.size()) return {};
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  if (forwards_++ % kProductsEvery != 0) return {};
+  if (!norms.products().defined()) {
+    const int64_t size = 2 * reslora_A.size(0);
+    const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
+    norms = NormWindow(norms.norms(), norms.count(), at::zeros({size, size}, options));
+  }
+  return norms.products();
+}
+
 /// Takes what belongs to this layer from the op's output; returns y.
 at::Tensor ResLoraLinearImpl::take(const AdaptInput& in, AdaptOutput out,
                                    std::vector<at::Tensor>& taps) {
@@ -341,6 +364,8 @@ at::Tensor ResLoraLinearImpl::take(const AdaptInput& in, AdaptOutput out,
   if (in.want_norms) {
     const NormWindow window = window_on(in.x.device());
     record_norms(out.norms, window.norms(), window.count());
+    const at::Tensor products = products_on(in.x.device(), in.taps.size());
+    if (products.defined()) record_products(out.s, in.taps, products, kProductsDecay);
   }
   const Handed handed = state_->chain.wiring(position_).handed;
   if (handed != Handed::kNothing) taps[position_] = handed == Handed::kS ? out.s : out.tap;

@@ -42,6 +42,8 @@ TORCH_LIBRARY_FRAGMENT(reslora, m) {
   m.def("kernels_of(Tensor x) -> str");
   m.def("record_norms(Tensor norms, Tensor(a!) ring, Tensor(b!) count) -> ()",
         {at::Tag::pt2_compliant_tag});
+  m.def("record_products(Tensor s, Tensor[] taps, Tensor(a!) products, float decay) -> ()",
+        {at::Tag::pt2_compliant_tag});
   m.def(
       "adapt_backward(Tensor[] given, int[] layout, Tensor x, Tensor[] s, Tensor[] A, Tensor[] B, "
       "float[] scaling, Tensor? bits, float dropout, bool[3] needs) -> (Tensor dx, Tensor[] ds, "

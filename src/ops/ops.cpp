@@ -108,4 +108,16 @@ void record_norms(const at::Tensor& norms, const at::Tensor& ring, const at::Ten
   op.call(norms, ring, count);
 }
 
+void record_products(const at::Tensor& s, at::TensorList taps, const at::Tensor& products,
+                     double decay) {
+  using Schema = void(const at::Tensor&, at::TensorList, const at::Tensor&, double);
+  static const auto op = find_op<Schema>("reslora::record_products");
+  RESLORA_CHECK(s.defined() && products.defined(),
+                "[record_products] {} must be a tensor; got an undefined one",
+                s.defined() ? "products" : "s");
+  for (const at::Tensor& tap : taps)
+    RESLORA_CHECK(tap.defined(), "[record_products] taps must be tensors; got an undefined one");
+  op.call(s, taps, products, decay);
+}
+
 }  // namespace reslora

@@ -158,7 +158,10 @@ def _add_output(command: Parser) -> None:
 
 def _add_method(command: Parser) -> None:
     command.add_argument(
-        "--method", choices=merge_methods(), help="merge rule (default: the best at hand)"
+        "--method",
+        metavar="RULE",
+        choices=merge_methods(),
+        help=f"{', '.join(merge_methods())} (default: the best at hand)",
     )
 
 
@@ -243,7 +246,10 @@ def _add_plot(command: Parser) -> None:
     _add_place(command)
     command.add_argument("output", metavar="OUT", help="picture to write (.png, .svg, .pdf)")
     command.add_argument(
-        "--method", choices=merge_methods(), help="merge rule of alpha and singular-values"
+        "--method",
+        metavar="RULE",
+        choices=merge_methods(),
+        help=f"of alpha and singular-values: {', '.join(merge_methods())}",
     )
     _add_base(command)
     command.add_argument("--key", default="loss", help="of losses: what to draw (default: loss)")

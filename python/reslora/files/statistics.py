@@ -17,6 +17,7 @@ from .._C import (
     sum_in_header,
 )
 from ..injection.adapted import Calibrated, Injection, adapter_sum, evaluated_sum
+from ..nn.layer import ResLoraLinear
 
 Statistics = dict[str, LayerStatistics]  # by layer
 UNKNOWN = LayerStatistics()
@@ -25,7 +26,7 @@ UNKNOWN = LayerStatistics()
 def write_statistics(injection: Injection, folder: Path) -> None:
     """Write the norm windows beside an adapter that was saved as it is."""
     layers: Statistics = {
-        layer.name: LayerStatistics(layer.norms, layer.norm_count)
+        layer.name: LayerStatistics(layer.norms, layer.norm_count, products=layer.products)
         for layer in injection.layers
         if layer.norms is not None and bool(layer.norm_count)
     }
@@ -38,6 +39,15 @@ def write_statistics(injection: Injection, folder: Path) -> None:
         save_statistics(place, adapter_sum(injection), layers, of_weights)
 
 
+def give_windows(layer: ResLoraLinear, own: LayerStatistics) -> None:
+    """Give a layer the norms and sums of a file; a training that goes on adds to them in turn."""
+    device = layer.reslora_A.device
+    layer.norms = None if own.norms is None else own.norms.to(device)
+    layer.norm_count = None if own.count is None else own.count.to(device)
+    layer.products = None if own.products is None else own.products.to(device)
+    layer.forwards = 0 if own.count is None else int(own.count)
+
+
 def read_norms(injection: Injection, folder: Path) -> None:
     """Take up the norm windows beside an adapter that was loaded; without any, go on without."""
     path = folder / STATISTICS_NAME
@@ -48,8 +58,7 @@ def read_norms(injection: Injection, folder: Path) -> None:
         own = stored.get(layer.name, UNKNOWN)
         norms, count = own.norms, own.count
         if norms is not None and count is not None and layer.chain.keeps_norms:
-            device = layer.reslora_A.device
-            layer.norms, layer.norm_count = norms.to(device), count.to(device)
+            give_windows(layer, own)
 
 
 def statistics_of(injection: Injection, covariances: bool) -> Statistics:
@@ -69,10 +78,12 @@ def statistics_of(injection: Injection, covariances: bool) -> Statistics:
     found = {}
     for layer in injection.layers:
         has_norms = layer.norms is not None and bool(layer.norm_count)
-        norms, count = (layer.norms, layer.norm_count) if has_norms else (None, None)
+        norms, count, products = layer.norms, layer.norm_count, layer.products
+        if not has_norms:
+            norms = count = products = None
         fit, own_sums = fits.get(layer.name), sums.get(layer.name)
         if not (norms is None and fit is None and own_sums is None):
-            found[layer.name] = LayerStatistics(norms, count, fit, own_sums)
+            found[layer.name] = LayerStatistics(norms, count, fit, own_sums, products)
     return found
 
 
@@ -83,9 +94,7 @@ def give_statistics(injection: Injection, statistics: Statistics) -> None:
     sums: dict[str, FitSums] = {}
     for layer in injection.layers:
         own = statistics.get(layer.name, UNKNOWN)
-        device = layer.reslora_A.device
-        layer.norms = None if own.norms is None else own.norms.to(device)
-        layer.norm_count = None if own.count is None else own.count.to(device)
+        give_windows(layer, own)
         if own.fit is not None:
             fits[layer.name] = own.fit
         if own.sums is not None:

@@ -144,7 +144,7 @@ def adopt(injection: Injection, config: ResLoraConfig) -> None:
         chain.merges_exactly, chain.keeps_norms = True, False
         for n, layer in enumerate(chain.layers):
             layer.wiring = chain.wiring(n)
-            layer.norms = layer.norm_count = None
+            layer.norms = layer.norm_count = layer.products = None
             layer.left_out = {}
             layer.link_use, layer.was_linked_compiled, layer.compiled_break = {}, False, ""
     injection.note_chains()

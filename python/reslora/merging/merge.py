@@ -107,10 +107,10 @@ def merge(
 
     Args:
         model: an adapted model.
-        merge_method: "exact", "lsq", "input", "weight" or "factored"; None: the config's, else the
-            best rule for what is at hand: exact where it exists, then lsq (calibration batches, or
-            fits of `calibrate`), then input (norms of training forwards), then weight, with a
-            warning.
+        merge_method: "exact", "lsq", "projected", "input", "weight" or "factored"; None: that of
+            the config, else the best rule for what is at hand: exact where it exists, then lsq
+            (calibration batches, or fits of `calibrate`), then projected (sums of training
+            forwards), then input (their norms alone), then weight, with a warning.
         data: calibration batches for `lsq`, and what `refine_steps` trains on.
         refine_steps: improve the fits by so many steps of distillation (see `refine`). Never done
             unasked.

@@ -61,6 +61,7 @@ def _view(
         count=layer.norm_count,
         bias=bias.detach() if isinstance(bias, Tensor) else None,
         fit=None if calibrated is None else calibrated.fits.get(layer.name),
+        products=layer.products if layer.norms is not None else None,
     )
 
 

@@ -23,6 +23,7 @@ from .base_layers import base_weight, device_of, is_conv1d
 from .factors import empty_factors
 from .passes import Call, Wiring
 from .recompute import is_recomputing
+from .recording import make_windows, record_norms, record_products
 from .session import Session
 from .sharding import is_sharded
 
@@ -171,13 +172,15 @@ class ResLoraLinear(nn.Module):
         # Plain tensors, not buffers: casts and DistributedDataParallel leave them alone.
         self.norms: Tensor | None = None
         self.norm_count: Tensor | None = None
+        self.products: Tensor | None = None  # sums over rows, for the rule "projected"
+        self.forwards = 0
         self.link_use: dict[tuple[bool, str], int] = {}
         self.left_out: dict[int, str] = {}  # layers whose taps are no longer read, and why
         self.was_linked_compiled = False
         self.compiled_break = ""
         device = device_of(base_layer)
         if chain.keeps_norms and device.type != "meta":
-            self._make_norm_ring(device)
+            make_windows(self, device)
         self.train(base_layer.training)
 
     def _hold(self, base_layer: nn.Module) -> None:
@@ -211,7 +214,8 @@ class ResLoraLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what a file holds: where it is of an older version, a layer alone has no group."""
-        super().__setstate__({"left_out": {}, **state, "group": state.get("group") or ALONE})
+        unknown: dict[str, Any] = {"left_out": {}, "products": None, "forwards": 0}
+        super().__setstate__({**unknown, **state, "group": state.get("group") or ALONE})
 
     @property
     def weight(self) -> Any:
@@ -238,7 +242,8 @@ class ResLoraLinear(nn.Module):
                 taps = session.read(self, x, call)
         y, s, tap, norms = self.group.outputs(self, x, taps, call)
         if self.wants_norms(x):
-            self._record_norms(x, norms)
+            record_norms(self, x, norms)
+            record_products(self, s, taps)
         if session is not None and call is not None:
             session.write(self, s if self.wiring.handed == "s" else tap, y, call)
         if self.observer is not None:
@@ -319,23 +324,6 @@ class ResLoraLinear(nn.Module):
         if not (self.training and self.chain.keeps_norms and torch.is_grad_enabled()):
             return False
         return not (x.is_meta or is_recomputing())
-
-    def _record_norms(self, x: Tensor, norms: Tensor) -> None:
-        if self.norms is None or self.norm_count is None:
-            self._make_norm_ring(x.device)
-        elif self.norms.device != x.device:
-            self.norms, self.norm_count = self.norms.to(x.device), self.norm_count.to(x.device)
-        ring, count = self.norms, self.norm_count
-        if torch.compiler.is_compiling():
-            # A checkpoint that is compiled for no kernels (backend "eager") keeps what goes into
-            # its region, and demands that nobody writes there: `data` has a version of its own.
-            ring, count = ring.data, count.data  # type: ignore[union-attr]
-        ops.record_norms(norms, ring, count)  # type: ignore[arg-type]
-
-    def _make_norm_ring(self, device: torch.device) -> None:
-        size = self.chain.config.norm_window
-        self.norms = torch.zeros(2, size, dtype=torch.float32, device=device)
-        self.norm_count = torch.zeros(1, dtype=torch.int64, device=device)
 
     def _check_present(self, x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor]) -> None:
         for factor in (*A, *B):

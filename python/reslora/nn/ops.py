@@ -95,6 +95,14 @@ def record_norms(norms: Tensor, ring: Tensor, count: Tensor) -> None:
     torch.ops.reslora.record_norms.default(norms, ring, count)
 
 
+def record_products(s: Tensor, taps: Sequence[Tensor], products: Tensor, decay: float) -> None:
+    """Add the products of what enters B and of the own product to sums [2r, 2r], which decay.
+
+    `s` [..., r] is an output of `adapt`, `taps` are what was added there.
+    """
+    torch.ops.reslora.record_products.default(s, taps, products, decay)
+
+
 def kernels_of(x: Tensor) -> str:
     """Say for people which kernels serve x's device and dtype, and why; checks them where due."""
     return str(torch.ops.reslora.kernels_of.default(x))

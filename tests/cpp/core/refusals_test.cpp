@@ -167,7 +167,15 @@ TEST(CoreRefusals, Norms) {
   refuses_call(
       "NormWindow::NormWindow", "negative count", [&] { NormWindow(norms, count - 3); },
       "must not be negative; got -1");
-  const NormWindow meta(norms.to(at::kMeta), count.to(at::kMeta)), window(norms, count);
+  const at::Tensor products = at::rand({4, 4});
+  refuses_tensors("NormWindow::NormWindow", "products", products,
+                  [&](const at::Tensor& own) { NormWindow(norms, count, own); },
+                  {Wrong::kUndefined});
+  const at::Tensor on_meta = count.to(at::kMeta);
+  const NormWindow meta(norms.to(at::kMeta), on_meta, products.to(at::kMeta));
+  const NormWindow window(norms, count);
+  refuses_call(
+      "NormWindow::has_products", "on meta", [&] { meta.has_products(); }, "must have values");
   refuses_call(
       "NormWindow::filled", "on meta", [&] { meta.filled(); }, "must have values");
   refuses_call(
@@ -182,7 +190,8 @@ TEST(CoreRefusals, Norms) {
                   [&](const at::Tensor& squares) { set_to_mean_of_ranks(norms, squares, 1); });
   refuses_call(
       "set_to_mean_of_ranks", "ranks", [&] { set_to_mean_of_ranks(norms, norms, 0); }, "of 0");
-  refuse_nothing({"NormWindow::is_defined", "NormWindow::norms", "NormWindow::count"});
+  refuse_nothing(
+      {"NormWindow::is_defined", "NormWindow::norms", "NormWindow::count", "NormWindow::products"});
 }
 
 /// Rows for a formula of one block: `call` gets a block of which one tensor is wrong.

@@ -185,8 +185,8 @@ TEST_F(StatisticsIo, RefusesOtherFormats) {
         },
         part);
   };
-  EXPECT_TRUE(refuses_metadata("reslora.statistics", "3", "of format 1 or 2; got '3'"));
-  EXPECT_TRUE(refuses_metadata("reslora.statistics", "", "of format 1 or 2"));
+  EXPECT_TRUE(refuses_metadata("reslora.statistics", "4", "of format 1 or 2 or 3; got '4'"));
+  EXPECT_TRUE(refuses_metadata("reslora.statistics", "", "of format 1 or 2 or 3"));
   EXPECT_TRUE(refuses_metadata("reslora.statistics", nullptr, "is no file of statistics"));
   EXPECT_TRUE(refuses_metadata("reslora.adapter_sum", nullptr, "must have reslora.adapter_sum"));
   EXPECT_TRUE(refuses_metadata("reslora.shared_xx", nullptr, "must have reslora.shared_xx"));

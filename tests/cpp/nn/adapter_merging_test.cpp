@@ -88,7 +88,7 @@ TEST_P(Merging, TrainingThatGoesOnAfterLoadingIsMergedAndExported) {
   const std::string mode = GetParam();
   const bool is_exact = mode == "none" || mode == "bs";
   adapters.merge();
-  EXPECT_EQ(loaded.merge().layers()[1].rule, is_exact ? MergeRule::kExact : MergeRule::kInput);
+  EXPECT_EQ(loaded.merge().layers()[1].rule, is_exact ? MergeRule::kExact : MergeRule::kProjected);
   EXPECT_TRUE(torch::equal(other->forward(x), net->forward(x)));
   if (!is_exact) return;
   EXPECT_LT(distance(other->forward(x), unmerged), 1e-5);
@@ -335,7 +335,7 @@ TEST(MergeFiles, GiveWhatMergingTheModelGives) {
   MergeFilesOptions options;
   options.progress = [&](int64_t now) { bytes = now; };
   const auto layers = merge_files(base, folder + "/adapter", folder + "/merged", options);
-  EXPECT_EQ(layers[1].rule, MergeRule::kInput);
+  EXPECT_EQ(layers[1].rule, MergeRule::kProjected);
   EXPECT_GT(bytes, 0);
 
   adapters.merge();

@@ -155,7 +155,7 @@ TEST_P(Shortcuts, AFourLayerChainTrainsAndMerges) {
   EXPECT_EQ(error < 1e-5, is_exact) << error;
   const LayerMerge& first = plan.layers()[0];
   EXPECT_TRUE(torch::allclose(net->blocks[0]->weight, frozen + first.B.matmul(first.A)));
-  EXPECT_EQ(plan.layers()[3].alpha_star.empty(), is_exact);
+  EXPECT_EQ(plan.layers()[3].rule, is_exact ? MergeRule::kExact : MergeRule::kProjected);
   plan.revert();
   chain.set_enabled(true);
   EXPECT_TRUE(torch::equal(frozen, net->blocks[0]->weight));

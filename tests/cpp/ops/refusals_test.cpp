@@ -123,6 +123,24 @@ TEST(OpRefusals, RecordNorms) {
   }
 }
 
+TEST(OpRefusals, RecordProducts) {
+  const at::Tensor s = at::rand({5, 3}), tap = at::rand({5, 3}), products = at::zeros({6, 6});
+  const auto record = [&](const at::Tensor& s, const at::Tensor& tap, const at::Tensor& products) {
+    record_products(s, {tap}, products, 0.5);
+  };
+  refuses_tensors("record_products", "s", s,
+                  [&](const at::Tensor& s) { record(s, tap, products); });
+  refuses_tensors("record_products", "taps", tap,
+                  [&](const at::Tensor& tap) { record(s, tap, products); });
+  refuses_tensors("record_products", "products", products,
+                  [&](const at::Tensor& products) { record(s, tap, products); });
+  products.zero_();
+  for (const double decay : {-0.1, 1.5, std::numeric_limits<double>::quiet_NaN()})
+    refuses_call(
+        "record_products", "decay", [&] { record_products(s, {tap}, products, decay); }, "0 to 1");
+  EXPECT_FALSE(products.any().item<bool>()) << "nothing is written";
+}
+
 TEST(RecordNorms, TakesNormsThatAreNotSideBySide) {
   const at::Tensor ring = at::zeros({2, 3}), count = at::zeros({1}, at::kLong);
   record_norms(at::arange(6, at::kFloat).view({2, 3}).select(1, 1), ring, count);

@@ -28,7 +28,7 @@ def test_merging_prints_a_sentence(tmp_path, capsys):
     model = make(tmp_path)
     code, out, err = merge_in(capsys, tmp_path)
     assert (code, err) == (0, "") and out.count("\n") == 1
-    assert out.startswith(f"{tmp_path / 'out'}: 6 layers merged (2 by exact, 4 by input), ")
+    assert out.startswith(f"{tmp_path / 'out'}: 6 layers merged (2 by exact, 4 by projected), ")
     assert_merged(tmp_path / "out", model)
 
 

@@ -18,12 +18,13 @@ from reslora.files import model_folder
 from reslora.files.model_folder import merge_folder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BY_NAME = ("lsq", "projected", "input", "weight", "factored")
 RULES = [
     ("none", 1, None, "exact"),
     ("bs", 1, "exact", "exact"),
     ("bs", -1, None, "exact"),
-    *[("is", 1, rule, rule) for rule in ("lsq", "input", "weight", "factored")],
-    *[("ms", m, rule, rule) for m in (2, -1) for rule in ("lsq", "input", "weight", "factored")],
+    *[("is", 1, rule, rule) for rule in BY_NAME],
+    *[("ms", m, rule, rule) for m in (2, -1) for rule in BY_NAME],
     ("is", 1, None, "lsq"),
     ("ms", 1, None, "lsq"),
 ]
@@ -104,7 +105,7 @@ def test_files_merge_as_the_model_does(tmp_path, dtype, res_mode, pre_num, rule,
     assert changed == {f"{name}.weight" for name in report.rules}
 
 
-@pytest.mark.parametrize(("chosen", "used"), [(None, "input"), ("factored", "factored")])
+@pytest.mark.parametrize(("chosen", "used"), [(None, "projected"), ("factored", "factored")])
 def test_norms_and_the_config_choose_the_rule(tmp_path, chosen, used):
     model = make(tmp_path, merge_method=chosen)
     report = merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

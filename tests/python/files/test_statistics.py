@@ -118,7 +118,7 @@ def test_the_default_merge_uses_what_came_back(tmp_path, is_fitted):
     save_pretrained(model, tmp_path, statistics=True)
     other = load(base_of(model), tmp_path)
     report, want = merge(other), merge(model)
-    rule = "lsq" if is_fitted else "input"
+    rule = "lsq" if is_fitted else "projected"
     assert [entry.rule for entry in report.layers[1:]] == [rule] * 3
     assert [entry.alpha_star for entry in report.layers] == [e.alpha_star for e in want.layers]
     assert torch.equal(other(x_of(3)), model(x_of(3)))
@@ -179,7 +179,7 @@ def test_the_safetensors_package_reads_statistics(tmp_path):
     save_pretrained(model, tmp_path, statistics=True)
     tensors = safetensors.torch.load_file(tmp_path / STATISTICS_NAME)
     names = {f"layers.{n}.lin.{part}" for n in range(4) for part in ("norms", "norm_count")}
-    names |= {f"layers.{n}.lin.{part}" for n in (1, 2, 3) for part in ("fit_A", "fit")}
+    names |= {f"layers.{n}.lin.{part}" for n in (1, 2, 3) for part in ("fit_A", "fit", "products")}
     assert tensors.keys() == names
     layer, fit = find_layers(model)[2], fits_of(model)["layers.2.lin"]
     assert torch.equal(tensors["layers.2.lin.norms"], layer.norms)
@@ -350,7 +350,7 @@ DAMAGE = [
     (foreign, "is no file of statistics"),
     (lambda path: path.write_bytes(b""), STATISTICS_NAME),
     (lambda path: path.write_bytes(b"\xff" * 99), STATISTICS_NAME),
-    (rewrite(lambda t: None, {"reslora.statistics": "3"}), "format 1 or 2; got '3'"),
+    (rewrite(lambda t: None, {"reslora.statistics": "4"}), "format 1 or 2 or 3; got '4'"),
     (rewrite(lambda t: None, {"reslora.adapter_sum": "0"}), "got those of another one"),
     (rewrite(lambda t: None, {"reslora.shared_xx": "{"}), STATISTICS_NAME),
     (rewrite(lambda t: None, {"reslora.shared_xx": '{"layers.2.lin": "x"}'}), "x.xx"),

@@ -145,7 +145,7 @@ def test_merged_weights_are_those_of_the_formulas(res_mode, pre_num, rule):
 
 def test_the_best_rule_for_what_is_at_hand():
     rules = [entry.rule for entry in merge(with_norms(adapted())).layers]
-    assert rules == ["exact", "input", "input", "input"]
+    assert rules == ["exact", "projected", "projected", "projected"]
     with pytest.warns(UserWarning, match="rule 'weight' is used: pass data="):
         report = merge(adapted())
     assert report.fell_back_to_weight and report.layers[1].rule == "weight"
@@ -162,7 +162,7 @@ def test_a_report_tells_the_errors_of_layers_and_model():
     handle.remove()
     unmerged = torch.atanh(want)
     model.train()
-    report = merge(model, verify={"x": x})
+    report = merge(model, "input", verify={"x": x})
     assert model.training and model.layers[0].lin.base_layer.training
     factors = model.layers[1].lin
     alpha = report.layers[1].alpha_star

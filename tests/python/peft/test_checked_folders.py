@@ -308,7 +308,7 @@ def test_statistics_are_read_with_the_adapter(tmp_path, read):
         loaded = read(tmp_path)
     for own, other in zip(find_layers(loaded), find_layers(model), strict=True):
         assert torch.equal(own.norms, other.norms)
-    assert reslora.merge(loaded).rule == "input"
+    assert reslora.merge(loaded).rule == "projected"
     reslora.unmerge(loaded)
     (tmp_path / "adapter_statistics.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="load_statistics"):

@@ -207,7 +207,9 @@ def test_sampling_from_an_approximate_merge_is_said_once(res_mode):
     torch.manual_seed(0)
     model = wrapped(tiny_llama(), res_mode=res_mode)
     model.train()(input_ids=tokens(), labels=tokens())  # norms
-    with pytest.warns(UserWarning, match=r"6 of 9 layers are merged by the rule 'input', an appr"):
+    with pytest.warns(
+        UserWarning, match=r"6 of 9 layers are merged by the rule 'projected', an appr"
+    ):
         model.merge_adapter()
     model.unmerge_adapter()
     with warnings.catch_warnings():

@@ -40,7 +40,7 @@ def run_once(models, ids):
     models[1].train()(ids)
     models[1].eval()
     for own, other in zip(*map(find_layers, models), strict=True):
-        own.norms, own.norm_count = other.norms, other.norm_count
+        own.norms, own.norm_count, own.products = other.norms, other.norm_count, other.products
 
 
 @pytest.mark.parametrize(("res_mode", "pre_num"), SHORTCUTS)

@@ -220,7 +220,7 @@ def test_norms_are_saved_and_taken_up(tmp_path):
     read = reslora.load(base_model(), folder)
     for own, other in zip(find_layers(made.model), find_layers(read), strict=True):
         torch.testing.assert_close(own.norms, other.norms)
-    assert reslora.merge(read).rule == "input"
+    assert reslora.merge(read).rule == "projected"
 
 
 def test_an_adapter_that_does_not_train_is_reported(tmp_path):

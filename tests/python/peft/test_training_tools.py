@@ -88,4 +88,4 @@ def test_accelerate_launch_on_two_processes(tmp_path):
     torch.manual_seed(0)
     read = reslora.load(tiny_llama(), tmp_path / "adapter")
     assert all(layer.reslora_B.any() for layer in find_layers(read))
-    assert reslora.merge(read).rule == "input"  # norms of both processes were saved
+    assert reslora.merge(read).rule == "projected"  # sums of both processes were saved
