@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstring>
 #include <map>
 #include <regex>
 
@@ -20,7 +21,8 @@ const ExpressionMatch& checked(const ExpressionMatch& match) {
 // left of it once braces are written out, and by parentheses.
 constexpr size_t kMaxExpanded = 8192;
 constexpr size_t kMaxNested = 100;
-// What it tries grows with the square of these, and with a power of what looks ahead within others.
+// What it tries grows with the square of '*', '+', '?', '|' and '{', and with a power of what looks
+// ahead within others.
 constexpr size_t kMaxRepeated = 200;
 constexpr size_t kMaxAhead = 2;
 
@@ -31,6 +33,11 @@ void check_bounded(const std::string& expression) {
   for (size_t i = 0; i < expression.size() && expanded <= kMaxExpanded; ++i) {
     const char c = expression[i];
     if (c == '\\') ++i;
+    if (c == '[') {  // a set of characters, in which all others stand for themselves
+      while (++i < expression.size() && expression[i] != ']')
+        if (expression[i] == '\\') ++i;
+      continue;
+    }
     if (c == '(') {
       deepest = std::max(deepest, ++depth);
       if (expression.compare(i, 3, "(?=") == 0 || expression.compare(i, 3, "(?!") == 0)
@@ -41,7 +48,7 @@ void check_bounded(const std::string& expression) {
       if (!ahead.empty() && ahead.back() == depth) ahead.pop_back();
       --depth;
     }
-    if (c == '*' || c == '+' || c == '{') ++repeated;
+    if (c != '\0' && std::strchr("*+?|{", c) != nullptr) ++repeated;
     if (c != '{') continue;
     size_t repeats = 1;  // the larger number of {2,5}
     for (size_t number = 0; ++i < expression.size() && expression[i] != '}';) {
@@ -51,12 +58,14 @@ void check_bounded(const std::string& expression) {
     }
     expanded *= repeats;
   }
-  RESLORA_CHECK(expanded <= kMaxExpanded && deepest <= kMaxNested && repeated <= kMaxRepeated &&
-                    deepest_ahead <= kMaxAhead,
-                "[config] a pattern may have at most {} characters, with all that its braces "
-                "repeat, at most {} of '*', '+' and '{{', parentheses at most {} deep, and at most "
-                "{} that look ahead within each other; got a larger one that begins with '{}'",
-                kMaxExpanded, kMaxRepeated, kMaxNested, kMaxAhead, expression.substr(0, 40));
+  RESLORA_CHECK(
+      expanded <= kMaxExpanded && deepest <= kMaxNested && repeated <= kMaxRepeated &&
+          deepest_ahead <= kMaxAhead,
+      "[config] a pattern may have at most {} characters, with all that its braces "
+      "repeat, at most {} of '*', '+', '?', '|' and '{{', parentheses at most {} deep, and "
+      "at most {} that look ahead within each other; got a larger one that begins with "
+      "'{}'",
+      kMaxExpanded, kMaxRepeated, kMaxNested, kMaxAhead, expression.substr(0, 40));
 }
 
 // Matching in time that grows with the pattern times the text. It takes no back-references.

@@ -242,6 +242,13 @@ void AdaptedFiles::find_weights() {
                       "[merge] a layer that hangs at several places must have one weight there; "
                       "got another in {} than in {}: is this the base of the adapter?",
                       copy.weight, place.weight);
+      for (const Names& copy : place.copies)
+        RESLORA_CHECK(copy.bias.empty() == place.bias.empty() &&
+                          (copy.bias.empty() ||
+                           at::equal(files_.tensor(copy.bias), files_.tensor(place.bias))),
+                      "[merge] a layer that hangs at several places must have one bias there; got "
+                      "another at {} than at {}: is this the base of the adapter?",
+                      copy.weight, place.weight);
     }
   }
 }

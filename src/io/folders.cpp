@@ -37,6 +37,10 @@ bool stays_below(const std::string& name) {
   return true;
 }
 
+bool is_plain_name(const std::string& name) {
+  return !name.empty() && name[0] != '.' && name.find('/') == std::string::npos;
+}
+
 std::string in_folder(const std::string& folder, const std::string& name) {
   return folder.empty() ? name : folder + "/" + name;
 }

@@ -18,6 +18,9 @@ std::string final_path(const std::string& path);
 /// True for a path that stays below the folder it is taken in: without empty parts, "." and "..".
 bool stays_below(const std::string& name);
 
+/// True for the name of a file that is not hidden, in no other folder.
+bool is_plain_name(const std::string& name);
+
 /// The path of a file in a folder; an empty one is the folder that the program runs in.
 std::string in_folder(const std::string& folder, const std::string& name);
 

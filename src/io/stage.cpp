@@ -19,10 +19,11 @@ using detail::FolderLock;
 using detail::refuse_system;
 using detail::shown;
 
-/// Demands a path that stays below the folder.
-void check_name(const std::string& name) {
+/// Demands a path that stays below a folder that is written whole; of files in one that others
+/// write to, too, a name that no hidden file has.
+void check_name(const std::string& name, bool is_whole) {
   TORCH_CHECK_VALUE(
-      detail::stays_below(name),
+      is_whole ? detail::stays_below(name) : detail::is_plain_name(name),
       fmt::format("[save] a file must have a name of its own in the folder; got '{}'", name));
 }
 
@@ -95,14 +96,14 @@ Stage::~Stage() { discard(); }
 
 std::string Stage::path(const std::string& name) {
   check_open();
-  check_name(name);
+  check_name(name, kind_ == Kind::kFolder);
   names_.push_back(name);
   return place_ + "/" + name;
 }
 
 void Stage::remove(const std::string& name) {
   check_open();
-  check_name(name);
+  check_name(name, kind_ == Kind::kFolder);
   removed_.push_back(name);
 }
 

@@ -4,6 +4,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <ftw.h>
+#include <reslora/adapter_folder.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -42,12 +43,18 @@ bool is_folder(const std::string& path) {
   return ::lstat(path.c_str(), &found) == 0 && S_ISDIR(found.st_mode);
 }
 
-/// True for the path of a file below a folder, none of whose folders is a link: what a note names
-/// may have come with somebody's adapter.
-bool is_below(const std::string& folder, const std::string& name) {
-  for (size_t end = name.find('/'); end != std::string::npos; end = name.find('/', end + 1))
-    if (!is_folder(in_folder(folder, name.substr(0, end)))) return false;
-  return stays_below(name);
+/// True where a path is that of a file, or nothing is there.
+bool is_file_or_absent(const std::string& path) {
+  struct stat found;
+  return ::lstat(path.c_str(), &found) != 0 ? errno == ENOENT : S_ISREG(found.st_mode);
+}
+
+/// True where a note may name this: it may have come with somebody's adapter. What is put in place
+/// must be a file, in the place of a file, and what is removed one of those that saves remove.
+bool may_name(const std::string& folder, const std::string& hidden, const std::string& name,
+              bool is_removed) {
+  if (!is_plain_name(name) || is_folder(in_folder(folder, name))) return false;
+  return is_removed ? name == kStatisticsName : is_file_or_absent(in_folder(hidden, name));
 }
 
 /// The hidden folders of writers in a folder; links that are called so are not.
@@ -70,10 +77,11 @@ Commit noted_commit(const std::string& folder, const std::string& hidden) {
   for (size_t begin = 0, end = 0; begin < text.size(); begin = end + 1) {
     end = text.find('\0', begin);
     if (end == std::string::npos || end == begin) break;
-    std::vector<std::string>& names = text[begin] == kPut ? commit.names : commit.removed;
+    const bool is_removed = text[begin] != kPut;
     const std::string name = text.substr(begin + 1, end - begin - 1);
-    if (!is_below(folder, name)) return {};
-    names.push_back(name);
+    const bool is_believed = may_name(folder, hidden, name, is_removed);
+    if (!is_believed && !is_removed) return {};
+    if (is_believed) (is_removed ? commit.removed : commit.names).push_back(name);
   }
   return commit;
 }
@@ -90,6 +98,8 @@ int remove_below(const std::string& folder) {
     const bool is_mark = at->level == 1 && std::strcmp(path + at->base, kMark) == 0;
     return at->level > 0 && !is_mark ? std::remove(path) : 0;
   };
+  // First: a file that went before it would look as if it were in its place already.
+  ::unlink(in_folder(folder, kNote).c_str());
   const int result = ::nftw(folder.c_str(), remove, 16, FTW_DEPTH | FTW_PHYS);
   // Last, so that what is left by a writer who dies here is still known to be one's.
   if (result == 0) ::unlink(in_folder(folder, kMark).c_str());
@@ -148,7 +158,10 @@ void mark(const std::string& hidden) {
 }
 
 bool is_of_writer(const std::string& hidden) {
-  if (exists(in_folder(hidden, kMark)) || exists(in_folder(hidden, kNote))) return true;
+  for (const char* own : {kMark, kNote}) {
+    const std::string path = in_folder(hidden, own);
+    if (exists(path)) return is_file_or_absent(path);
+  }
   const std::unique_ptr<DIR, int (*)(DIR*)> open(::opendir(hidden.c_str()), ::closedir);
   if (!open) return false;
   int items = 0;  // "." and ".." among them

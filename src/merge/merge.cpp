@@ -59,6 +59,9 @@ void check_writable(const Tensor& tensor, const std::string& layer) {
                 layer);
 }
 
+/// Counts the writes to a tensor; tensors of inference mode count none.
+int64_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+
 }  // namespace
 
 at::Tensor singular_values(const LayerMerge& layer) {
@@ -151,6 +154,8 @@ void MergePlan::write(size_t i, bool keep_original) {
   // All memory is there: what follows writes the layer whole.
   weights_[i].copy_(merged);
   if (has_bias) biases_[i].copy_(bias);
+  versions_.resize(i);
+  versions_.push_back(version_of(weights_[i]));
 }
 
 void MergePlan::restore() {
@@ -180,7 +185,12 @@ void MergePlan::go_on_with(const std::vector<Tensor>& weights, const std::vector
   for (size_t i = 0; i < layers_.size(); ++i) {
     check(weights[i], weights_[i], i);
     check(biases[i], biases_[i], i);
+    RESLORA_CHECK(i >= done_ || version_of(weights_[i]) == versions_[i],
+                  "[merge] layers that hold W* must not be written to before their merge goes on; "
+                  "got other values in {}: load the base model again",
+                  layers_[i].name);
   }
+  for (size_t i = 0; i < done_; ++i) versions_[i] = version_of(weights[i]);
   weights_ = weights;
   biases_ = biases;
 }

@@ -44,16 +44,13 @@ def load_tensors_of(path: PathLike) -> dict[str, Tensor]:
 def card_for(folder: PathLike, text: str) -> str | None:
     """Return a model card as it is to be written, None where the folder has one to keep.
 
-    Kept is the same card, and one that somebody else wrote or changed. A comment at the end of ours
-    tells: it has the sum of what stands above it.
+    Kept is a card that somebody else wrote or changed. A comment at the end of ours tells: it has
+    the sum of what stands above it.
     """
     found = Path(folder) / CARD_NAME
-    card = text + _CARD_MARK.format(_sum(text.encode()))
-    if found.is_file():
-        old = found.read_bytes()
-        if old == card.encode() or not _is_untouched(old):
-            return None
-    return card
+    if found.is_file() and not _is_untouched(found.read_bytes()):
+        return None
+    return text + _CARD_MARK.format(_sum(text.encode()))
 
 
 def _is_untouched(card: bytes) -> bool:

@@ -184,4 +184,6 @@ def apart(folder: Path) -> Iterator[Path]:
         for path in sorted(stage.place.iterdir()):
             is_hidden = path.name.startswith(".")  # the mark of the stage
             if path.is_file() and not is_hidden and path.name not in (WEIGHTS_NAME, CONFIG_NAME):
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())
                 stage.path(os.fspath(path.name))

@@ -119,6 +119,7 @@ def _from_pretrained(load: Any) -> Any:
 
 def _check_over(model: Any, adapter_name: str, source: Source) -> None:
     """Check a folder against the adapter that is there."""
+    injection_by_name(model, adapter_name).refuse_halted("load_adapter")
     read = read_source(source)
     if read is not None:
         check_loaded(model, injection_by_name(model, adapter_name), source, read)

@@ -178,6 +178,7 @@ class PeftLinear(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Take the adapter out of the weights again, in every layer."""
+        self.refuse_halted("unmerge_adapter")
         for name in self.merged_adapters:
             unmerge_adapters(self.injection(name))
 

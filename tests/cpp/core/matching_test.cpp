@@ -84,15 +84,23 @@ TEST(Expressions, AreBoundedInLengthAndDepth) {
     for (int i = 0; i < count; ++i) text += part;
     return text;
   };
-  const std::vector<std::string> large = {
-      repeated("(", 20000),    repeated("(", 101) + "a" + repeated(")", 101),
-      repeated("(a*)*", 2000), "a{9000}",
-      "(a?){10000}",           "((a{90}){90}){90}",
-      "(a{2,5000}){3}",        "(a?){99999999999999999999999}",
-      repeated("(.*)*", 101),  repeated("(?=.*", 3) + "a" + repeated(")", 3)};
+  const std::vector<std::string> large = {repeated("(", 20000),
+                                          repeated("(", 101) + "a" + repeated(")", 101),
+                                          repeated("(a*)*", 2000),
+                                          "a{9000}",
+                                          "(a?){10000}",
+                                          "((a{90}){90}){90}",
+                                          "(a{2,5000}){3}",
+                                          "(a?){99999999999999999999999}",
+                                          repeated("(.*)*", 101),
+                                          repeated("(?=.*", 3) + "a" + repeated(")", 3),
+                                          repeated("(.?)", 201),
+                                          repeated("(a|)", 201),
+                                          repeated("([)]b", 101) + repeated(")", 101)};
   for (const std::string& text : large)
     EXPECT_TRUE(testing::refuses([&] { matches_ecma_script(text, "a"); }, "got a larger one"));
   EXPECT_TRUE(matches_ecma_script(repeated("(", 90) + "a" + repeated(")", 90), "a"));
+  EXPECT_TRUE(matches_ecma_script("[(]{3}[^)(*]*[)*]+", "(((a)*"));
   EXPECT_TRUE(matches_ecma_script(R"(\((\(\(a{2,3}\)\)){1,2}\))", "(((aaa)))"));
   EXPECT_TRUE(matches_ecma_script("(?=.*q_)(?!.*v_)(?=.*p(?!x)).*proj", "layers.0.q_proj"));
 }

@@ -1,12 +1,17 @@
 // Files that are written to, or shortened, while they are merged: said, never a crash.
 #include <ATen/ATen.h>
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <reslora/adapter_io.h>
 #include <reslora/model_files.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <chrono>
+#include <csetjmp>
 #include <csignal>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 
 #include "io/in_folder.h"
@@ -119,6 +124,70 @@ TEST_F(MappedFileTest, WhatIsReadOfAViewCanBeChecked) {
   EXPECT_EQ(view.sum().item<double>(), 0);
   EXPECT_EQ(view.sum().item<double>(), 0);
   EXPECT_THROW(files.check_unchanged(), c10::Error);
+}
+
+TEST_F(MappedFileTest, AFileThatWasCutIsToldAlsoWhereItIsGone) {
+  std::vector<ModelFiles> many;  // more than descriptors are kept of
+  for (int i = 0; i < 300; ++i) many.push_back(ModelFiles({path("in")}));
+  const at::Tensor view = many.back().tensor("b");
+  shorten(5000);
+  fs::rename(path("in"), path("elsewhere"));
+  EXPECT_EQ(view.sum().item<double>(), 0);
+  EXPECT_THROW(many.back().check_unchanged(), c10::Error);
+}
+
+/// Of a file that is no map of ours and was cut: what the program sees there.
+class Cut {
+ public:
+  explicit Cut(const std::string& path) {
+    std::ofstream(path) << std::string(8192, 'x');
+    const int descriptor = ::open(path.c_str(), O_RDONLY);
+    page_ = static_cast<char*>(::mmap(nullptr, 8192, PROT_READ, MAP_SHARED, descriptor, 0));
+    ::close(descriptor);
+    fs::resize_file(path, 0);
+  }
+  void read() const { (void)*const_cast<const volatile char*>(page_); }
+
+ private:
+  char* page_;
+};
+
+sigjmp_buf back;
+
+TEST_F(MappedFileTest, AHandlerThatWasThereBeforeIsCalledAgainAndAgain) {
+  const auto in_a_process_of_its_own = [&] {
+    struct sigaction other = {};
+    other.sa_handler = [](int) { siglongjmp(back, 1); };
+    ::sigaction(SIGBUS, &other, nullptr);
+    const Cut cut(path("cut"));
+    static int caught = 0;  // a jump leaves what lies on the stack undefined
+    while (caught < 3) {
+      const ModelFiles files({path("in")});  // a map: the handler is there
+      if (sigsetjmp(back, 1) == 0) {
+        cut.read();
+        std::_Exit(1);
+      }
+      ++caught;
+    }
+    std::_Exit(0);
+  };
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(in_a_process_of_its_own(), ::testing::ExitedWithCode(0), "");
+}
+
+TEST_F(MappedFileTest, AHandlerThatMendsNothingDoesNotLetTheProgramHang) {
+  const auto in_a_process_of_its_own = [&] {
+    struct sigaction other = {};
+    other.sa_handler = [](int) {};
+    ::sigaction(SIGBUS, &other, nullptr);
+    const ModelFiles files({path("in")});
+    ::raise(SIGBUS);  // sent: the handler is all that is called
+    ::raise(SIGBUS);
+    Cut(path("cut")).read();
+    std::_Exit(0);
+  };
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(in_a_process_of_its_own(), ::testing::KilledBySignal(SIGBUS), "");
 }
 
 TEST_F(MappedFileTest, OtherSignalsOfTheKindEndTheProgram) {

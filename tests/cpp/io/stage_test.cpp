@@ -60,8 +60,9 @@ TEST_F(StageTest, WhatIsNotCommittedLeavesNothing) {
   {
     Stage stage(folder_), fresh(path("new/deep"));
     write_text(stage.path("b"), "2");
-    std::filesystem::create_directory(stage.path("folder"));
-    write_text(stage.path("folder/a"), "1");
+    const std::string below = stage.path("folder");
+    std::filesystem::create_directory(below);
+    std::ofstream(below + "/a") << "1";
     write_text(fresh.path("a"), "1");
   }
   EXPECT_EQ(text_of("b"), "old");
@@ -154,8 +155,36 @@ TEST_F(StageTest, ANoteIsBelievedOfFilesInTheFolderAlone) {
     note("+none" + end + "+" + name + end);
     EXPECT_EQ(text_of("in/mine"), "kept");
   }
-  note("-mine" + end);
-  EXPECT_FALSE(std::filesystem::exists(path("in/mine"))) << "so a note of a writer is believed";
+  note("+none" + end + "-mine" + end);
+  EXPECT_EQ(text_of("in/mine"), "kept") << "no save removes it";
+  std::filesystem::create_directories(path("in/deep"));
+  note("+deep" + end);
+  std::filesystem::create_directories(path("in/away"));  // a folder here, a link in the hidden one
+  std::filesystem::create_directories(path("in/.reslora-abcdef"));
+  std::filesystem::create_symlink(folder_, path("in/.reslora-abcdef/away"));
+  note("+none" + end + "+away/precious" + end);
+  put("in/adapter_statistics.safetensors", "old");
+  note("-adapter_statistics.safetensors" + end);
+  EXPECT_FALSE(is_there("in/adapter_statistics.safetensors")) << "a writer's note is believed";
+}
+
+TEST_F(StageTest, AFolderInThePlaceOfAMarkIsNoMark) {
+  for (const char* name : {".writer", ".commit"}) {
+    const std::string below = std::string("in/.reslora-abcdef/") + name;
+    std::filesystem::create_directories(path(below));
+    put(below + "/mine", "kept");
+    Stage stage(path("in"));
+    write_text(stage.path("a"), "1");
+    stage.commit();
+    EXPECT_EQ(text_of(below + "/mine"), "kept");
+    std::filesystem::remove_all(path("in/.reslora-abcdef"));
+  }
+}
+
+TEST_F(StageTest, FilesBesideOthersHaveNamesOfTheirOwn) {
+  Stage stage(folder_);
+  for (const char* name : {"", ".hidden", "below/a", "../a", "/a"})
+    EXPECT_TRUE(refuses([&] { stage.path(name); }, "a name of its own")) << name;
 }
 
 TEST_F(StageTest, FoldersOfSomebodyElseAreLeftAlone) {

@@ -4,6 +4,9 @@
 #include <c10/core/InferenceMode.h>
 #include <reslora/merge.h>
 
+#include <stdexcept>
+#include <vector>
+
 #include "testing.h"
 
 namespace reslora {
@@ -70,6 +73,27 @@ ChainView with_one_bias(bool is_first_moved, bool is_second_moved) {
   if (is_first_moved) fit(view.layers[0]);
   if (is_second_moved) fit(view.layers[1]);
   return view;
+}
+
+TEST(WrittenWeights, AMergeDoesNotGoOnBehindLayersThatWereWrittenToMeanwhile) {
+  const ChainView view = two_layers();
+  const std::vector<Tensor> weights = {view.layers[0].weight, view.layers[1].weight}, none(2);
+  const Tensor base = weights[0].clone();
+  const auto halted = [&] {
+    MergePlan plan({view}, "");
+    const auto fails = [](int64_t) { throw std::runtime_error("no memory"); };
+    EXPECT_THROW(plan.apply(/*keep_originals=*/false, /*safe_merge=*/false, fails),
+                 std::runtime_error);
+    EXPECT_EQ(plan.done(), 1);
+    return plan;
+  };
+  MergePlan plan = halted();
+  std::vector<Tensor> moved = {weights[0].clone(), weights[1].clone()};
+  plan.go_on_with(moved, none);
+  plan.go_on_with(moved, none);
+  moved[0].copy_(base);  // as loading a base model's state does
+  EXPECT_TRUE(refuses([&] { plan.go_on_with(moved, none); }, "got other values in a: load"));
+  EXPECT_TRUE(refuses([&] { plan.go_on_with(weights, none); }, "got Double [4, 4] where"));
 }
 
 TEST(WrittenWeights, ABiasOfTwoLayersIsRefusedWhereOneOfThemMovesIt) {

@@ -66,5 +66,11 @@ def test_a_save_is_one_event_at_every_point(shim, tmp_path, case):
     check_case(shim, tmp_path, case, 1)
 
 
+@pytest.mark.parametrize("step", [2, pytest.param(1, marks=pytest.mark.full)])
+def test_a_recovery_that_dies_too_can_be_done_again(shim, tmp_path, step):
+    found = printed(shim, tmp_path, "recovery", step)
+    assert re.fullmatch(r"points dies \d\d\n", found), found
+
+
 def test_of_two_writers_one_wins_whole(shim, tmp_path):
     assert printed(shim, tmp_path, "writers", 20) == ""

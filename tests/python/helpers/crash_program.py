@@ -4,7 +4,8 @@
 
 Prints a line for each point at which the folder did not hold the old or the new adapter, whole, and
 how many points there were. STEP is 1 for every point, 5 for every fifth. CASE "writers" lets two
-processes save to one folder, STEP times, while a third one reads it.
+processes save to one folder, STEP times, while a third one reads it. CASE "recovery" lets whoever
+reads a folder after a crash die too, at each of its own changes.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def content_of_merge(folder: Path) -> Content:
 
 
 Read = Callable[[Path], Content]
-Save = Callable[[Path], None]
+Save = Callable[[Path], object]
 
 
 def saves(model: nn.Module, statistics: bool) -> Save:
@@ -264,6 +265,35 @@ def check(case: str, folder: Path, kind: str, step: int) -> int:
     return LIMIT
 
 
+def check_recoveries(folder: Path, step: int) -> int:
+    """Print where a folder is torn once a reader dies while it ends what a dead writer began."""
+    before, save = CASES["rank"]
+    template, torn, place = folder / "template", folder / "torn", folder / "adapter"
+    assert before is not None
+    before(template)
+    save(folder / "new")
+    known = content(template), content(folder / "new")
+
+    def restore(source: Path) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(source, place)
+
+    for call in range(0, LIMIT, step):
+        restore(template)
+        if outcome(save, place, call, KINDS["dies"])[1] == 0:
+            return call
+        shutil.rmtree(torn, ignore_errors=True)
+        shutil.copytree(place, torn)
+        for again in range(LIMIT):
+            restore(torn)
+            _, code = outcome(content, place, again, KINDS["dies"])
+            if content(place) not in known:
+                print(f"recovery: a save died at call {call}, a reader at {again}: torn")
+            if code == 0:
+                break
+    return LIMIT
+
+
 def meet(folder: Path, rounds: int) -> None:
     """Let two processes save to one folder at once; print what a reader beside them got wrong."""
     ways = (saves(made(1, norms=True), True), saves(made(2, alpha=16, r=3), False))
@@ -306,6 +336,9 @@ def main(case: str, folder: Path, step: int) -> None:
     warnings.simplefilter("ignore")
     if case == "writers":
         meet(folder, step)
+        return
+    if case == "recovery":
+        print(f"points dies {check_recoveries(folder, step)}")
         return
     for kind in KINDS:
         own = folder / kind
