@@ -218,13 +218,17 @@ Adapters Adapters::of_clone(torch::nn::Module& clone) const {
   state->fits = state_->fits;
   state->fits_sum = state_->fits_sum;
   state->heads = heads_of(clone, state_->heads);
-  state->sharing = state_->sharing;
   for (auto& parameter : clone.parameters()) parameter.set_requires_grad(false);
   for (size_t i = 0; i < copies.size(); ++i) {
     const LinkedChain& chain = state->chains.emplace_back(detail::join_copies(copies[i]));
     if (is_merged()) chain.set_enabled(state_->merge->was_enabled[i]);
     for (at::Tensor& parameter : chain.parameters()) parameter.set_requires_grad(true);
   }
+  detail::Layers layers;
+  for (size_t i = 0; i < copies.size(); ++i)
+    for (size_t n = 0; n < copies[i].layers.size(); ++n)
+      layers.emplace_back(copies[i].layers[n]->name(), copies[i].layers[n]);
+  state->sharing = detail::sharing_in(clone, layers, state->heads);
   for (auto& [name, head] : state->heads)
     head.set_requires_grad(state_->heads.at(name).requires_grad());
   return Adapters(std::move(state));

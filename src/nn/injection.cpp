@@ -171,7 +171,11 @@ std::shared_ptr<Adapters::State> commit(torch::nn::Module& model, Prepared prepa
   state->config = std::move(prepared.config);
   state->names = std::move(prepared.names);
   state->heads = std::move(prepared.heads);
-  state->sharing = sharing_in(model, prepared.states, state->heads);
+  Layers layers;
+  for (const auto& own : prepared.states)
+    for (int64_t n = 0; n < own->chain.size(); ++n)
+      layers.emplace_back(own->chain.layer(n).name, own->layer(n));
+  state->sharing = sharing_in(model, layers, state->heads);
   return state;
 }
 

@@ -41,6 +41,8 @@ from ..nn.layer import LayerChain, ResLoraLinear
 from .folders import check_loaded, of_one_save, read_source, source_of
 from .layer import Adapter, PeftLinear
 
+ALL_LINEAR = "all-linear"  # in whatever case
+
 
 class ResLoraModel(BaseTuner):
     """What `get_peft_model` makes of a model for a ResLoraConfig."""
@@ -73,7 +75,7 @@ class ResLoraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._link(model, adapter_name)
             if read is None:
-                self._refuse_second_names(model, config)
+                self._refuse_second_names(model, config, adapter_name)
             if source is not None and read is not None:
                 check_loaded(model, injection_by_name(model, adapter_name), source, read)
         except BaseException:
@@ -84,12 +86,13 @@ class ResLoraModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = targets_by_default(self.model)
         warn_fused_experts(self.model, peft_config, "reslora.peft")
-        if peft_config.layers_to_transform and isinstance(peft_config.target_modules, str):
-            # Whole paths, which PEFT makes of "all-linear", are meant whatever their number.
+        if str(peft_config.target_modules).lower() == ALL_LINEAR:
+            # Whole paths, which PEFT makes of it, are meant whatever their number.
             core = peft_config.core()
             _maybe_include_all_linear_layers(peft_config, self.model)
             paths = sorted(plain_name(path) for path in peft_config.target_modules)
-            peft_config.target_modules = [path for path in paths if is_in_layers(core, path)]
+            called = _called(self.model, paths)
+            peft_config.target_modules = [path for path in called if is_in_layers(core, path)]
         return peft_config
 
     @staticmethod
@@ -110,15 +113,27 @@ class ResLoraModel(BaseTuner):
         return found and is_in_layers(peft_config.core(), name)
 
     @classmethod
-    def _refuse_second_names(cls, model: nn.Module, config: Any) -> None:
-        """Refuse targets that are other names of modules: PEFT looks at the first names alone."""
+    def _refuse_second_names(cls, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Refuse targets that are other names of modules: PEFT looks at the first names alone.
+
+        A module is meant to be left where its first name is excluded, or in modules_to_save.
+        """
+        any_target = copy.copy(config)
+        any_target.target_modules, any_target.layers_to_transform = ".*", None
         ours = [x for x in model.modules() if isinstance(x, PeftLinear)]
-        adapted = {id(module) for layer in ours for module in (layer, layer.base_layer)}
+        adapted = {
+            id(module)
+            for layer in ours
+            for module in (layer, layer.base_layer)
+            if adapter_name in layer.reslora_A
+        }
         first: dict[int, str] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             name = first.setdefault(id(module), path)
-            is_left = features_of(module) is not None and id(module) not in adapted
-            if path != name and is_left and cls._check_target_module_exists(config, path):
+            if path == name or features_of(module) is None or id(module) in adapted:
+                continue
+            is_left = not cls._check_target_module_exists(any_target, name)
+            if not is_left and cls._check_target_module_exists(config, path):
                 raise ValueError(
                     "[reslora.peft] targets must be the first names of modules; got "
                     f"{path}, which is {name} too (name {name} in target_modules)"
@@ -145,7 +160,9 @@ class ResLoraModel(BaseTuner):
         injection = injection_by_name(inner, adapter_name)
         injection.note_chains()
         config.other_places = other_places(inner, injection) or None
-        config.tied_weights = (tied_weights(inner, injection) | tied_copies(inner)) or None
+        config.tied_weights = (
+            tied_weights(inner, injection) | tied_copies(inner, adapter_name)
+        ) or None
         own = trained_beside(inner)
         config.trained_beside = [name for name in own if ".modules_to_save." not in name]
         found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
@@ -230,6 +247,7 @@ class ResLoraModel(BaseTuner):
             for parent, attribute, child in children(model)
             if isinstance(child, PeftLinear) and name in child.reslora_adapters
         ]
+        _refuse_in_heads(model, injection)
         open_sessions(model, injection)
         config.fan_in_fan_out = transposed_chains(injection)
         injection.note_chains()
@@ -332,6 +350,25 @@ def _refuse_halted(model: nn.Module, op: str) -> None:
             layer.refuse_halted(op)
 
 
+def _called(model: nn.Module, paths: list[str]) -> list[str]:
+    """Return the paths of layers whose parents call them, and do not read their weights alone."""
+    modules = modules_of(model)
+    parts = ((path, *path.rpartition(".")) for path in paths)
+    return [path for path, above, _, name in parts if not is_bypassed(modules.get(above), name)]
+
+
+def _refuse_in_heads(model: nn.Module, injection: Injection) -> None:
+    """Refuse a layer that by another name lies in modules_to_save: PEFT would copy it, adapted."""
+    for layer, names in other_places(model, injection).items():
+        for name in names:
+            if saved_part(name, injection.config.modules_to_save or []):
+                raise ValueError(
+                    "[reslora.peft] a module is a target or trained whole; got "
+                    f"{layer} as a target, which is {name} in modules_to_save too (name one of "
+                    "them in exclude_modules)"
+                )
+
+
 def injection_by_name(model: nn.Module, name: str) -> Injection:
     """Return what the linking of an adapter made, which may not be the active one."""
     for layer in model.modules():
@@ -356,5 +393,8 @@ def _put_back(places: list[tuple[nn.Module, str, nn.Module]], name: str) -> None
             for kept in (child.reslora_A, child.reslora_B, child.reslora_adapters):
                 if name in kept:
                     del kept[name]
-        elif isinstance(parent._modules.get(attribute), PeftLinear):
+        elif parent._modules.get(attribute) is not child:  # adapted, or wrapped to train a copy
             setattr(parent, attribute, child)
+        copies = getattr(child, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and name in copies:  # beside those of other adapters
+            del copies[name]

@@ -8,7 +8,9 @@
 #include <reslora/merge_files.h>
 #include <torch/torch.h>
 
+#include <functional>
 #include <map>
+#include <memory>
 #include <string>
 
 #include "small_net.h"
@@ -98,6 +100,45 @@ TEST(Sharing, AWeightOfTwoModulesIsMergedNowhere) {
   EXPECT_FALSE(adapters.is_merged());
   EXPECT_TRUE(refuses([&] { merged_in_files(*model, folder); }, sentence));
   adapters.export_lora(new_folder());
+}
+
+TEST(Sharing, MemoryCountsWhateverTensorLiesInIt) {
+  const auto refused = [](const std::function<void(Parts&)>& tie, const std::string& name) {
+    Parts model;
+    tie(model);
+    const Adapters adapters = inject(*model, config_of("none").target_modules({"encoder"}));
+    EXPECT_EQ(option_in(saved(adapters), "tied_weights"), R"({"encoder":[")" + name + R"("]})");
+    EXPECT_TRUE(refuses([&] { adapters.merge(); }, "got those of encoder, where " + name));
+  };
+  refused(
+      [](Parts& model) {
+        model->register_module("decoder", Holder(model->encoder->weight.detach().t()));
+      },
+      "decoder.weight");
+  refused(
+      [](Parts& model) {
+        model->register_buffer("copied", model->encoder->weight.detach().narrow(0, 2, 1));
+      },
+      "copied");
+  refused([](Parts& model) { model->embedding->weight = model->encoder->weight; },
+          "embedding.weight");  // the member is what its forward reads
+  Parts model;
+  at::Tensor both = at::randn({2 * kWidth, kWidth});
+  model->encoder->weight.set_data(both.narrow(0, 0, kWidth));
+  model->register_buffer("beside", both.narrow(0, kWidth, kWidth));  // another part of one storage
+  const Adapters adapters = inject(*model, config_of("none").target_modules({"encoder"}));
+  EXPECT_EQ(option_in(saved(adapters), "tied_weights"), "");
+  adapters.merge();
+}
+
+TEST(Sharing, ACloneIsWhatItIs) {
+  Net net(2);
+  const Adapters adapters = inject(*net, config_of().modules_to_save({"head"}));
+  const auto clone = std::dynamic_pointer_cast<NetImpl>(net->clone());
+  const Adapters of_clone = adapters.of_clone(*clone);
+  clone->head->weight = net->head->weight;
+  EXPECT_EQ(option_in(saved(of_clone), "tied_weights"), "");
+  of_clone.merge();
 }
 
 TEST(Sharing, AHeadOfTwoModulesIsMergedInMemoryOnly) {

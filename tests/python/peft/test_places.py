@@ -201,6 +201,51 @@ def test_a_weight_of_two_modules_is_merged_neither_in_memory_nor_in_files(tmp_pa
             reslora.merge(adapted)
 
 
+def transposed(base):
+    base.decoder = nn.Linear(4, 4)
+    base.decoder.weight.data = base.encoder.weight.data.T
+
+
+def part_of_a_buffer(base):
+    base.decoder = nn.Linear(4, 4)
+    base.decoder.register_buffer("rows", base.encoder.weight.data[1:3])
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+@pytest.mark.parametrize(
+    ("tie", "target", "other"),
+    [
+        (transposed, "encoder", "decoder.weight"),
+        (transposed, "decoder", "encoder.weight"),
+        (part_of_a_buffer, "encoder", "decoder.rows"),
+    ],
+)
+def test_memory_that_modules_share_counts_whatever_tensors_lie_in_it(tmp_path, tie, target, other):
+    base = Tied()
+    tie(base)
+    options = {"r": 2, "target_modules": [target], "res_mode": "none"}
+    core = randomize(reslora.inject(base, reslora.ResLoraConfig(**options)))
+    reslora.save_pretrained(core, tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    state = {key: tensor.clone() for key, tensor in Tied().state_dict().items()}
+    _C.save_tensors(tmp_path / "base/model.safetensors", state, {})
+    with pytest.raises(ValueError, match=rf"got those of {target}, where {other} is the same"):
+        merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"got that of {target}, which is {other} too"):
+        reslora.merge(core)
+
+
+def test_layers_that_are_parts_of_one_tensor_are_not_tied():
+    base, both = Tied(), torch.randn(8, 4)
+    base.decoder = nn.Linear(4, 4)
+    base.encoder.weight.data, base.decoder.weight.data = both[:4], both[4:]
+    options = {"r": 2, "target_modules": ["encoder", "decoder"], "res_mode": "none"}
+    core = randomize(reslora.inject(base, reslora.ResLoraConfig(**options))).eval()
+    x = torch.randn(3, 4)
+    wanted = core(x)
+    torch.testing.assert_close(reslora.merge_and_unload(core)(x), wanted, rtol=1e-5, atol=1e-6)
+
+
 class Headed(nn.Module):
     """A layer, a module that is trained whole, and something that shares it."""
 
@@ -277,6 +322,66 @@ def test_a_target_that_is_a_second_name_is_refused(targets):
     with pytest.raises(ValueError, match=r"got rest\.1, which is first too \(name first in"):
         get_peft_model(model, ResLoraConfig(**options))
     assert not any(isinstance(module, PeftLinear) for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+def test_a_second_adapter_is_refused_a_second_name_too():
+    options = {"r": 2, "res_mode": "none"}
+    model = get_peft_model(Twice(), ResLoraConfig(target_modules=["first", "entry"], **options))
+    with pytest.raises(ValueError, match=r"got rest\.1, which is first too"):
+        model.add_adapter("b", ResLoraConfig(target_modules=["entry", "rest.1"], **options))
+
+
+class Classifier(nn.Module):
+    """A head that the body holds too; which name comes first is asked for."""
+
+    def __init__(self, is_head_first):
+        super().__init__()
+        head = nn.Sequential()
+        head.dense = nn.Linear(4, 4)
+        if is_head_first:
+            self.classifier = head
+        self.body = nn.Module()
+        self.body.q, self.body.cls = nn.Linear(4, 4), head
+        self.classifier = head
+
+    def forward(self, x):
+        return self.classifier(self.body.q(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+def test_what_is_excluded_or_trained_whole_by_its_first_name_is_left():
+    options = {"r": 2, "res_mode": "none"}
+    left = ResLoraConfig(target_modules=["1", "entry"], exclude_modules=["first"], **options)
+    model = get_peft_model(Twice(), left)
+    assert [n for n, x in model.named_modules() if isinstance(x, PeftLinear)] == [
+        "base_model.model.entry"
+    ]
+    whole = ResLoraConfig(target_modules=["dense", "q"], modules_to_save=["classifier"], **options)
+    model = get_peft_model(Classifier(is_head_first=True), whole)
+    assert len([x for x in model.modules() if isinstance(x, PeftLinear)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+def test_a_target_that_is_trained_whole_by_another_name_is_refused_and_nothing_is_left():
+    base = Classifier(is_head_first=False)
+    config = ResLoraConfig(
+        r=2, res_mode="none", target_modules=["dense", "q"], modules_to_save=["classifier"]
+    )
+    with pytest.raises(ValueError, match=r"got body\.cls\.dense as a target, which is classifier"):
+        get_peft_model(base, config)
+    assert set(base.state_dict()) == set(Classifier(is_head_first=False).state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
+def test_a_file_names_the_ties_of_its_own_heads(tmp_path):
+    base = Headed(a_linear(), a_linear())
+    options = {"r": 2, "target_modules": ["lin"], "res_mode": "none"}
+    model = get_peft_model(base, ResLoraConfig(modules_to_save=["head"], **options))
+    model.add_adapter("plain", ResLoraConfig(**options))
+    model.save_pretrained(tmp_path)
+    for place, wanted in ((tmp_path, {"head": ["other.weight"]}), (tmp_path / "plain", None)):
+        assert ResLoraConfig.from_pretrained(place).tied_weights == wanted
 
 
 @pytest.mark.filterwarnings("ignore:.*no two adapted layers are linked")
