@@ -2,18 +2,20 @@
 
 python benchmarks/bench_merge.py --model FOLDER --data FOLDER            # all cells, resumable
 python benchmarks/bench_merge.py ... --tasks shakespeare --seeds 0       # some of them
+python benchmarks/bench_merge.py ... --settings benchmarks/merge_settings.json --adapters FOLDER
 
 A cell is one task, shortcut and seed: train unmerged, remove the shortcut by every rule, and train
 once more with `finish` at 70 % of the steps. Each cell is a JSON record in results/merge/; cells
-that are there already are skipped. merge_summary.py makes the table and the plot.
+that that are there already are skipped. merge_summary.py makes the table and the plot.
+
+With --settings, merge_rules.py applies every rule to adapters that are trained once and kept in
+FOLDER; merge_rules_summary.py makes the table of two labels.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,15 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import torch
-from merge_tasks import Task, inputs, load
+import merge_bases
+import merge_rules
+from merge_tasks import Task, load
+from merge_training import Trainer, adapted, evaluate, inputs, merged_by
 from torch import nn
 from tqdm import tqdm
+from transformers.utils import logging
+from whole_files import replace_text
 
 import reslora
 from reslora.injection.adapted import injection_of
-from reslora.merging.distance import kl_sum
-from reslora.merging.planning import make_plan
 from reslora.merging.stand_ins import plain_lora, standing_in
 
 CELLS = Path(__file__).resolve().parent / "results" / "merge"
@@ -64,83 +68,6 @@ METHODS = {
 TASKS = ("shakespeare", "gsm8k", "sst2")
 
 
-def adapted(task: Task, method: str, seed: int, settings: Settings) -> nn.Module:
-    """Return the model with fresh adapters on every linear layer."""
-    res_mode, pre_num, factor = METHODS[method]
-    model = task.load_model(seed)
-    config = reslora.ResLoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha * factor,
-        res_mode=res_mode,
-        pre_num=pre_num,
-        target_modules="all-linear",
-        modules_to_save=["score"] if task.is_classification else None,
-    )
-    return reslora.inject(model, config)
-
-
-class Trainer:
-    """AdamW with warm-up and linear decay over a fixed number of steps; can be copied mid-way."""
-
-    def __init__(self, model: nn.Module, task: Task, seed: int, settings: Settings) -> None:
-        self.model, self.task, self.settings = model, task, settings
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
-        self.batches = islice(task.training(1000 + seed), settings.steps)
-        self.step = 0
-
-    def run(self, until: int) -> None:
-        """Train up to a step."""
-        steps, warm_up = self.settings.steps, max(1, self.settings.steps // 20)
-        self.model.train()
-        for batch in islice(self.batches, until - self.step):
-            rate = min((self.step + 1) / warm_up, (steps - self.step) / steps)
-            self.optimizer.param_groups[0]["lr"] = self.settings.lr * rate
-            logits = self.model(**inputs(batch)).logits
-            loss = self.task.loss(logits, batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-        self.model.eval()
-
-    def copy(self, seed: int) -> Trainer:
-        """Return a trainer that goes on alike, with a model and optimizer state of its own."""
-        model = copy.deepcopy(self.model)
-        other = Trainer(model, self.task, seed, self.settings)
-        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        next(islice(other.batches, self.step - 1, None))
-        other.step = self.step
-        return other
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, task: Task, reference: list[torch.Tensor] | None = None
-) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """Return loss, accuracy and, beside reference logits, KL and agreement; and the logits."""
-    model.eval()
-    loss = hits = divergence = same = 0.0
-    count = rows = 0
-    outputs = []
-    for i, batch in enumerate(task.evaluation()):
-        logits = model(**inputs(batch)).logits
-        one = task.score(logits, batch)
-        loss, hits, count = loss + one[0], hits + one[1], count + one[2]
-        if not task.is_classification:
-            logits = logits[batch["attention_mask"].bool()]
-        outputs.append(logits)
-        if reference is not None:
-            rows += len(logits)
-            divergence += float(kl_sum(reference[i], logits))
-            same += float((reference[i].argmax(-1) == logits.argmax(-1)).sum())
-    result = {"loss": loss / count, "accuracy": hits / count}
-    if reference is not None:
-        result |= {"kl": divergence / rows, "top1": same / rows}
-    return result, outputs
-
-
 @contextmanager
 def scaled(model: nn.Module, alpha_star: float) -> Iterator[None]:
     """Stand in for every linked layer by W x + (1 + reached alpha*) s B A x."""
@@ -151,16 +78,6 @@ def scaled(model: nn.Module, alpha_star: float) -> Iterator[None]:
             factor = 2.0 if chain.links.wiring(n).is_doubled else factor
             planned.append((layer, factor * chain.links.layers[n].scaling))
     with standing_in(planned, lambda y, s: plain_lora(y, y.reslora_A, y.reslora_B, s)):
-        yield
-
-
-@contextmanager
-def merged_by(model: nn.Module, rule: str) -> Iterator[None]:
-    """Stand in for every layer by what a rule makes of it, without rounding."""
-    injection = injection_of(model, "bench")
-    plan = make_plan(injection, rule, "bench", use_affine=False)
-    planned = list(zip(injection.layers, plan.layers, strict=True))
-    with standing_in(planned, lambda layer, p: plain_lora(layer, p.A, p.B, 1.0)):
         yield
 
 
@@ -195,10 +112,19 @@ def remove_shortcut(model: nn.Module, task: Task, seed: int, settings: Settings)
 def run_cell(task: Task, method: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train one method with one seed and return everything measured."""
     start = time.monotonic()
-    model = adapted(task, method, seed, settings)
+    res_mode, pre_num, factor = METHODS[method]
+    model = adapted(
+        task,
+        seed,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha * factor,
+        res_mode=res_mode,
+        pre_num=pre_num,
+        target_modules="all-linear",
+    )
     record: dict[str, Any] = {"before": evaluate(model, task)[0]}
-    trainer = Trainer(model, task, seed, settings)
-    is_exact = METHODS[method][0] in ("none", "bs")
+    trainer = Trainer(model, task, seed, settings.lr, settings.steps)
+    is_exact = res_mode in ("none", "bs")
     if not is_exact:
         trainer.run(int(settings.finish_at * settings.steps))
         other = trainer.copy(seed)
@@ -220,18 +146,47 @@ def run_cell(task: Task, method: str, seed: int, settings: Settings) -> dict[str
     return record
 
 
-def main(arguments: list[str]) -> int:
-    """Run the cells that are missing."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of tiny-llama")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; of settings 0")
+    parser.add_argument("--settings", type=Path, help="file of settings: run these, not the cells")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the settings")
+    parser.add_argument("--adapters", type=Path, help="folder where adapters are kept")
+    parser.add_argument("--models", type=Path, help="folder that small_models.py wrote")
+    parser.add_argument("--label", default="after", help="of the records: before, after, a version")
+    parser.add_argument("--results", type=Path, default=CELLS.with_name("merge_rules"))
     options = parser.parse_args(arguments)
+    if options.settings and not options.adapters:
+        parser.error("--settings needs --adapters")
+    return options
+
+
+def run_settings(options: argparse.Namespace) -> None:
+    """Run the settings that are missing."""
+    settings = merge_rules.read_settings(options.settings)
+    names = [setting.name for setting in settings]
+    if unknown := set(options.only or []) - set(names):
+        raise ValueError(f"--only must name settings: {', '.join(names)}; got {min(unknown)}")
+    settings = [s for s in settings if not options.only or s.name in options.only]
+    small = sorted({s.base for s in settings} - {merge_bases.TINY_LLAMA})
+    if small and not options.models:
+        raise ValueError(f"--models must be given for {', '.join(small)}")
+    places = merge_rules.Places(options.model, options.data, options.models, options.adapters)
+    seeds = options.seeds or [0]
+    merge_rules.run(settings, seeds, places, options.label, options.results)
+
+
+def run_cells(options: argparse.Namespace) -> None:
+    """Run the cells that are missing."""
     settings = Settings()
     CELLS.mkdir(parents=True, exist_ok=True)
-    cells = [(t, m, s) for s in options.seeds for t in options.tasks for m in options.methods]
+    seeds = options.seeds or [0, 1, 2]
+    cells = [(t, m, s) for s in seeds for t in options.tasks for m in options.methods]
     for name, method, seed in tqdm(cells, desc="cells"):
         path = CELLS / f"{name}-{method.replace(' ', '_')}-{seed}.json"
         if path.exists():
@@ -245,9 +200,19 @@ def main(arguments: list[str]) -> int:
             "settings": asdict(settings),
             "environment": harness.environment(),
         }
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(unfinished, path)
+        replace_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is missing; return the exit code."""
+    options = parse(arguments)
+    logging.set_verbosity_error()  # it reports that heads are new, and draws bars
+    logging.disable_progress_bar()
+    try:
+        run_settings(options) if options.settings else run_cells(options)
+    except (OSError, ValueError) as error:
+        print(f"bench_merge.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
