@@ -65,7 +65,7 @@ def halves(ids: Tensor, labels: Tensor, mask: Tensor, middle: int) -> Batch:
         "attention_mask": mask[:, :middle],
         "decoder_input_ids": torch.cat([torch.full_like(said[:, :1], START), said[:, :-1]], 1),
         "decoder_attention_mask": mask[:, middle:],
-        "labels": labels[:, middle:],
+        "labels": labels[:, middle:].contiguous(),
     }
 
 
