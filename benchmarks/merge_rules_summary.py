@@ -57,7 +57,7 @@ def mean(values: Iterable[float]) -> float:
 
 def figure(value: float) -> str:
     """Return a figure for a table."""
-    return "" if math.isnan(value) else f"{value:#.3g}"
+    return "" if math.isnan(value) else f"{value:#.3g}".rstrip(".")
 
 
 def rows_of(head: list[str], lines: list[list[str]]) -> list[str]:
