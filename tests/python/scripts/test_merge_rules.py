@@ -21,6 +21,8 @@ MODULES = (
     "merge_bases",
     "merge_rules",
     "merge_rules_summary",
+    "merge_summary",
+    "merge_tasks",
     "merge_training",
     "small_models",
 )
@@ -148,6 +150,16 @@ def test_the_settings_of_the_project_have_names_of_their_own_and_known_bases(ben
     trained = {s.adapter(0) for s in settings if s.calibration is None}
     assert len(trained) == sum(s.calibration is None for s in settings)
     assert {s.adapter(0) for s in settings} == trained  # another text needs no other training
+
+
+@pytest.mark.parametrize("method", ["ms 1", "bs 1"])
+def test_a_cell_of_the_tables_measures_every_rule(bench, places, method) -> None:
+    task = bench.merge_tasks.load("sst2", places.model, places.data)
+    settings = bench.bench_merge.Settings(r=2, steps=4, calibration_batches=2, refine_steps=1)
+    record = bench.bench_merge.run_cell(task, method, 0, settings)
+    summary = bench.merge_summary
+    assert set(record["rules"]) == ({"exact"} if method in summary.EXACT else set(summary.RULES))
+    assert all(math.isfinite(entry["kl"]) for entry in record["rules"].values())
 
 
 # ---- Rows and small bases
