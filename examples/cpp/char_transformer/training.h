@@ -13,7 +13,7 @@
 #include "../common/program.h"
 
 /// Everything that a step depends on or leaves behind: parameters, optimizer, generator, number of
-/// the step, and of adapters their norm windows.
+/// the step, and of adapters what merging needs.
 class Checkpoint {
  public:
   Checkpoint(std::string path, int64_t every, const reslora::Adapters* adapters = nullptr)
@@ -48,9 +48,10 @@ class Checkpoint {
     const torch::NoGradGuard no_grad;
     for (size_t k = 0; k < values.size(); ++k) parameters[k].copy_(values[k]);
     for_each_window([&](const std::string& name, const reslora::LinkedChain& chain, int64_t n) {
-      torch::Tensor norms, count;
+      torch::Tensor norms, count, products;
+      archive.try_read(name + ".products", products);
       if (archive.try_read(name + ".norms", norms) && archive.try_read(name + ".count", count))
-        chain.set_norms(n, {norms, count});
+        chain.set_norms(n, {norms, count, products});
     });
     at::Generator(at::detail::getDefaultCPUGenerator()).set_state(generator);
     return step.item<int64_t>();
@@ -71,6 +72,7 @@ class Checkpoint {
       const reslora::NormWindow window = chain.view().layers[n].norms;
       if (!window.is_defined()) return;
       archive.write(name + ".norms", window.norms());
+      if (window.products().defined()) archive.write(name + ".products", window.products());
       archive.write(name + ".count", window.count());
     });
     archive.save_to(path_ + ".unfinished");
