@@ -227,8 +227,9 @@ def _inspect_adapter(folder: Path, shown: str) -> Inspection:
         ]
     fits = [own.fit for own in statistics.values() if own.fit is not None]
     windows = sum(own.norms is not None for own in statistics.values())
+    sums = sum(own.products is not None for own in statistics.values())
     if statistics:
-        found.statistics = f"norms of {windows} layers, fits of {len(fits)}"
+        found.statistics = f"norms of {windows} layers, products of {sums}, fits of {len(fits)}"
         if fits:
             worst, rows = (max(getattr(fit, n) for fit in fits) for n in ("residual", "rows"))
             found.statistics += f" (largest residual {worst:.3f}, {rows:,} rows)"

@@ -26,7 +26,8 @@ def test_an_adapter_is_inspected(tmp_path, capsys):
     assert (chain["layers"], chain["shape"], chain["scaling"]) == (3, "16 -> 8", "1.5")
     norms = [b.self_attn.v_proj.reslora_B.norm().item() for b in model.model.layers]
     assert chain["norm_B"] == f"{min(norms):.3g} to {max(norms):.3g}"
-    assert found["statistics"].startswith("norms of 6 layers, fits of 4 (largest residual 0.")
+    wanted = "norms of 6 layers, products of 4, fits of 4 (largest residual 0."
+    assert found["statistics"].startswith(wanted)
     file = run(capsys, "inspect", tmp_path / "adapter/adapter_model.safetensors", "--json")[1]
     assert json.loads(file) == found
     text = run(capsys, "inspect", tmp_path / "adapter")[1]
