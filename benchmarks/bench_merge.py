@@ -6,7 +6,7 @@ python benchmarks/bench_merge.py ... --settings benchmarks/merge_settings.json -
 
 A cell is one task, shortcut and seed: train unmerged, remove the shortcut by every rule, and train
 once more with `finish` at 70 % of the steps. Each cell is a JSON record in results/merge/; cells
-that that are there already are skipped. merge_summary.py makes the table and the plot.
+that are there already are skipped. merge_summary.py makes the table and the plot.
 
 With --settings, merge_rules.py applies every rule to adapters that are trained once and kept in
 FOLDER; merge_rules_summary.py makes the table of two labels.

@@ -27,7 +27,11 @@ from reslora.merging.stand_ins import plain_lora, standing_in
 
 
 def inputs(batch: Batch) -> Batch:
-    """Return what the model is called with."""
+    """Return what the model is called with, also where an encoder and a decoder take more.
+
+    The `inputs` of merge_tasks.py, which knows decoders alone, is part of what the study's runs are
+    dated by, and stays as it is.
+    """
     return {key: value for key, value in batch.items() if key != "labels"}
 
 

@@ -237,18 +237,18 @@ void AdaptedFiles::find_weights() {
       static_cast<Names&>(place) = found.front();
       place.copies.assign(found.begin() + 1, found.end());
       place.is_transposed = is_transposed;
-      for (const Names& copy : place.copies)
+      for (const Names& copy : place.copies) {
         RESLORA_CHECK(at::equal(files_.tensor(copy.weight), files_.tensor(place.weight)),
                       "[merge] a layer that hangs at several places must have one weight there; "
                       "got another in {} than in {}: is this the base of the adapter?",
                       copy.weight, place.weight);
-      for (const Names& copy : place.copies)
         RESLORA_CHECK(copy.bias.empty() == place.bias.empty() &&
                           (copy.bias.empty() ||
                            at::equal(files_.tensor(copy.bias), files_.tensor(place.bias))),
                       "[merge] a layer that hangs at several places must have one bias there; got "
                       "another at {} than at {}: is this the base of the adapter?",
                       copy.weight, place.weight);
+      }
     }
   }
 }

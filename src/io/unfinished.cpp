@@ -79,9 +79,11 @@ Commit noted_commit(const std::string& folder, const std::string& hidden) {
     if (end == std::string::npos || end == begin) break;
     const bool is_removed = text[begin] != kPut;
     const std::string name = text.substr(begin + 1, end - begin - 1);
-    const bool is_believed = may_name(folder, hidden, name, is_removed);
-    if (!is_believed && !is_removed) return {};
-    if (is_believed) (is_removed ? commit.removed : commit.names).push_back(name);
+    if (may_name(folder, hidden, name, is_removed)) {
+      (is_removed ? commit.removed : commit.names).push_back(name);
+    } else if (!is_removed) {
+      return {};
+    }
   }
   return commit;
 }

@@ -56,7 +56,10 @@ class ResLoraConfig(CoreConfig, PeftConfig):
     )
     tied_weights: dict[str, list[str]] | None = field(
         default=None,
-        metadata={"help": "Taken from the model: other parameters that are a layer's weight too"},
+        metadata={
+            "help": "Taken from the model: tensors elsewhere that share a layer's weight, or "
+            "one of a module in modules_to_save"
+        },
     )
     reslora_version: str | None = field(
         default=None, metadata={"help": "Version of reslora, leave empty to auto-fill."}

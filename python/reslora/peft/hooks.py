@@ -119,10 +119,11 @@ def _from_pretrained(load: Any) -> Any:
 
 def _check_over(model: Any, adapter_name: str, source: Source) -> None:
     """Check a folder against the adapter that is there."""
-    injection_by_name(model, adapter_name).refuse_halted("load_adapter")
+    injection = injection_by_name(model, adapter_name)
+    injection.refuse_halted("load_adapter")
     read = read_source(source)
     if read is not None:
-        check_loaded(model, injection_by_name(model, adapter_name), source, read)
+        check_loaded(model, injection, source, read)
 
 
 def _finish(model: Any, name: str) -> None:

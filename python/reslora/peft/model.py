@@ -359,14 +359,13 @@ def _called(model: nn.Module, paths: list[str]) -> list[str]:
 
 def _refuse_in_heads(model: nn.Module, injection: Injection) -> None:
     """Refuse a layer that by another name lies in modules_to_save: PEFT would copy it, adapted."""
-    for layer, names in other_places(model, injection).items():
-        for name in names:
-            if saved_part(name, injection.config.modules_to_save or []):
-                raise ValueError(
-                    "[reslora.peft] a module is a target or trained whole; got "
-                    f"{layer} as a target, which is {name} in modules_to_save too (name one of "
-                    "them in exclude_modules)"
-                )
+    heads = injection.config.modules_to_save or []
+    for layer, names in other_places(model, injection).items() if heads else ():
+        if name := next((name for name in names if saved_part(name, heads)), None):
+            raise ValueError(
+                f"[reslora.peft] a module is a target or trained whole; got {layer} as a target, "
+                f"which is {name} in modules_to_save too (name one of them in exclude_modules)"
+            )
 
 
 def injection_by_name(model: nn.Module, name: str) -> Injection:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from merged_errors import error_of, ids
 from models import adapted, tiny_llama
 from torch.utils.checkpoint import checkpoint
 
@@ -12,14 +13,8 @@ from reslora import _C
 from reslora.files.statistics import write_statistics
 from reslora.injection.adapted import find_layers, injection_of
 from reslora.merging.planning import make_plan
-from reslora.merging.stand_ins import plain_lora, standing_in
 
 SHORTCUTS = [("is", 1), ("ms", 1), ("ms", -1)]
-
-
-def ids(seed, rows=4, columns=24):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 30, (rows, columns), generator=generator)
 
 
 def trained(res_mode, pre_num, forwards=9, **options):
@@ -43,21 +38,6 @@ def trained(res_mode, pre_num, forwards=9, **options):
 def sums_of(layer, x, s):
     rows = torch.cat([s, x @ layer.reslora_A.detach().T], 1)
     return rows.T @ rows
-
-
-def error_of(model, rule, batches):
-    """The relative error of the logits where the shortcuts are merged by a rule."""
-    injection = injection_of(model, "test")
-    plan = make_plan(injection, rule, "test", use_affine=False)
-    planned = list(zip(injection.layers, plan.layers, strict=True))
-    square = norm = 0.0
-    for batch in batches:
-        wanted = model(input_ids=batch).logits
-        with standing_in(planned, lambda layer, own: plain_lora(layer, own.A, own.B, 1.0)):
-            got = model(input_ids=batch).logits
-        square += float((got - wanted).square().sum())
-        norm += float(wanted.square().sum())
-    return (square / norm) ** 0.5
 
 
 @pytest.mark.parametrize(("res_mode", "pre_num"), SHORTCUTS)
